@@ -1,0 +1,3 @@
+from salun_sd.cli import main
+
+main()

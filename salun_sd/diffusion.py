@@ -1,0 +1,84 @@
+"""The maths that mask and erase share: noising, prediction, guidance and training targets."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Schedule(NamedTuple):
+    """What a checkpoint's scheduler says about training: the noise it adds and what the UNet predicts."""
+
+    alphas_cumprod: torch.Tensor  # [T] float32, share of signal variance left at each training timestep
+    prediction_type: str  # "epsilon" or "v_prediction"
+
+    @classmethod
+    def of(cls, scheduler) -> "Schedule":
+        """From any diffusers scheduler that has training betas."""
+        return cls(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
+
+
+class Examples(NamedTuple):
+    """Encoded images and the prompts that belong to them."""
+
+    latents: torch.Tensor  # [N, 4, h, w] float32, already times the VAE's scaling factor
+    contexts: torch.Tensor  # [P, L, D] text embeddings of the distinct prompts
+    which: torch.Tensor  # [N] int64, the row of contexts that captions each image
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def _signal_and_noise(schedule: Schedule, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    a = schedule.alphas_cumprod.to(t.device)[t][:, None, None, None]  # [B, 1, 1, 1]
+    return a.sqrt(), (1 - a).sqrt()
+
+
+def add_noise(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (DDPM, arXiv 2006.11239, eq. 4).
+
+    x0 and noise [B, 4, h, w], t [B] int64 in [0, T).
+    """
+    signal, sigma = _signal_and_noise(schedule, t)
+    return signal * x0 + sigma * noise
+
+
+def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """What the UNet was trained to predict: the noise, or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0
+    (Salimans & Ho, arXiv 2202.00512, appendix D)."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    signal, sigma = _signal_and_noise(schedule, t)
+    return signal * noise - sigma * x0
+
+
+def predict(unet, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """The denoiser's output [B, 4, h, w] for x_t [B, 4, h, w], t [B] and text embeddings [B, L, D]."""
+    return unet(x_t, t, encoder_hidden_states=context).sample
+
+
+def guide(conditional: torch.Tensor, unconditional: torch.Tensor, w: float) -> torch.Tensor:
+    """(1 + w) conditional - w unconditional (classifier-free guidance, arXiv 2207.12598, eq. 6).
+
+    w = 0 is the conditional prediction alone. diffusers' guidance_scale is 1 + w.
+    """
+    return (1 + w) * conditional - w * unconditional
+
+
+def mse(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each example: [B, ...] => [B], in float32."""
+    return F.mse_loss(prediction.float(), wanted.float(), reduction="none").flatten(1).mean(1)
+
+
+def noise_for(indices: Sequence[int], shape: Sequence[int], timesteps: int, seed: int):
+    """Timestep and noise of each image, a function of (seed, index) alone, drawn on the CPU.
+
+    => t [B] int64 in [0, timesteps), noise [B, *shape] float32. So no batch size and no device changes them.
+    """
+    t, noise = [], []
+    for i in indices:
+        generator = torch.Generator().manual_seed((seed << 32) + i)
+        t.append(torch.randint(timesteps, (), generator=generator))
+        noise.append(torch.randn(tuple(shape), generator=generator))
+    return torch.stack(t), torch.stack(noise)

@@ -1,0 +1,116 @@
+"""Masked fine-tuning: the concept's prediction becomes the anchor's, the retain loss keeps the rest."""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from salun_sd.diffusion import Examples, Schedule, add_noise, mse, predict, target
+from salun_sd.errors import SalunError
+from salun_sd.mask import Bits
+
+# A prediction of zero scores 1 under the retain loss, whatever the target; ten times that is no model any more.
+EXPLODED = 10.0
+
+
+class SalientWeights:
+    """The weights that a mask lets move, as compact float32 parameters that any torch optimizer can hold.
+
+    An optimizer never sees the other weights, so neither weight decay nor momentum can move them: theta_u equals
+    theta_o outside the mask by construction (SalUn, arXiv 2310.12508, eq. 4), whichever optimizer is used.
+    """
+
+    def __init__(self, unet: nn.Module, bits: Bits):
+        self.entries = []  # (parameter, positions [k] int64 in its flat order, values [k] float32)
+        for name, p in unet.named_parameters():
+            positions = bits[name].view(-1).nonzero().squeeze(1).to(p.device)
+            p.requires_grad_(len(positions) > 0)
+            if len(positions):
+                self.entries.append((p, positions, nn.Parameter(p.detach().view(-1)[positions].float())))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [values for _, _, values in self.entries]
+
+    def gather_gradients(self) -> None:
+        """Move the salient entries of the dense gradients to the compact parameters, and free the dense ones."""
+        for p, positions, values in self.entries:
+            values.grad = p.grad.view(-1)[positions].float()
+            p.grad = None
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Write the compact values back into the UNet."""
+        for p, positions, values in self.entries:
+            p.view(-1)[positions] = values.to(p.dtype)
+
+
+def batches(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Endless index batches [size] over n examples: one shuffled pass after another, nothing dropped."""
+    queue = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(queue) < size:
+            queue = torch.cat([queue, torch.randperm(n, generator=generator)])
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def erase(
+    unet: nn.Module,
+    bits: Bits,
+    schedule: Schedule,
+    forget: Examples,
+    anchor: torch.Tensor,
+    retain: Examples,
+    *,
+    steps: int,
+    batch_size: int = 8,
+    lr: float = 1e-5,
+    retain_weight: float = 0.5,
+    anchor_from: str = "current",
+    seed: int = 0,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+) -> Iterator[dict]:
+    """Fine-tune the UNet in place; yields {"step", "forget", "retain", "loss"} after each update.
+
+    loss = mean ||e(x_t|c') - e(x_t|c)||^2 over D_f + retain_weight * MSE over D_r (SalUn, section 4, and the
+    authors' nsfw_removal.py). forget: images of the concept c with its embedding; anchor [1, L, D]: the embedding
+    of c'; retain: images with their own prompts. Both branches see the same x_t (the authors' code encodes twice).
+    No gradient flows through the anchor branch; anchor_from says whose prediction it is: the weights being trained
+    ("current", as the authors do) or the ones before training ("base").
+    Raises SalunError when a loss is not finite or explodes, naming the step and what to lower.
+    """
+    device = unet.device
+    generator = torch.Generator().manual_seed(seed)
+    teacher = deepcopy(unet).requires_grad_(False) if anchor_from == "base" else unet
+    salient = SalientWeights(unet, bits)
+    updater = optimizer(salient.parameters(), lr=lr)
+    of_forget, of_retain = batches(len(forget), batch_size, generator), batches(len(retain), batch_size, generator)
+    anchor = anchor.to(device).expand(batch_size, -1, -1)
+
+    for step in range(1, steps + 1):
+        f, r = next(of_forget), next(of_retain)
+        x0 = torch.cat([forget.latents[f], retain.latents[r]])  # [2B, 4, h, w]
+        context = torch.cat([forget.contexts[forget.which[f]], retain.contexts[retain.which[r]]]).to(device)
+        t = torch.randint(len(schedule.alphas_cumprod), (len(x0),), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        x0, t, noise = x0.to(device), t.to(device), noise.to(device)
+        x_t = add_noise(schedule, x0, noise, t)
+
+        with torch.no_grad():
+            wanted = predict(teacher, x_t[:batch_size], t[:batch_size], anchor)
+        wanted = torch.cat([wanted, target(schedule, x0, noise, t)[batch_size:]])
+        losses = mse(predict(unet, x_t, t, context), wanted)  # [2B]
+        forget_loss, retain_loss = losses[:batch_size].mean(), losses[batch_size:].mean()
+        loss = forget_loss + retain_weight * retain_loss
+        if not math.isfinite(loss.item()) or max(forget_loss.item(), retain_loss.item()) > EXPLODED:
+            raise SalunError(
+                f"The loss exploded at step {step} (forget {forget_loss.item():.3g}, retain {retain_loss.item():.3g})"
+                f": lower --lr, now {lr:g}."
+            )
+        loss.backward()
+        salient.gather_gradients()
+        updater.step()
+        salient.scatter()
+        yield {"step": step, "forget": forget_loss.item(), "retain": retain_loss.item(), "loss": loss.item()}

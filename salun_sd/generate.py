@@ -1,0 +1,92 @@
+"""Prompts to images: one seed per image, resumable, nothing drawn twice."""
+
+import io
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from salun_sd.checkpoint import write_atomic
+from salun_sd.errors import UsageError
+from salun_sd.prompts import Prompt
+
+PROVENANCE = "salun_sd"  # key of the PNG text chunk that says what an image was drawn from
+
+
+def images_per_pass(pipeline) -> int:
+    """How many images go through the UNet together, from the latents' area: 32 at 8 x 8, 4 at 64 x 64, 1 at 128 x 128.
+
+    A constant for a checkpoint, not a setting. Matrix kernels round by the shape of the whole batch, so an image
+    can only be the same bytes in every run if every pass has the same shape: a pass with fewer images is padded.
+    """
+    return max(1, min(32, 2**14 // pipeline.unet.config.sample_size**2))
+
+
+def file_of(prompt: Prompt, k: int) -> str:
+    return f"images/{prompt.case}_{k}.png"
+
+
+def draw(
+    pipeline, prompts: list[Prompt], out: Path, *, steps: int, fingerprint: str, samples: int = 1
+) -> Iterator[tuple[Prompt, int]]:
+    """Draw what is missing of out/images/<case>_<k>.png, k < samples; yields each (prompt, k) once it is on disk.
+
+    Image k of a prompt starts from noise drawn on the CPU from seed + k, and depends on nothing but its prompt,
+    seed, guidance, steps and checkpoint: the bytes are the same in any order, subset or resumed run (on a GPU, to
+    the rounding of its kernels). Each PNG carries these in a text chunk; a file with other ones is a UsageError.
+    """
+    missing = []
+    for prompt in prompts:
+        for k in range(samples):
+            provenance = f"{fingerprint} steps={steps} guidance={prompt.guidance:g} seed={prompt.seed + k}"
+            if _is_drawn(out / file_of(prompt, k), f"{provenance} {prompt.text}"):
+                yield prompt, k
+            else:
+                missing.append((prompt, k, f"{provenance} {prompt.text}"))
+    missing.sort(key=lambda m: m[0].guidance)  # stable: a pass has one guidance scale
+    size = images_per_pass(pipeline)
+    for _, group in groupby(missing, key=lambda m: m[0].guidance):
+        group = list(group)
+        for start in range(0, len(group), size):
+            rows = group[start : start + size]
+            images = sample(pipeline, [(p.text, p.seed + k) for p, k, _ in rows], rows[0][0].guidance, steps, size)
+            for (prompt, k, provenance), image in zip(rows, images, strict=True):
+                info = PngImagePlugin.PngInfo()
+                info.add_itxt(PROVENANCE, provenance)
+                png = io.BytesIO()
+                image.save(png, "png", pnginfo=info)
+                write_atomic(out / file_of(prompt, k), png.getvalue())
+                yield prompt, k
+
+
+@torch.no_grad()
+def sample(
+    pipeline, rows: list[tuple[str, int]], guidance: float, steps: int, size: int | None = None
+) -> list[Image.Image]:
+    """One pass through the pipeline: (text, seed) rows => images; padded to `size` rows with copies of the first."""
+    padded = rows + [rows[0]] * ((size or len(rows)) - len(rows))
+    return pipeline(
+        [text for text, _ in padded],
+        generator=[torch.Generator().manual_seed(seed) for _, seed in padded],
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+    ).images[: len(rows)]
+
+
+def _is_drawn(file: Path, provenance: str) -> bool:
+    if not file.is_file():
+        return False
+    try:
+        with Image.open(file) as image:
+            image.load()
+            found = image.info.get(PROVENANCE)
+    except (OSError, SyntaxError, UnidentifiedImageError):
+        return False  # damaged: draw it again
+    if found != provenance:
+        raise UsageError(
+            f"{file} was drawn by another model or with other settings, or by another program; "
+            "choose another --out, or remove the folder."
+        )
+    return True
