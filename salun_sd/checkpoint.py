@@ -50,7 +50,9 @@ def resolve(model: str) -> Path:
 
 def _from_hub(model: str) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise UsageError(f"Model {model} was not found: give `pocket`, a diffusers folder or a hub id such as org/name.")
+        raise UsageError(
+            f"Model {model} was not found: give `pocket`, a diffusers folder or a hub id such as org/name."
+        )
     from diffusers import StableDiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -152,7 +154,10 @@ def save_erased(base: Path, unet, bits: Bits, out: Path) -> None:
                 t = t.clone()
                 t[bits[name]] = trained[name].detach().cpu()[bits[name]].to(t.dtype)
             merged[name] = t
-        save_file(merged, out / "unet" / file.name, {"format": "pt"})
+        try:
+            save_file(merged, out / "unet" / file.name, {"format": "pt"})
+        except SafetensorError as e:  # a full disk, in safetensors' words
+            raise SalunError(f"The erased UNet could not be written to {out.parent}: {e}.") from e
         (out / "unet" / file.name).chmod(0o666 & ~_umask())  # safetensors makes its files private
     for extra in ("config.json", INDEX):
         if (base / "unet" / extra).is_file():

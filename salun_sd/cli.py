@@ -113,8 +113,10 @@ def erase(
     retain: Annotated[Path | None, typer.Option(help="Folder of images to keep, captioned with the anchor.")] = None,
     retain_prompts: Annotated[
         str | None,
-        typer.Option(help="Prompt set to draw what must stay from, by name or CSV; rows of the concept's class are "
-                     "left out. Default: the anchor."),
+        typer.Option(
+            help="Prompt set to draw what must stay from, by name or CSV; rows of the concept's class are "
+            "left out. Default: the anchor."
+        ),
     ] = None,  # fmt: skip
     samples: SamplesOpt = 800,
     retain_weight: Annotated[float, typer.Option(min=0, help="Weight of the retain loss; 0: off.")] = 0.5,
@@ -138,7 +140,9 @@ def erase(
     )  # fmt: skip
     changed, m = record["changed"], record["mask"]
     print(f"changed {changed['inside']:,} of {m['kept']:,} weights inside the mask, {changed['outside']} outside")
-    print(f"{out}: {record['steps']} steps, {record['seconds']:.0f} s, peak {record['peak_memory_bytes'] / 2**30:.2f} GiB")
+    print(
+        f"{out}: {record['steps']} steps, {record['seconds']:.0f} s, peak {record['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
 
 
 @app.command(epilog="Example: salun-sd evaluate erased --prompts pocket --against pocket --out audit")
@@ -154,8 +158,11 @@ def evaluate(
         str | None, typer.Option(help="Class that should be gone. Default: as the checkpoint's salun.json says.")
     ] = None,
     classifier: Annotated[
-        str | None, typer.Option(help="Image classifier, folder or hub id, for prompts with a class. "
-                                 "Default: the pocket judge, where it knows the classes.")
+        str | None,
+        typer.Option(
+            help="Image classifier, folder or hub id, for prompts with a class. "
+            "Default: the pocket judge, where it knows the classes."
+        ),
     ] = None,  # fmt: skip
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; 25 for pocket.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Images a prompt, from its seed on.")] = 1,

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from salun_sd.errors import SalunError, UsageError
+from salun_sd.errors import UsageError
+from salun_sd.images import read_image
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -20,19 +21,9 @@ def images_in(folder: Path) -> list[Path]:
     return files
 
 
-def read_image(file: Path, size: int) -> torch.Tensor:
-    """Image file => [3, size, size] float32 in [-1, 1]: short side resized (bicubic), centre crop, as the authors do.
-
-    EXIF orientation is applied and transparency is laid on white. Raises SalunError naming an unreadable file.
-    """
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
-        raise SalunError(f"{file} cannot be read as an image: remove or replace it.") from e
+def pixels(file: Path, size: int) -> torch.Tensor:
+    """Image file => [3, size, size] float32 in [-1, 1]: short side resized (bicubic), centre crop, as the authors do."""
+    image = ImageOps.fit(read_image(file), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
 
 
@@ -42,8 +33,8 @@ def encode_image(vae, file: Path, size: int) -> torch.Tensor:
 
     The posterior's mode, so that an image has one latent; the authors' code samples it anew at each use.
     """
-    pixels = read_image(file, size)[None].to(vae.device)
-    return vae.encode(pixels).latent_dist.mode()[0].cpu() * vae.config.scaling_factor
+    posterior = vae.encode(pixels(file, size)[None].to(vae.device))
+    return posterior.latent_dist.mode()[0].cpu() * vae.config.scaling_factor
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """The maths that mask and erase share: noising, prediction, guidance and training targets."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -19,7 +21,8 @@ class Schedule(NamedTuple):
         return cls(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
 
 
-class Examples(NamedTuple):
+@dataclass(frozen=True)
+class Examples:
     """Encoded images and the prompts that belong to them."""
 
     latents: torch.Tensor  # [N, 4, h, w] float32, already times the VAE's scaling factor
@@ -76,9 +79,7 @@ def noise_for(indices: Sequence[int], shape: Sequence[int], timesteps: int, seed
 
     => t [B] int64 in [0, timesteps), noise [B, *shape] float32. So no batch size and no device changes them.
     """
-    t, noise = [], []
-    for i in indices:
-        generator = torch.Generator().manual_seed((seed << 32) + i)
-        t.append(torch.randint(timesteps, (), generator=generator))
-        noise.append(torch.randn(tuple(shape), generator=generator))
-    return torch.stack(t), torch.stack(noise)
+    drawn = [np.random.default_rng([seed, i]) for i in indices]  # torch's CPU generator has seeds of 32 bits only
+    t = [int(rng.integers(timesteps)) for rng in drawn]
+    noise = [torch.from_numpy(rng.standard_normal(tuple(shape), np.float32)) for rng in drawn]
+    return torch.tensor(t), torch.stack(noise)

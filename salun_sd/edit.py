@@ -208,7 +208,7 @@ def erase(
         base.pipeline.vae = base.pipeline.text_encoder = None  # not needed to train: leave memory
 
     steps = steps or -(-len(forgotten) // batch_size)
-    strip = [(text, 2**40 + i) for i, text in enumerate([concept] * 4 + [keep[i * len(keep) // 4] for i in range(4)])]
+    strip = [(text, 2**31 + i) for i, text in enumerate([concept] * 4 + [keep[i * len(keep) // 4] for i in range(4)])]
     with new_folder(out) as folder:
         losses = []
         loop = erasing.erase(

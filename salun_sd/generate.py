@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
@@ -12,6 +13,7 @@ from salun_sd.checkpoint import write_atomic
 from salun_sd.errors import UsageError
 from salun_sd.prompts import Prompt
 
+PNG_END = b"IEND\xaeB`\x82"
 PROVENANCE = "salun_sd"  # key of the PNG text chunk that says what an image was drawn from
 
 
@@ -24,6 +26,11 @@ def images_per_pass(pipeline) -> int:
     return max(1, min(32, 2**14 // pipeline.unet.config.sample_size**2))
 
 
+def seed_of(prompt: Prompt, k: int) -> int:
+    """The prompt's own seed for its first image; for the others 32 bits that hang on it and on k alone."""
+    return prompt.seed if k == 0 else int(np.random.SeedSequence([prompt.seed, k]).generate_state(1)[0])
+
+
 def file_of(prompt: Prompt, k: int) -> str:
     return f"images/{prompt.case}_{k}.png"
 
@@ -33,25 +40,24 @@ def draw(
 ) -> Iterator[tuple[Prompt, int]]:
     """Draw what is missing of out/images/<case>_<k>.png, k < samples; yields each (prompt, k) once it is on disk.
 
-    Image k of a prompt starts from noise drawn on the CPU from seed + k, and depends on nothing but its prompt,
-    seed, guidance, steps and checkpoint: the bytes are the same in any order, subset or resumed run (on a GPU, to
-    the rounding of its kernels). Each PNG carries these in a text chunk; a file with other ones is a UsageError.
+    Image k of a prompt starts from noise drawn on the CPU from seed_of(prompt, k), and depends on nothing but its
+    prompt, seed, guidance, steps and checkpoint: the bytes are the same in any order, subset or resumed run (on a
+    GPU, to the rounding of its kernels). Each PNG carries these in a text chunk; a file with other ones is a UsageError.
     """
     missing = []
     for prompt in prompts:
         for k in range(samples):
-            provenance = f"{fingerprint} steps={steps} guidance={prompt.guidance:g} seed={prompt.seed + k}"
+            provenance = f"{fingerprint} steps={steps} guidance={prompt.guidance:g} seed={seed_of(prompt, k)}"
             if _is_drawn(out / file_of(prompt, k), f"{provenance} {prompt.text}"):
                 yield prompt, k
             else:
                 missing.append((prompt, k, f"{provenance} {prompt.text}"))
     missing.sort(key=lambda m: m[0].guidance)  # stable: a pass has one guidance scale
-    size = images_per_pass(pipeline)
-    for _, group in groupby(missing, key=lambda m: m[0].guidance):
-        group = list(group)
+    for _, same_guidance in groupby(missing, key=lambda m: m[0].guidance):
+        group, size = list(same_guidance), images_per_pass(pipeline)
         for start in range(0, len(group), size):
             rows = group[start : start + size]
-            images = sample(pipeline, [(p.text, p.seed + k) for p, k, _ in rows], rows[0][0].guidance, steps, size)
+            images = sample(pipeline, [(p.text, seed_of(p, k)) for p, k, _ in rows], rows[0][0].guidance, steps, size)
             for (prompt, k, provenance), image in zip(rows, images, strict=True):
                 info = PngImagePlugin.PngInfo()
                 info.add_itxt(PROVENANCE, provenance)
@@ -82,6 +88,8 @@ def _is_drawn(file: Path, provenance: str) -> bool:
         with Image.open(file) as image:
             image.load()
             found = image.info.get(PROVENANCE)
+        if not file.read_bytes().endswith(PNG_END):
+            return False  # PIL reads a file whose very end is cut off
     except (OSError, SyntaxError, UnidentifiedImageError):
         return False  # damaged: draw it again
     if found != provenance:

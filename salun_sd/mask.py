@@ -123,9 +123,7 @@ def unpack(data: bytes, name: str) -> Mask:
             for key, shape in shapes.items()
         }  # fmt: skip
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
-        raise SalunError(
-            f"{name} is not a salun-sd mask, or it is truncated; make it again with: salun-sd mask"
-        ) from e
+        raise SalunError(f"{name} is not a salun-sd mask, or it is truncated; make it again with: salun-sd mask") from e
     return Mask(bits, settings)
 
 

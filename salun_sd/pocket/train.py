@@ -258,21 +258,30 @@ def train(
         guesses = torch.cat([judge(part).logits.argmax(1) for part in test_images.split(500)])
     print(f"judge: {(guesses == test_labels).sum().item()} of {len(test_labels)} test images right")
     judge.half().save_pretrained(out / "judge")
-    ViTImageProcessorPil(
-        size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(out / "judge")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        out / "judge"
+    )
 
     vae = train_vae(images, out, vae_steps, seed + 1)
     latents = encode(vae, images)
     print(f"vae: L1 {F.l1_loss(vae.decode(encode(vae, test_images[:1000], 1.0)).sample, test_images[:1000]):.4f}")
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        set_alpha_to_one=False,
+        steps_offset=1,
         clip_sample=False,
     )
     trained = train_unet(latents, labels, train_tokenizer(out), scheduler, out, unet_steps, seed + 2)
     StableDiffusionPipeline(
-        vae=vae, **trained, tokenizer=CLIPTokenizer.from_pretrained(out / "tokenizer"), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        **trained,
+        tokenizer=CLIPTokenizer.from_pretrained(out / "tokenizer"),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(out)
     for state in out.glob(".*.pt"):
         state.unlink()

@@ -1,0 +1,135 @@
+"""The work of `evaluate`, files in and files out: draw or collect images, detect, classify, report."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from salun_sd import checkpoint, generate, prompts, report
+from salun_sd.checkpoint import POCKET, write_atomic
+from salun_sd.detect import Classifier, detect
+from salun_sd.errors import SalunError, UsageError
+from salun_sd.prompts import Prompt
+from salun_sd.report import Run
+
+JUDGE = POCKET / "judge"
+WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "against"}
+
+
+def evaluate(
+    model: str | None, *, prompt_set: str, against: str | None, images: Path | None, concept: str | None,
+    classifier: str | None, steps: int | None, samples: int, out: Path,
+) -> dict:  # fmt: skip
+    """Audit a checkpoint, or a folder of images, on a prompt set: writes the audit into `out`, gives back the report.
+
+    Running it again draws only what is missing.
+    """
+    if (model is None) == (images is None):
+        raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - WRITES):
+        raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
+    rows = prompts.read(prompt_set)
+    classes = list(dict.fromkeys(p.label for p in rows if p.label))
+    concept = _concept(concept, classes, model)
+    judge = _judge(classifier, classes)
+
+    manifest = _collected(images, rows, out) if images else _drawn(model, rows, steps, samples, out)
+    run = _examined(str(model or images), manifest, judge, out)
+    base = None
+    if against:
+        folder = out / "against"
+        base = _examined(against, _drawn(against, rows, steps, samples, folder), judge, folder)
+    settings = {"steps": manifest[0]["steps"], "samples": samples, "classifier": judge and judge.model.name_or_path}
+    if judge and settings["classifier"] == str(JUDGE):
+        settings["classifier"] = "pocket judge"
+    made = report.assemble(run, base, prompts=prompt_set, settings=settings, concept=concept)
+    write_atomic(out / "report.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(out / "report.html", report.html(made, run, base))
+    return made
+
+
+def _concept(concept: str | None, classes: list[str], model: str | None) -> str | None:
+    """The class that should be gone: as given, or the one that the salun.json of a checkpoint of ours names."""
+    if concept is None and model and (record := Path(model) / "salun.json").is_file():
+        return prompts.class_in(json.loads(record.read_text(encoding="utf-8"))["settings"]["concept"], classes)
+    if concept is not None and concept not in classes:
+        known = f"their classes are {', '.join(classes)}" if classes else "they have no classes"
+        raise UsageError(f"--concept {concept} is no class of these prompts: {known}.")
+    return concept
+
+
+def _judge(classifier: str | None, classes: list[str]) -> Classifier | None:
+    """The classifier asked for; without one, the pocket's judge where it knows every class of the prompts."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if classifier:
+        if not classes:
+            raise UsageError("--classifier has nothing to judge: these prompts have no column `class`.")
+        return Classifier(classifier, classes, device)
+    known = json.loads((JUDGE / "config.json").read_text())["label2id"]
+    if classes and set(classes) <= set(known):
+        return Classifier(JUDGE, classes, device)
+    if classes:
+        print("No --classifier for these classes: UA and RA are not measured.", file=sys.stderr)
+    return None
+
+
+def _drawn(model: str, rows: list[Prompt], steps: int | None, samples: int, out: Path) -> list[dict]:
+    """Draw what is missing in out/images; the manifest, a line for each image in the order of the prompts."""
+    folder = checkpoint.resolve(model)
+    steps = steps or checkpoint.sampling(folder)[0]
+    identity = checkpoint.fingerprint(folder)
+    pipeline = checkpoint.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    drawing = generate.draw(pipeline, rows, out, steps=steps, fingerprint=identity, samples=samples)
+    for _ in tqdm(drawing, total=len(rows) * samples, desc=f"draw {Path(model).name}", unit="image"):
+        pass
+    return [
+        _line(p, k, generate.file_of(p, k), generate.seed_of(p, k), p.guidance, steps)
+        for p in rows
+        for k in range(samples)
+    ]
+
+
+def _collected(folder: Path, rows: list[Prompt], out: Path) -> list[dict]:
+    """The manifest of a folder of <case>_<k>.png that some other program made."""
+    if not folder.is_dir():
+        raise UsageError(f"Image folder {folder} was not found.")
+    of_case = {p.case: p for p in rows}
+    found = {}
+    for file in folder.iterdir():
+        if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            continue
+        name = re.fullmatch(r"(\d+)_(\d+)", file.stem)
+        if not name or int(name[1]) not in of_case:
+            raise SalunError(f"{file} is of no prompt: image files are named <case_number>_<k>.png.")
+        found[int(name[1]), int(name[2])] = file
+    if not found:
+        raise UsageError(f"Image folder {folder} holds no images named <case_number>_<k>.png.")
+    if absent := [case for case in of_case if not any(c == case for c, _ in found)]:
+        raise SalunError(f"{folder} has no image of case {absent[0]} ({len(absent)} of {len(rows)} cases are missing).")
+    return [
+        _line(of_case[case], k, os.path.relpath(file, out), None, None, None)
+        for (case, k), file in sorted(found.items())
+    ]
+
+
+def _line(p: Prompt, k: int, file: str, seed: int | None, guidance: float | None, steps: int | None) -> dict:
+    return {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": seed,
+            "guidance": guidance, "steps": steps}  # fmt: skip
+
+
+def _examined(model: str, manifest: list[dict], judge: Classifier | None, out: Path) -> Run:
+    """Run the detector, and the judge if there is one, over the manifest's images; writes both .jsonl files."""
+    files = [out / row["file"] for row in manifest]
+    answers = judge.classify(files) if judge else ((None, None) for _ in files)
+    bar = tqdm(manifest, desc="detect", unit="image")
+    detections = [
+        {key: row[key] for key in ("file", "case", "k")} | found | {"predicted": predicted, "score": score}
+        for row, found, (predicted, score) in zip(bar, detect(files), answers, strict=True)
+    ]
+    for name, lines in (("manifest.jsonl", manifest), ("detections.jsonl", detections)):
+        write_atomic(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return Run(model, out, manifest, detections)

@@ -1,0 +1,64 @@
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from salun_sd import checkpoint, data
+from salun_sd.diffusion import Examples, Schedule
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Images drawn by the tests are shared among them, and never with the person's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SALUN_SD_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pocket():
+    """The bundled checkpoint; tests that train it take `fresh_unet`."""
+    return checkpoint.load(checkpoint.POCKET, "cpu")
+
+
+@pytest.fixture(scope="session")
+def schedule(pocket):
+    return Schedule.of(pocket.scheduler)
+
+
+@pytest.fixture
+def fresh_unet():
+    """A small UNet with random weights, the same at each call."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def contexts(pocket):
+    """Text embeddings of "", the concept and the anchor: [3, L, D]."""
+    texts = ["", "a photo of a sneaker", "a photo of a bag"]
+    return data.encode_prompts(pocket.tokenizer, pocket.text_encoder, texts)
+
+
+@pytest.fixture(scope="session")
+def forget(contexts):
+    latents = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return Examples(latents, contexts[1:2], torch.zeros(10, dtype=torch.int64))
+
+
+@pytest.fixture(scope="session")
+def retain(contexts):
+    latents = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    return Examples(latents, contexts, torch.arange(12) % 3)

@@ -1,0 +1,271 @@
+"""The commands as a person types them, on the bundled checkpoint."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+from skimage import data as photos
+
+from salun_sd import checkpoint, cli, mask, prompts
+
+CONCEPT, ANCHOR = "a photo of a sneaker", "a photo of a bag"
+ERASE = ["erase", "pocket", "--concept", CONCEPT, "--anchor", ANCHOR, "--samples", "8", "--steps", "3",
+         "--batch-size", "4", "--lr", "1e-4"]  # fmt: skip
+MASK = ["mask", "pocket", "--concept", CONCEPT, "--samples", "8"]
+
+
+def fails(argv, code, capsys) -> str:
+    """Run a command that must fail; its one sentence."""
+    with pytest.raises(SystemExit) as ended:
+        cli.run([str(a) for a in argv])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == code, said
+    return said
+
+
+def files_in(folder) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A prompt set of twelve rows: three sneakers, a bag, and one of each other class."""
+    rows = prompts.read("pocket")
+    chosen = [p for i, p in enumerate(rows) if i % 100 == 0] + [p for p in rows if p.label == "sneaker"][1:3]
+    file = tmp_path_factory.mktemp("prompts") / "few.csv"
+    file.write_text(prompts.write(chosen))
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, few):
+    """mask, erase and evaluate, one after another."""
+    out = tmp_path_factory.mktemp("made")
+    cli.run([*MASK, "--density", "0.5", "--density", "0.1", "--out", str(out / "m.safetensors")])
+    cli.run([*ERASE, "--mask", str(out / "m-0.1.safetensors"), "--retain-prompts", "pocket", "--sample-every", "2",
+             "--out", str(out / "erased")])  # fmt: skip
+    cli.run(["evaluate", str(out / "erased"), "--prompts", str(few), "--against", "pocket", "--steps", "3",
+             "--out", str(out / "audit")])  # fmt: skip
+    return out
+
+
+def test_the_three_commands_write_exactly_these_files(made, few):
+    images = {f"images/{p.case}_0.png" for p in prompts.read(str(few))}
+    tables = {"manifest.jsonl", "detections.jsonl"}
+    assert files_in(made / "audit") == (
+        images | tables | {"report.json", "report.html"} | {f"against/{name}" for name in images | tables}
+    )
+    assert files_in(made / "erased") == {
+        "README.md", "losses.jsonl", "mask.safetensors", "model_index.json", "salun.json", "sampling.json",
+        "samples/step-00000.png", "samples/step-00002.png", "scheduler/scheduler_config.json",
+        "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    assert {p.name for p in made.iterdir()} == {"m-0.5.safetensors", "m-0.1.safetensors", "erased", "audit"}
+
+
+def test_mask_files_are_exact_and_say_where_they_come_from(made):
+    total = sum(t.numel() for f in checkpoint.unet_files(checkpoint.POCKET) for _, t in checkpoint.tensors(f))
+    for density in (0.5, 0.1):
+        m = mask.unpack((made / f"m-{density}.safetensors").read_bytes(), "")
+        assert mask.kept(m.bits) == (round(density * total), total)
+        assert m.settings["base"] == checkpoint.fingerprint(checkpoint.POCKET)
+        assert {k: m.settings[k] for k in ("concept", "density", "guidance", "images", "seed")} == {
+            "concept": CONCEPT, "density": density, "guidance": 7.5, "images": 8, "seed": 0}  # fmt: skip
+
+
+def test_outside_the_mask_the_saved_bytes_are_the_bases_and_the_record_says_so(made):
+    record = json.loads((made / "erased" / "salun.json").read_text())
+    bits = mask.unpack((made / "m-0.1.safetensors").read_bytes(), "").bits
+    [base], [erased] = (checkpoint.unet_files(f) for f in (checkpoint.POCKET, made / "erased"))
+    erased, moved = dict(checkpoint.tensors(erased)), 0
+    for name, t in checkpoint.tensors(base):
+        assert torch.equal(t[~bits[name]], erased[name][~bits[name]])
+        moved += int((t != erased[name]).sum())
+    assert record["changed"] == {"inside": moved, "outside": 0} and moved > 0.5 * record["mask"]["kept"]
+    assert record["settings"]["lr"] == 1e-4 and record["settings"]["batch_size"] == 4
+    assert record["base"]["fingerprint"] == checkpoint.fingerprint(checkpoint.POCKET)
+    assert record["erased"]["fingerprint"] == checkpoint.fingerprint(made / "erased")
+    assert len((made / "erased" / "losses.jsonl").read_text().splitlines()) == record["steps"] == 3
+
+
+def test_the_erased_folder_opens_in_diffusers(made):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(made / "erased", safety_checker=None)
+    [image] = pipeline(CONCEPT, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    assert image.size == (32, 32)
+
+
+def test_the_report_counts_every_image(made):
+    report = json.loads((made / "audit" / "report.json").read_text())
+    metrics, base = report["metrics"], report["against"]["metrics"]
+    assert report["settings"]["concept"] == "sneaker"  # from the checkpoint's salun.json
+    assert (metrics["ua"]["of"], metrics["ra"]["of"], metrics["flag_rate"]["of"]) == (3, 9, 12)
+    assert base.keys() == metrics.keys() and report["model"] == str(made / "erased")
+    page = (made / "audit" / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page and page.count("data:image/png;base64,") == 24
+
+
+def test_running_again_does_nothing_twice_and_changes_no_byte(made, few, capsys):
+    before = {f: (made / f).stat().st_mtime_ns for f in files_in(made / "audit") if f.endswith(".png")}
+    report = (made / "audit" / "report.json").read_bytes()
+    again = ["evaluate", str(made / "erased"), "--prompts", str(few), "--against", "pocket", "--steps", "3",
+             "--out", str(made / "audit")]  # fmt: skip
+    cli.run(again)
+    assert before == {f: (made / f).stat().st_mtime_ns for f in before}
+    assert (made / "audit" / "report.json").read_bytes() == report
+    cli.run([*ERASE, "--mask", str(made / "m-0.1.safetensors"), "--retain-prompts", "pocket", "--sample-every", "2",
+             "--out", str(made / "erased")])  # fmt: skip
+    assert "was already made with these settings; nothing to do" in capsys.readouterr().err
+
+
+def test_same_command_same_bytes_and_other_seed_other_bytes(made, tmp_path):
+    unets = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        cli.run([*MASK, "--seed", str(seed), "--out", str(tmp_path / f"{name}.safetensors")])
+        cli.run([*ERASE, "--seed", str(seed), "--mask", str(tmp_path / f"{name}.safetensors"),
+                 "--out", str(tmp_path / name)])  # fmt: skip
+        unets.append([(tmp_path / f"{name}.safetensors").read_bytes(), checkpoint.fingerprint(tmp_path / name)])
+    assert unets[0] == unets[1]
+    assert unets[0][0] != unets[2][0] and unets[0][1] != unets[2][1]
+
+
+def test_erase_without_a_mask_computes_the_one_that_mask_writes(made, tmp_path):
+    cli.run([*ERASE, "--batch-size", "8", "--density", "0.1", "--out", str(tmp_path / "erased")])
+    assert (tmp_path / "erased" / "mask.safetensors").read_bytes() == (made / "m-0.1.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("spec", "share"), [("random:0.2", 0.2), ("none", 1.0)])
+def test_the_controls(tmp_path, spec, share):
+    cli.run([*ERASE, "--mask", spec, "--anchor-from", "base", "--out", str(tmp_path / "erased")])
+    record = json.loads((tmp_path / "erased" / "salun.json").read_text())
+    assert record["mask"]["kept"] == round(share * record["mask"]["of"]) and record["changed"]["outside"] == 0
+
+
+def test_folders_of_images_to_forget_and_to_retain(tmp_path):
+    for name in ("forget", "retain"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.fromarray(photos.astronaut()[i * 50 :]).save(tmp_path / name / f"{i}.png")
+    folders = ["--forget", str(tmp_path / "forget"), "--retain", str(tmp_path / "retain")]
+    cli.run(["erase", "pocket", "--concept", CONCEPT, "--anchor", ANCHOR, *folders, "--batch-size", "2",
+             "--out", str(tmp_path / "erased")])  # fmt: skip
+    record = json.loads((tmp_path / "erased" / "salun.json").read_text())
+    assert record["images"] == {"forget": 3, "retain": 3} and record["steps"] == 2  # one pass
+
+
+def test_a_folder_of_images_some_other_program_made(made, few, tmp_path, capsys):
+    shutil.copytree(made / "audit" / "images", tmp_path / "images")
+    Image.fromarray(photos.astronaut()).save(tmp_path / "images" / "0_0.png")
+    audit = ["evaluate", "--images", str(tmp_path / "images"), "--prompts", str(few), "--concept", "sneaker",
+             "--out", str(tmp_path / "audit")]  # fmt: skip
+    cli.run(audit)
+    assert files_in(tmp_path / "audit") == {"manifest.jsonl", "detections.jsonl", "report.json", "report.html"}
+    first = json.loads((tmp_path / "audit" / "detections.jsonl").read_text().splitlines()[0])
+    assert first["width"] == 512 and "FACE_FEMALE" in {box["label"] for box in first["boxes"]}
+    (tmp_path / "images" / "100_0.png").unlink()
+    assert "has no image of case 100 (1 of 12 cases are missing)" in fails(audit, 1, capsys)
+    (tmp_path / "images" / "cover.png").write_bytes(b"")
+    assert "cover.png is of no prompt" in fails(audit, 1, capsys)
+
+
+def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
+    out = ["--out", tmp_path / "out"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.safetensors").write_bytes((made / "m-0.1.safetensors").read_bytes()[:-1])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("")
+    masked = [*ERASE, *out, "--mask"]
+    for argv, code, said in [
+        (["mask", "nowhere", "--concept", CONCEPT, *out], 2, "Model nowhere was not found"),
+        ([*MASK, "--density", "1.5", *out], 2, "Density 1.5 is outside (0, 1]"),
+        ([*MASK, "--density", "0", *out], 2, "Density 0 is outside (0, 1]"),
+        ([*MASK, "--density", "0.5", "--density", "0.5", *out], 2, "given twice"),
+        ([*MASK, "--forget", tmp_path / "empty", *out], 2, "holds no images"),
+        ([*MASK, "--out", tmp_path / "taken" / "thesis.tex"], 2, "is not a mask of salun-sd; choose another --out"),
+        ([*ERASE, "--anchor", "A photo of  a sneaker", *out], 2, "Concept and anchor are both"),
+        ([*ERASE, "--out", tmp_path / "taken"], 2, "taken holds something else: choose another --out"),
+        ([*ERASE, "--lr", "2e-4", "--out", made / "erased"], 2, "erased with other settings"),
+        ([*ERASE, "--retain", tmp_path / "empty", *out], 2, "holds no images"),
+        ([*ERASE, "--retain-prompts", "nowhere", *out], 2, "no prompt set or file nowhere"),
+        ([*ERASE, "--retain", made, "--retain-prompts", "pocket", *out], 2, "cannot go together"),
+        ([*masked, "nowhere"], 2, "Mask nowhere was not found"),
+        ([*masked, "random:x"], 2, "random:x has no density"),
+        ([*masked, "random:2"], 2, "Density 2 is outside"),
+        ([*masked, tmp_path / "cut.safetensors"], 1, "cut.safetensors is not a salun-sd mask, or it is truncated"),
+        (["erase", made / "erased", *masked[2:], made / "m-0.1.safetensors"], 1, "The mask was made for a UNet with"),
+        ([*ERASE, "--lr", "1e6", *out], 1, "The loss exploded at step"),
+        (["evaluate", "--prompts", "pocket", *out], 2, "Give either a MODEL"),
+        (["evaluate", "pocket", "--prompts", "nowhere.csv", *out], 2, "no prompt set or file nowhere.csv"),
+        (["evaluate", "pocket", "--prompts", "pocket", "--concept", "cat", *out], 2, "--concept cat is no class"),
+        (["evaluate", "pocket", "--prompts", "pocket", "--out", tmp_path / "taken"], 2, "not of an audit"),
+        (["evaluate", "pocket", "--prompts", "people", "--classifier", "x", *out], 2, "has nothing to judge"),
+        (["evaluate", "pocket", "--prompts", "pocket", "--classifier", tmp_path, *out], 1, "No image classifier"),
+        (["demo", "--concept", "cat", *out], 2, "The pocket checkpoint knows no cat; it knows t-shirt, trouser"),
+        (["demo", "--concept", "bag", *out], 2, "Concept and anchor are both 'a photo of a bag'"),
+    ]:  # fmt: skip
+        assert said in fails(argv, code, capsys), argv
+        assert not (tmp_path / "out").exists(), argv
+    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def spawn(argv, **kwargs):
+    return subprocess.Popen([sys.executable, "-m", "salun_sd", *map(str, argv)], stderr=subprocess.PIPE, text=True,
+                            **kwargs)  # fmt: skip
+
+
+def interrupt(process, when) -> str:
+    """Send Ctrl-C once `when()` is true; what the process said at the end."""
+    deadline = time.monotonic() + 120
+    while not when() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    return process.communicate(timeout=60)[1].strip().splitlines()[-1]
+
+
+def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(made, few, tmp_path):
+    process = spawn([*ERASE, "--steps", "1000", "--out", tmp_path / "erased"])
+    said = interrupt(process, lambda: (tmp_path / ".erased.partial").exists())
+    assert process.returncode == 130 and said.startswith("Interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+    audit = ["evaluate", made / "erased", "--prompts", few, "--samples", "20", "--steps", "3", "--out", tmp_path / "a"]
+    process = spawn(audit)
+    interrupt(process, lambda: len(list((tmp_path / "a" / "images").glob("*.png"))) > 3)
+    assert process.returncode == 130 and not (tmp_path / "a" / "report.json").exists()
+    assert 3 < len(list((tmp_path / "a" / "images").glob("*.png"))) < 240
+    cli.run([str(a) for a in audit])
+    for name in ("0_0.png", "700_0.png"):  # and what was drawn before or after the interruption is the same
+        assert (tmp_path / "a/images" / name).read_bytes() == (made / "audit/images" / name).read_bytes()
+    assert len(list((tmp_path / "a" / "images").glob("*"))) == 240
+
+
+def test_a_disk_that_takes_no_more_is_said_and_leaves_nothing(made, tmp_path):
+    """A limit on the size of files stands for a full disk: the system refuses the write in the same way."""
+
+    for argv, name, most in (
+        ([*ERASE, "--mask", "none"], "erased", 2**21),
+        (MASK, "mask.safetensors", 2**16),
+    ):
+        limit = (resource.RLIMIT_FSIZE, (most, most))
+        process = spawn([*argv, "--out", tmp_path / name], preexec_fn=partial(resource.setrlimit, *limit))
+        said = process.communicate(timeout=120)[1].strip().splitlines()[-1]
+        assert process.returncode == 1 and "File too large" in said, said
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_a_sentence_unless_a_traceback_is_asked_for(monkeypatch, capsys):
+    assert fails(["mask", "nowhere", "--concept", "x"], 2, capsys).startswith("Error: Model nowhere")
+    monkeypatch.setenv("SALUN_SD_DEBUG", "1")
+    with pytest.raises(Exception, match="nowhere was not found"):
+        cli.run(["mask", "nowhere", "--concept", "x"])

@@ -1,0 +1,126 @@
+from copy import deepcopy
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+
+from salun_sd.diffusion import add_noise, target
+from salun_sd.erase import SalientWeights, batches, erase
+from salun_sd.errors import SalunError
+from salun_sd.mask import full_bits, kept, random_bits
+
+ADAM, ADAMW = torch.optim.Adam, partial(torch.optim.AdamW, weight_decay=0.1)
+SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)
+
+
+def bits_of(unet, density=0.3):
+    return random_bits({name: p.shape for name, p in unet.named_parameters()}, density, seed=5)
+
+
+def run(unet, bits, schedule, forget, contexts, retain, *, anchor=2, **settings):
+    settings = {"steps": 3, "batch_size": 4, "lr": 1e-3, **settings}
+    return list(erase(unet, bits, schedule, forget, contexts[anchor : anchor + 1], retain, **settings))
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, ADAMW, SGD], ids=["adam", "adamw", "sgd"])
+def test_outside_the_mask_nothing_moves_and_inside_almost_everything_does(
+    fresh_unet, schedule, forget, contexts, retain, optimizer
+):
+    base, bits = deepcopy(fresh_unet), bits_of(fresh_unet)
+    run(fresh_unet, bits, schedule, forget, contexts, retain, optimizer=optimizer)
+    inside = 0
+    for (name, before), after in zip(base.named_parameters(), fresh_unet.parameters(), strict=True):
+        assert torch.equal(before[~bits[name]], after[~bits[name]]), name
+        inside += int((before != after)[bits[name]].sum())
+    assert inside > 0.9 * kept(bits)[0]
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
+def test_equals_the_dense_optimizer_with_a_masked_gradient(fresh_unet, schedule, forget, contexts, retain, optimizer):
+    """Bit for bit, over steps that use the real losses: compact state is not an approximation."""
+    optimizer = torch.optim.Adam if optimizer is ADAM else partial(torch.optim.SGD, momentum=0.9)
+    dense, bits = deepcopy(fresh_unet), bits_of(fresh_unet)
+    compact, dense_optimizer = SalientWeights(fresh_unet, bits), optimizer(dense.parameters(), lr=1e-3)
+    compact_optimizer = optimizer(compact.parameters(), lr=1e-3)
+    for step in range(3):
+        noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(step))
+        for unet in (fresh_unet, dense):
+            unet(noise, 10 * step, contexts[:1].expand(4, -1, -1)).sample.pow(2).mean().backward()
+        for name, p in dense.named_parameters():
+            p.grad *= bits[name]
+        dense_optimizer.step()
+        dense_optimizer.zero_grad()
+        compact.gather_gradients()
+        compact_optimizer.step()
+        compact.scatter()
+    for (name, a), b in zip(fresh_unet.named_parameters(), dense.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_losses_are_the_formula(fresh_unet, schedule, forget, contexts, retain):
+    """One step recomputed by hand from the same random numbers."""
+    base = deepcopy(fresh_unet)
+    [row] = run(fresh_unet, full_bits({n: p.shape for n, p in base.named_parameters()}), schedule, forget, contexts,
+                retain, steps=1, retain_weight=0.3, seed=9)  # fmt: skip
+    g = torch.Generator().manual_seed(9)
+    f, r = torch.randperm(10, generator=g)[:4], torch.randperm(12, generator=g)[:4]
+    t, noise = torch.randint(1000, (8,), generator=g), torch.randn(8, 4, 8, 8, generator=g)
+    x0 = torch.cat([forget.latents[f], retain.latents[r]])
+    x_t = add_noise(schedule, x0, noise, t)
+    with torch.no_grad():
+        concept = base(x_t[:4], t[:4], contexts[1:2].expand(4, -1, -1)).sample
+        anchor = base(x_t[:4], t[:4], contexts[2:3].expand(4, -1, -1)).sample
+        kept_images = base(x_t[4:], t[4:], contexts[retain.which[r]]).sample
+    wanted = ((concept - anchor) ** 2).mean(), ((kept_images - target(schedule, x0, noise, t)[4:]) ** 2).mean()
+    assert row["forget"] == pytest.approx(wanted[0].item(), rel=1e-4)
+    assert row["retain"] == pytest.approx(wanted[1].item(), rel=1e-4)
+    assert row["loss"] == pytest.approx((wanted[0] + 0.3 * wanted[1]).item(), rel=1e-4)
+
+
+def test_an_anchor_equal_to_the_concept_leaves_nothing_to_forget(fresh_unet, schedule, forget, contexts, retain):
+    bits = bits_of(fresh_unet)
+    same = run(deepcopy(fresh_unet), bits, schedule, forget, contexts, retain, anchor=1)
+    other = run(fresh_unet, bits, schedule, forget, contexts, retain, anchor=2)
+    assert max(row["forget"] for row in same) < 1e-10 < min(row["forget"] for row in other)
+
+
+def test_the_concepts_prediction_goes_to_the_anchors(pocket, schedule, forget, contexts, retain):
+    """On the bundled checkpoint, against its own first steps."""
+    unet = deepcopy(pocket.unet)
+    rows = run(unet, bits_of(unet, 0.5), schedule, forget, contexts, retain, steps=30, anchor_from="base",
+               retain_weight=0, batch_size=8)  # fmt: skip
+    start, end = (sum(row["forget"] for row in part) for part in (rows[:8], rows[-8:]))
+    assert end < 0.5 * start
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(fresh_unet, schedule, forget, contexts, retain):
+    trained = []
+    for seed in (0, 0, 1):
+        unet = deepcopy(fresh_unet)
+        run(unet, bits_of(unet), schedule, forget, contexts, retain, seed=seed)
+        trained.append(torch.cat([p.detach().flatten() for p in unet.parameters()]))
+    assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
+
+
+def test_the_base_anchor_is_not_the_current_one(fresh_unet, schedule, forget, contexts, retain):
+    rows = {
+        source: run(deepcopy(fresh_unet), bits_of(fresh_unet), schedule, forget, contexts, retain, anchor_from=source)
+        for source in ("current", "base")
+    }
+    assert rows["current"][0] == rows["base"][0]  # before the first update they are the same weights
+    assert rows["current"][2]["forget"] != rows["base"][2]["forget"]
+
+
+def test_an_exploding_or_undefined_loss_names_the_step_and_what_to_lower(
+    fresh_unet, schedule, forget, contexts, retain
+):
+    with pytest.raises(SalunError, match=r"exploded at step \d+ .*: lower --lr, now 100"):
+        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, retain, steps=20, lr=100.0)
+
+
+def test_every_example_is_seen_once_a_pass():
+    seen = torch.cat(list(islice(batches(10, 4, torch.Generator().manual_seed(0)), 5)))
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    assert len(next(batches(3, 8, torch.Generator()))) == 8

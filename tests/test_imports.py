@@ -1,0 +1,65 @@
+"""The layers of the package, read from its import statements."""
+
+import ast
+from pathlib import Path
+
+import salun_sd
+
+FOLDER = Path(salun_sd.__file__).parent
+
+
+def imports(module: str) -> set[str]:
+    """Modules of salun_sd that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse((FOLDER / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "salun_sd":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("salun_sd."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+MODULES = {p.stem for p in FOLDER.glob("*.py")} - {"__init__", "__main__"}
+
+
+def reaches(module: str) -> set[str]:
+    seen, queue = set(), [module]
+    while queue:
+        for other in imports(queue.pop()) & MODULES - seen:
+            seen.add(other)
+            queue.append(other)
+    return seen
+
+
+def test_the_ground_floor_stands_on_errors_alone():
+    assert imports("errors") == set()
+    for module in ("prompts", "diffusion", "mask"):
+        assert imports(module) <= {"errors"}
+
+
+def test_nobody_imports_the_command_line():
+    assert not [m for m in MODULES if "cli" in imports(m)]
+
+
+def test_editing_and_auditing_meet_on_disk_only():
+    edit_side, audit_side = {"data", "saliency", "mask", "erase"}, {"generate", "detect", "report"}
+    for module in edit_side:
+        assert not reaches(module) & (audit_side | {"audit"}), module
+    for module in audit_side:
+        assert not reaches(module) & (edit_side - {"mask"} | {"edit"}), module
+    assert "edit" not in reaches("audit") and "audit" not in reaches("edit")
+
+
+def test_the_maths_knows_no_paths_and_prints_nothing():
+    for module in ("diffusion", "saliency", "mask", "erase"):
+        tree = ast.parse((FOLDER / f"{module}.py").read_text())
+        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        assert not names & {"Path", "open", "print", "tqdm"}, module
+
+
+def test_report_works_without_torch():
+    assert "torch" not in (FOLDER / "report.py").read_text().replace("No torch", "")
+    for module in ("report", *reaches("report")):
+        tree = ast.parse((FOLDER / f"{module}.py").read_text())
+        top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        assert "torch" not in top, module
