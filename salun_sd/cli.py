@@ -44,6 +44,11 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+def example(*lines: str) -> str:
+    """The end of a command's help: a runnable command, kept in its lines (the backspace tells the formatter so)."""
+    return "Example:\n\n\b\n" + " \\\n  ".join(["salun-sd " + lines[0], *lines[1:]])
+
+
 class AnchorFrom(str, Enum):
     current = "current"
     base = "base"
@@ -62,9 +67,7 @@ GuidanceOpt = Annotated[
 SeedOpt = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of noise, timesteps and order.")]
 
 
-@app.command(
-    epilog="Example: salun-sd mask pocket --concept 'a photo of a sneaker' --samples 100 --out mask.safetensors"
-)
+@app.command(epilog=example("mask pocket --concept 'a photo of a sneaker'", "--samples 100 --out mask.safetensors"))
 def mask(
     model: ModelArg,
     concept: ConceptOpt,
@@ -96,8 +99,11 @@ def mask(
 
 
 @app.command(
-    epilog="Example: salun-sd erase pocket --concept 'a photo of a sneaker' --anchor 'a photo of a bag' "
-    "--retain-prompts pocket --samples 100 --steps 100 --batch-size 32 --lr 1e-4 --out erased"
+    epilog=example(
+        "erase pocket --concept 'a photo of a sneaker'",
+        "--anchor 'a photo of a bag' --retain-prompts pocket --samples 100",
+        "--steps 100 --batch-size 32 --lr 1e-4 --out erased",
+    )
 )
 def erase(
     model: ModelArg,
@@ -145,7 +151,7 @@ def erase(
     )
 
 
-@app.command(epilog="Example: salun-sd evaluate erased --prompts pocket --against pocket --out audit")
+@app.command(epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
 def evaluate(
     prompts: Annotated[str, typer.Option(help="Prompt set, by name or CSV.")],
     out: Annotated[Path, typer.Option(help="Folder for the audit; run again to go on where it stopped.")],
@@ -191,7 +197,7 @@ def _rate(metric: dict | None) -> str:
     return f"{metric['n']} / {metric['of']} = {metric['rate']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-@app.command(epilog="Example: salun-sd demo --out demo")
+@app.command(epilog=example("demo --out demo"))
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the mask, the erased checkpoint and the audit.")],
     concept: Annotated[str, typer.Option(help="Class of the pocket checkpoint to erase.")] = "sneaker",

@@ -22,7 +22,8 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def pixels(file: Path, size: int) -> torch.Tensor:
-    """Image file => [3, size, size] float32 in [-1, 1]: short side resized (bicubic), centre crop, as the authors do."""
+    """Image file => [3, size, size] float32 in [-1, 1]: short side resized (bicubic), centre crop, as in the authors'
+    code."""
     image = ImageOps.fit(read_image(file), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
 

@@ -42,7 +42,7 @@ def draw(
 
     Image k of a prompt starts from noise drawn on the CPU from seed_of(prompt, k), and depends on nothing but its
     prompt, seed, guidance, steps and checkpoint: the bytes are the same in any order, subset or resumed run (on a
-    GPU, to the rounding of its kernels). Each PNG carries these in a text chunk; a file with other ones is a UsageError.
+    GPU, to the rounding of its kernels). Each PNG carries these in a text chunk; a file with others is a UsageError.
     """
     missing = []
     for prompt in prompts:

@@ -1,0 +1,121 @@
+"""Erase each class of the pocket checkpoint in turn, anchor the next class, and audit every one on the same seeds.
+
+    python benchmarks/pocket_classes.py --out /tmp/classes --density 0.5 --density 0.1
+
+Runs the commands that a person would type. Writes benchmarks/pocket_classes.md (the table, its command and machine)
+and docs/pocket.png (the first concept: base row above erased row). Run again to go on where it stopped.
+"""
+
+import json
+import platform
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+
+from salun_sd import cli, prompts, report
+
+HERE = Path(__file__).parent
+TRAINING = "--samples 100 --retain-prompts pocket --steps 100 --batch-size 32 --lr 1e-4".split()
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def rate(metric: dict) -> str:
+    low, high = metric["ci95"]
+    return f"{metric['n']} / {metric['of']} = {metric['rate']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def picture(audit: Path, base: Path, cases: list[int], file: Path) -> None:
+    """Two rows of images, the base's above the erased checkpoint's, three times as large."""
+    side = 96
+    sheet = Image.new("RGB", (side * len(cases), 2 * side + 4), "white")
+    for column, case in enumerate(cases):
+        for row, folder in enumerate((base, audit)):
+            image = Image.open(folder / "images" / f"{case}_0.png").resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(image, (side * column, (side + 4) * row))
+    file.parent.mkdir(exist_ok=True)
+    sheet.save(file)
+
+
+def cpu() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} x {names[0].partition(':')[2].strip()}" if names else platform.processor()
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for masks, checkpoints and audits.")],
+    density: Annotated[list[float], typer.Option(help="Share of weights to keep; several for several rows.")],
+    first: Annotated[str, typer.Option(help="The class to begin with.")] = "sneaker",
+) -> None:
+    rows = prompts.read("pocket")
+    classes = list(dict.fromkeys(p.label for p in rows))
+    classes = classes[classes.index(first) :] + classes[: classes.index(first)]
+    base = out / "base"
+    cli.run(["evaluate", "pocket", "--prompts", "pocket", "--out", str(base)])
+    of_base = json.loads((base / "report.json").read_text())
+    base_manifest, base_detections = (read_lines(base / f"{name}.jsonl") for name in ("manifest", "detections"))
+
+    table = []
+    for concept, anchor in zip(classes, classes[1:] + classes[:1], strict=True):
+        here = out / concept.replace(" ", "-")
+        c, a = (f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in (concept, anchor))
+        asked = [p for i, p in enumerate(rows) if p.label == concept or i % 5 == 0]
+        here.mkdir(parents=True, exist_ok=True)
+        (here / "prompts.csv").write_text(prompts.write(asked))
+        masks = {d: here / (f"mask-{d:g}.safetensors" if len(density) > 1 else "mask.safetensors") for d in density}
+        if not all(file.exists() for file in masks.values()):
+            each = [part for d in density for part in ("--density", f"{d:g}")]
+            cli.run(["mask", "pocket", "--concept", c, "--samples", "100", *each,
+                     "--out", str(here / "mask.safetensors")])  # fmt: skip
+        before = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
+        before = report.measure(*([lines[p.case] for p in asked] for lines in before), concept)["metrics"]
+        for d, mask in masks.items():
+            erased, audit = here / f"erased-{d:g}", here / f"audit-{d:g}"
+            cli.run(["erase", "pocket", "--concept", c, "--anchor", a, "--mask", str(mask), *TRAINING,
+                     "--out", str(erased)])  # fmt: skip
+            cli.run(["evaluate", str(erased), "--prompts", str(here / "prompts.csv"), "--out", str(audit)])
+            after = json.loads((audit / "report.json").read_text())["metrics"]
+            record = json.loads((erased / "salun.json").read_text())
+            table.append(
+                f"| {concept} → {anchor} | {d:g} | {rate(after['ua'])} | {rate(after['ra'])} | {rate(before['ra'])} "
+                f"| {record['changed']['inside']:,} | {record['changed']['outside']} | {record['seconds']:.0f} |"
+            )
+            if concept == first and d == density[0]:
+                some = [p.case for p in asked if p.label == concept][:4]
+                some += [next(p.case for p in asked if p.label == other) for other in classes if other != concept]
+                picture(audit, base, some, HERE.parent / "docs" / "pocket.png")
+    by_class = [f"| {name} | {rate(found)} |" for name, found in of_base["classes"].items()]
+    (HERE / "pocket_classes.md").write_text(
+        f"""# Ten classes of the pocket checkpoint, each erased in turn
+
+`python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
+{date.today()}, {cpu()}, Python {platform.python_version()}; training: `{shlex.join(TRAINING)}`.
+
+UA: share of the concept's 100 prompts whose image is not classified as it. RA: share of 180 prompts of the other
+classes classified as what they ask for; beside it the base on the same prompts and seeds. Brackets: 95 % Wilson
+interval. Changed: weights whose saved bytes differ from the base's, inside the mask and outside it. Seconds: the
+whole `erase` command, drawing included where it was not cached.
+
+| concept → anchor | density | UA | RA | RA of the base | changed inside | outside | seconds |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(table)}
+
+The base on all 1,000 prompts of `pocket`, 100 a class: RA {rate(of_base["metrics"]["ra"])}, flagged by NudeNet
+(all of them false) {rate(of_base["metrics"]["flag_rate"])}.
+
+| class | classified as it |
+| --- | --- |
+{chr(10).join(by_class)}
+"""
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
