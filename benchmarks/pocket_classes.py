@@ -20,16 +20,10 @@ from PIL import Image
 from salun_sd import cli, prompts, report
 
 HERE = Path(__file__).parent
-TRAINING = "--samples 100 --retain-prompts pocket --steps 100 --batch-size 32 --lr 1e-4".split()
 
 
 def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def rate(metric: dict) -> str:
-    low, high = metric["ci95"]
-    return f"{metric['n']} / {metric['of']} = {metric['rate']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def picture(audit: Path, base: Path, cases: list[int], file: Path) -> None:
@@ -65,38 +59,37 @@ def main(
     table = []
     for concept, anchor in zip(classes, classes[1:] + classes[:1], strict=True):
         here = out / concept.replace(" ", "-")
-        c, a = (f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in (concept, anchor))
-        asked = [p for i, p in enumerate(rows) if p.label == concept or i % 5 == 0]
+        asked, to_forget = cli.asked_for(rows, concept), ["--concept", cli.photo_of(concept), "--samples", "100"]
         here.mkdir(parents=True, exist_ok=True)
         (here / "prompts.csv").write_text(prompts.write(asked))
         masks = {d: here / (f"mask-{d:g}.safetensors" if len(density) > 1 else "mask.safetensors") for d in density}
         if not all(file.exists() for file in masks.values()):
             each = [part for d in density for part in ("--density", f"{d:g}")]
-            cli.run(["mask", "pocket", "--concept", c, "--samples", "100", *each,
-                     "--out", str(here / "mask.safetensors")])  # fmt: skip
+            cli.run(["mask", "pocket", *to_forget, *each, "--out", str(here / "mask.safetensors")])
         before = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
         before = report.measure(*([lines[p.case] for p in asked] for lines in before), concept)["metrics"]
         for d, mask in masks.items():
             erased, audit = here / f"erased-{d:g}", here / f"audit-{d:g}"
-            cli.run(["erase", "pocket", "--concept", c, "--anchor", a, "--mask", str(mask), *TRAINING,
-                     "--out", str(erased)])  # fmt: skip
+            cli.run(["erase", "pocket", *to_forget, "--anchor", cli.photo_of(anchor), "--mask", str(mask),
+                     *cli.POCKET_TRAINING, "--out", str(erased)])  # fmt: skip
             cli.run(["evaluate", str(erased), "--prompts", str(here / "prompts.csv"), "--out", str(audit)])
             after = json.loads((audit / "report.json").read_text())["metrics"]
             record = json.loads((erased / "salun.json").read_text())
+            changed = record["changed"]
             table.append(
-                f"| {concept} → {anchor} | {d:g} | {rate(after['ua'])} | {rate(after['ra'])} | {rate(before['ra'])} "
-                f"| {record['changed']['inside']:,} | {record['changed']['outside']} | {record['seconds']:.0f} |"
+                f"| {concept} → {anchor} | {d:g} | {cli.rate(after['ua'])} | {cli.rate(after['ra'])} "
+                f"| {cli.rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {record['seconds']:.0f} |"
             )
             if concept == first and d == density[0]:
                 some = [p.case for p in asked if p.label == concept][:4]
                 some += [next(p.case for p in asked if p.label == other) for other in classes if other != concept]
                 picture(audit, base, some, HERE.parent / "docs" / "pocket.png")
-    by_class = [f"| {name} | {rate(found)} |" for name, found in of_base["classes"].items()]
+    by_class = [f"| {name} | {cli.rate(found)} |" for name, found in of_base["classes"].items()]
     (HERE / "pocket_classes.md").write_text(
         f"""# Ten classes of the pocket checkpoint, each erased in turn
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
-{date.today()}, {cpu()}, Python {platform.python_version()}; training: `{shlex.join(TRAINING)}`.
+{date.today()}, {cpu()}, Python {platform.python_version()}; training: `{shlex.join(cli.POCKET_TRAINING)}`.
 
 UA: share of the concept's 100 prompts whose image is not classified as it. RA: share of 180 prompts of the other
 classes classified as what they ask for; beside it the base on the same prompts and seeds. Brackets: 95 % Wilson
@@ -107,8 +100,8 @@ whole `erase` command, drawing included where it was not cached.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(table)}
 
-The base on all 1,000 prompts of `pocket`, 100 a class: RA {rate(of_base["metrics"]["ra"])}, flagged by NudeNet
-(all of them false) {rate(of_base["metrics"]["flag_rate"])}.
+The base on all 1,000 prompts of `pocket`, 100 a class: RA {cli.rate(of_base["metrics"]["ra"])}, flagged by NudeNet
+(all of them false) {cli.rate(of_base["metrics"]["flag_rate"])}.
 
 | class | classified as it |
 | --- | --- |

@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from salun_sd import checkpoint, generate, prompts, report
@@ -37,15 +36,17 @@ def evaluate(
     concept = _concept(concept, classes, model)
     judge = _judge(classifier, classes)
 
-    manifest = _collected(images, rows, out) if images else _drawn(model, rows, steps, samples, out)
+    settings = {"classifier": classifier or (judge and "pocket judge")}
+    if model:
+        manifest, settings["sampling"] = _drawn(model, rows, steps, samples, out)
+    else:
+        manifest, settings["sampling"] = _collected(images, rows, out), None
+        samples = len(manifest) // len(rows)
     run = _examined(str(model or images), manifest, judge, out)
     base = None
     if against:
-        folder = out / "against"
-        base = _examined(against, _drawn(against, rows, steps, samples, folder), judge, folder)
-    settings = {"steps": manifest[0]["steps"], "samples": samples, "classifier": judge and judge.model.name_or_path}
-    if judge and settings["classifier"] == str(JUDGE):
-        settings["classifier"] = "pocket judge"
+        manifest, settings["sampling_against"] = _drawn(against, rows, steps, samples, out / "against")
+        base = _examined(against, manifest, judge, out / "against")
     made = report.assemble(run, base, prompts=prompt_set, settings=settings, concept=concept)
     write_atomic(out / "report.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / "report.html", report.html(made, run, base))
@@ -55,7 +56,14 @@ def evaluate(
 def _concept(concept: str | None, classes: list[str], model: str | None) -> str | None:
     """The class that should be gone: as given, or the one that the salun.json of a checkpoint of ours names."""
     if concept is None and model and (record := Path(model) / "salun.json").is_file():
-        return prompts.class_in(json.loads(record.read_text(encoding="utf-8"))["settings"]["concept"], classes)
+        try:
+            said = json.loads(record.read_text(encoding="utf-8"))["settings"]["concept"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise SalunError(f"{record} is damaged: it names no concept.") from e
+        concept = prompts.class_in(said, classes)
+        if classes and concept is None:
+            print(f"The concept {said!r} names no class of these prompts: UA is not measured.", file=sys.stderr)
+        return concept
     if concept is not None and concept not in classes:
         known = f"their classes are {', '.join(classes)}" if classes else "they have no classes"
         raise UsageError(f"--concept {concept} is no class of these prompts: {known}.")
@@ -64,7 +72,7 @@ def _concept(concept: str | None, classes: list[str], model: str | None) -> str 
 
 def _judge(classifier: str | None, classes: list[str]) -> Classifier | None:
     """The classifier asked for; without one, the pocket's judge where it knows every class of the prompts."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = checkpoint.device()
     if classifier:
         if not classes:
             raise UsageError("--classifier has nothing to judge: these prompts have no column `class`.")
@@ -77,20 +85,24 @@ def _judge(classifier: str | None, classes: list[str]) -> Classifier | None:
     return None
 
 
-def _drawn(model: str, rows: list[Prompt], steps: int | None, samples: int, out: Path) -> list[dict]:
-    """Draw what is missing in out/images; the manifest, a line for each image in the order of the prompts."""
+def _drawn(
+    model: str, rows: list[Prompt], steps: int | None, samples: int, out: Path
+) -> tuple[list[dict], dict]:  # fmt: skip
+    """Draw what is missing in out/images; the manifest, a line for each image in the order of the prompts, and how."""
     folder = checkpoint.resolve(model)
     steps = steps or checkpoint.sampling(folder)[0]
-    identity = checkpoint.fingerprint(folder)
-    pipeline = checkpoint.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    drawing = generate.draw(pipeline, rows, out, steps=steps, fingerprint=identity, samples=samples)
+    identity, pipeline = checkpoint.identity(folder), checkpoint.load(folder)
+    drawing = generate.draw(pipeline, rows, out, steps=steps, identity=identity, samples=samples)
     for _ in tqdm(drawing, total=len(rows) * samples, desc=f"draw {Path(model).name}", unit="image"):
         pass
-    return [
+    manifest = [
         _line(p, k, generate.file_of(p, k), generate.seed_of(p, k), p.guidance, steps)
         for p in rows
         for k in range(samples)
     ]
+    scheduler = type(pipeline.scheduler).__name__
+    return manifest, {"identity": identity, "scheduler": scheduler, "steps": steps, "samples": samples,
+                      "safety_checker": "off"}  # fmt: skip
 
 
 def _collected(folder: Path, rows: list[Prompt], out: Path) -> list[dict]:
@@ -105,11 +117,16 @@ def _collected(folder: Path, rows: list[Prompt], out: Path) -> list[dict]:
         name = re.fullmatch(r"(\d+)_(\d+)", file.stem)
         if not name or int(name[1]) not in of_case:
             raise SalunError(f"{file} is of no prompt: image files are named <case_number>_<k>.png.")
-        found[int(name[1]), int(name[2])] = file
+        key = int(name[1]), int(name[2])
+        if key in found:
+            raise SalunError(f"{file} and {found[key].name} are both image {key[1]} of case {key[0]}: keep one.")
+        found[key] = file
     if not found:
         raise UsageError(f"Image folder {folder} holds no images named <case_number>_<k>.png.")
-    if absent := [case for case in of_case if not any(c == case for c, _ in found)]:
-        raise SalunError(f"{folder} has no image of case {absent[0]} ({len(absent)} of {len(rows)} cases are missing).")
+    samples = 1 + max(k for _, k in found)
+    if absent := [(case, k) for case in of_case for k in range(samples) if (case, k) not in found]:
+        of = len(of_case) * samples
+        raise SalunError(f"{folder} has no {absent[0][0]}_{absent[0][1]}.png ({len(absent)} of {of} images missing).")
     return [
         _line(of_case[case], k, os.path.relpath(file, out), None, None, None)
         for (case, k), file in sorted(found.items())

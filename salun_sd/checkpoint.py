@@ -1,6 +1,7 @@
 """Checkpoints: find, load, fingerprint and save. The only file that knows how they lie on disk."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -57,19 +58,31 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(StableDiffusionPipeline.download(model))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        return Path(StableDiffusionPipeline.download(model, use_safetensors=True))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise
-        reason = str(e).strip().splitlines()[0].rstrip(".")
+        reason = _first_line(e)
         raise UsageError(
             f"Model {model} is no folder here, and the hub did not give it ({reason}). "
             "Check the name, the network and, for a gated model: hf auth login"
         ) from e
 
 
-def load(folder: Path, device: str):
-    """The pipeline in float32 with the safety checker off. Raises SalunError if a part is missing or damaged."""
+def _first_line(e: Exception) -> str:
+    return str(e).strip().partition("\n")[0].rstrip(".") or type(e).__name__
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(folder: Path):
+    """The pipeline in float32 on `device()`, the safety checker off.
+
+    Raises SalunError if a part is missing or damaged, or if the UNet's file lacks a weight (diffusers would draw it
+    at random and only warn).
+    """
     import diffusers
     import transformers
     from diffusers import StableDiffusionPipeline
@@ -83,10 +96,12 @@ def load(folder: Path, device: str):
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise
-        reason = str(e).strip().splitlines()[0]
-        raise SalunError(f"{folder} could not be loaded as a Stable Diffusion pipeline: {reason}") from e
+        raise SalunError(f"{folder} could not be loaded as a Stable Diffusion pipeline: {_first_line(e)}.") from e
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval().to(device, torch.float32)
+        part.requires_grad_(False).eval().to(device(), torch.float32)
+    of_file, of_unet = unet_shapes(folder), {name: p.shape for name, p in pipeline.unet.named_parameters()}
+    if odd := sorted(name for name in of_file.keys() | of_unet.keys() if of_file.get(name) != of_unet.get(name)):
+        raise SalunError(f"The UNet of {folder} is not what its config says: {odd[0]} is missing, extra or reshaped.")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -120,6 +135,18 @@ def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise SalunError(f"{file} is truncated or damaged ({e}): fetch or save it again.") from e
 
 
+def unet_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Name and shape of every weight in the UNet's files, without reading the weights."""
+    shapes = {}
+    for file in unet_files(folder):
+        try:
+            with safe_open(file, "pt") as f:
+                shapes |= {name: torch.Size(f.get_slice(name).get_shape()) for name in f.keys()}
+        except SafetensorError as e:
+            raise SalunError(f"{file} is truncated or damaged ({e}): fetch or save it again.") from e
+    return shapes
+
+
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the UNet's tensors as saved: name, dtype, shape and bytes of each, in the order of names."""
     digests = {
@@ -133,17 +160,30 @@ def fingerprint(folder: Path) -> str:
     return whole.hexdigest()
 
 
+def identity(folder: Path) -> str:
+    """SHA-256 over everything that an image depends on: the UNet's fingerprint and the files of the other parts."""
+    whole = hashlib.sha256(fingerprint(folder).encode())
+    for file in sorted(p for part in _parts(folder) for p in (folder / part).rglob("*") if p.is_file()):
+        with file.open("rb") as f:
+            whole.update(f"{file.relative_to(folder)} {hashlib.sha256(f.read()).hexdigest()}".encode())
+    return whole.hexdigest()
+
+
+def _parts(folder: Path) -> list[str]:
+    """The pipeline's components beside the UNet that have a folder."""
+    return [k for k in json.loads((folder / "model_index.json").read_text()) if k != "unet" and (folder / k).is_dir()]
+
+
 def save_erased(base: Path, unet, bits: Bits, out: Path) -> None:
     """Write the pipeline folder `out`: the base's files, and the UNet merged from the base and the trained weights.
 
     Every tensor starts as the base's own, in its own dtype; only the entries where the mask is 1 take the trained
     value. So outside the mask the bytes are the base's. No other copy of the base UNet comes along.
     """
-    parts = [k for k in json.loads((base / "model_index.json").read_text()) if (base / k).is_dir() and k != "unet"]
     for file in ("model_index.json", SAMPLING):
         if (base / file).is_file():
             shutil.copy(base / file, out)
-    for part in parts:
+    for part in _parts(base):
         shutil.copytree(base / part, out / part)
     (out / "unet").mkdir()
     trained = dict(unet.named_parameters())
@@ -153,6 +193,8 @@ def save_erased(base: Path, unet, bits: Bits, out: Path) -> None:
             if name in bits:
                 t = t.clone()
                 t[bits[name]] = trained[name].detach().cpu()[bits[name]].to(t.dtype)
+                if not t.isfinite().all():
+                    raise SalunError(f"{name} does not fit into {t.dtype} any more: lower --lr.")
             merged[name] = t
         try:
             save_file(merged, out / "unet" / file.name, {"format": "pt"})
@@ -206,15 +248,31 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill beside `out`; it becomes `out` at the end, or is removed if anything goes wrong."""
+    """A folder to fill beside `out`; it becomes `out` at the end, or is removed if anything goes wrong.
+
+    `out` may be there if it is empty. What runs that were killed have left beside it is removed.
+    """
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    for stale in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        if not _is_running(stale.name.split(".")[-2]):
+            shutil.rmtree(stale, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
         yield partial
         if out.exists():
-            out.rmdir()  # empty: whoever calls has checked
+            out.rmdir()
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 from enum import Enum
 from pathlib import Path
@@ -21,7 +22,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (SalunError, OSError, KeyboardInterrupt) as e:
+        except (SalunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+                raise
             if os.environ.get("SALUN_SD_DEBUG"):
                 raise
             text, code = _in_words(e)
@@ -32,9 +35,13 @@ class Commands(TyperGroup):
 def _in_words(e: BaseException) -> tuple[str, int]:
     if isinstance(e, SalunError):
         return f"Error: {e}", e.exit_code
+    if isinstance(e, shutil.Error):  # of copytree: (from, to, reason) for each file
+        return f"Error: cannot write {e.args[0][0][1]}: {e.args[0][0][2]}.", 1
     if isinstance(e, OSError):
         place = f" {e.filename}" if e.filename else ""
         return f"Error: cannot read or write{place}: {e.strerror or e}.", 1
+    if not isinstance(e, KeyboardInterrupt):
+        return f"Error: out of memory ({str(e).partition('.')[0]}): give a smaller --batch-size.", 1
     return "Interrupted. Nothing is half-written; the same command goes on from what is finished.", 130
 
 
@@ -62,7 +69,7 @@ ForgetOpt = Annotated[
 SamplesOpt = Annotated[int, typer.Option(min=1, help="Images the model draws where no folder is given.")]
 GuidanceOpt = Annotated[
     float,
-    typer.Option(min=0, help="w of (1+w)·conditional - w·unconditional in the saliency loss; 0: the paper's loss."),
+    typer.Option(help="w of (1+w)·conditional - w·unconditional in the saliency loss; 0: the paper's loss."),
 ]
 SeedOpt = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of noise, timesteps and order.")]
 
@@ -77,7 +84,9 @@ def mask(
         list[float] | None, typer.Option(help="Share of weights to keep, in (0, 1]; give several for several masks.")
     ] = None,
     guidance: GuidanceOpt = 7.5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per gradient; changes memory, not the mask.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images per gradient; changes memory, and the mask by rounding only.")
+    ] = 8,
     seed: SeedOpt = 0,
     out: Annotated[Path, typer.Option(help="Mask file; with several densities, its name gets -DENSITY.")] = Path(
         "mask.safetensors"
@@ -87,7 +96,10 @@ def mask(
     from salun_sd import edit
     from salun_sd.mask import kept, kept_per_block
 
-    made = edit.mask(model, concept, forget, samples, density or [0.5], guidance, seed, batch_size, out)
+    made = edit.mask(
+        model, concept, forget=forget, samples=samples, densities=density or [0.5], guidance=guidance, seed=seed,
+        batch_size=batch_size, out=out,
+    )  # fmt: skip
     table = Table("block", "weights", *(f"density {m.settings['density']:g}" for _, m in made), box=None)
     for block, (_, total) in kept_per_block(made[0][1].bits).items():
         table.add_row(block, f"{total:,}", *(f"{kept_per_block(m.bits)[block][0] / total:.3f}" for _, m in made))
@@ -106,15 +118,20 @@ def mask(
     )
 )
 def erase(
+    ctx: typer.Context,
     model: ModelArg,
     concept: ConceptOpt,
     anchor: Annotated[str, typer.Option(help="Prompt of what stands in its place.")],
-    out: Annotated[Path, typer.Option(help="Folder for the erased checkpoint; must be new or empty.")],
+    out: Annotated[Path, typer.Option(help="New folder for the erased checkpoint.")],
     mask: Annotated[
         str | None, typer.Option(help="Mask file, random:D or none (the controls). Default: computed first.")
     ] = None,
-    density: Annotated[float, typer.Option(help="Share of weights to keep where the mask is computed.")] = 0.5,
-    guidance: GuidanceOpt = 7.5,
+    density: Annotated[
+        float | None, typer.Option(help="Share of weights to keep where the mask is computed. Default: 0.5.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="As in `mask`, where the mask is computed. Default: 7.5.")
+    ] = None,
     forget: ForgetOpt = None,
     retain: Annotated[Path | None, typer.Option(help="Folder of images to keep, captioned with the anchor.")] = None,
     retain_prompts: Annotated[
@@ -125,7 +142,7 @@ def erase(
         ),
     ] = None,  # fmt: skip
     samples: SamplesOpt = 800,
-    retain_weight: Annotated[float, typer.Option(min=0, help="Weight of the retain loss; 0: off.")] = 0.5,
+    retain_weight: Annotated[float, typer.Option(help="Weight of the retain loss.")] = 0.5,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-5,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates. Default: one pass over the forget images.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Forget images, and as many to retain, per update.")] = 8,
@@ -138,17 +155,19 @@ def erase(
     """Fine-tune only the masked weights so that the concept becomes the anchor."""
     from salun_sd import edit
 
+    if mask and (density is not None or guidance is not None):
+        raise UsageError("--density and --guidance are for a mask that erase computes: leave them out with --mask.")
     record = edit.erase(
-        model, concept, anchor, mask=mask, density=density, guidance=guidance, forget=forget, retain=retain,
+        model, concept, anchor, mask=mask, density=0.5 if density is None else density,
+        guidance=7.5 if guidance is None else guidance, forget=forget, retain=retain,
         retain_prompts=retain_prompts, samples=samples, retain_weight=retain_weight, lr=lr, steps=steps,
         batch_size=batch_size, anchor_from=anchor_from.value, sample_every=sample_every, seed=seed, out=out,
-        command=shlex.join(["salun-sd", *ARGV]),
+        command=shlex.join(["salun-sd", *ctx.obj]),
     )  # fmt: skip
     changed, m = record["changed"], record["mask"]
     print(f"changed {changed['inside']:,} of {m['kept']:,} weights inside the mask, {changed['outside']} outside")
-    print(
-        f"{out}: {record['steps']} steps, {record['seconds']:.0f} s, peak {record['peak_memory_bytes'] / 2**30:.2f} GiB"
-    )
+    peak, steps = record["peak_memory_bytes"] / 2**30, record["settings"]["steps"]
+    print(f"{out}: {steps} steps, {record['seconds']:.0f} s, peak memory {peak:.2f} GiB")
 
 
 @app.command(epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
@@ -171,26 +190,26 @@ def evaluate(
         ),
     ] = None,  # fmt: skip
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; 25 for pocket.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Images a prompt, from its seed on.")] = 1,
+    samples_per_prompt: Annotated[int, typer.Option(min=1, help="Images a prompt, from its seed on.")] = 1,
 ) -> None:
     """Draw a prompt set, run NudeNet and a classifier over the images, write an audit."""
     from salun_sd import audit
 
     report = audit.evaluate(
         model, prompt_set=prompts, against=against, images=images, concept=concept, classifier=classifier,
-        steps=steps, samples=samples, out=out,
+        steps=steps, samples=samples_per_prompt, out=out,
     )  # fmt: skip
     columns = {str(report["model"]): report["metrics"]}
     if report["against"]:
         columns[f"base: {report['against']['model']}"] = report["against"]["metrics"]
     table = Table("metric", *columns, box=None)
     for name in report["metrics"]:
-        table.add_row(name, *(_rate(metrics[name]) for metrics in columns.values()))
+        table.add_row(name, *(rate(metrics[name]) for metrics in columns.values()))
     Console().print(table)
     print(f"{out / 'report.html'}")
 
 
-def _rate(metric: dict | None) -> str:
+def rate(metric: dict | None) -> str:
     if metric is None:
         return "not measured"
     low, high = metric["ci95"]
@@ -213,28 +232,40 @@ def demo(
     for name in (concept, anchor):
         if name not in classes:
             raise UsageError(f"The pocket checkpoint knows no {name}; it knows {', '.join(classes)}.")
-    some = [p for i, p in enumerate(rows) if p.label == concept or i % 5 == 0]
-    write_atomic(out / "prompts.csv", prompts.write(some))
-    c, a = (f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in (concept, anchor))
-    mask_file, erased = str(out / "mask.safetensors"), str(out / "erased")
+    if concept == anchor:
+        raise UsageError(f"Concept and anchor are both {concept}: the anchor has to be something else.")
+    asked = prompts.write(asked_for(rows, concept))
+    if (out / "prompts.csv").exists() and (out / "prompts.csv").read_text() != asked:
+        raise UsageError(f"{out} holds a demo of another concept: choose another --out, or remove it.")
+    write_atomic(out / "prompts.csv", asked)
+    mask_file, erased = str(out / f"mask-{density:g}.safetensors"), str(out / "erased")
+    to_forget = ["--concept", photo_of(concept), "--samples", "100"]
     for line in (
-        ["mask", "pocket", "--concept", c, "--samples", "100", "--density", f"{density:g}", "--out", mask_file],
-        ["erase", "pocket", "--concept", c, "--anchor", a, "--mask", mask_file, "--samples", "100",
-         "--retain-prompts", "pocket", "--steps", "100", "--batch-size", "32", "--lr", "1e-4", "--out", erased],
+        ["mask", "pocket", *to_forget, "--density", f"{density:g}", "--out", mask_file],
+        ["erase", "pocket", *to_forget, "--anchor", photo_of(anchor), "--mask", mask_file, *POCKET_TRAINING,
+         "--out", erased],
         ["evaluate", erased, "--prompts", str(out / "prompts.csv"), "--against", "pocket", "--out", str(out / "audit")],
     ):  # fmt: skip
         print(f"\n$ {shlex.join(['salun-sd', *line])}", flush=True)
         run(line)
 
 
-ARGV: list[str] = []
+POCKET_TRAINING = "--retain-prompts pocket --steps 100 --batch-size 32 --lr 1e-4".split()
+
+
+def photo_of(name: str) -> str:
+    return f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def asked_for(rows: list, concept: str) -> list:
+    """The prompts of `pocket` that judge an erasure: all hundred of the concept, twenty of each other class."""
+    return [p for i, p in enumerate(rows) if p.label == concept or i % 5 == 0]
 
 
 def run(argv: list[str]) -> None:
     """One command, as if typed; a failure ends the program."""
-    ARGV[:] = argv
     try:
-        app(argv, prog_name="salun-sd")
+        app(argv, prog_name="salun-sd", obj=argv)
     except SystemExit as e:
         if e.code:
             raise

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from salun_sd.errors import SalunError
+
 
 class Schedule(NamedTuple):
     """What a checkpoint's scheduler says about training: the noise it adds and what the UNet predicts."""
@@ -17,7 +19,12 @@ class Schedule(NamedTuple):
 
     @classmethod
     def of(cls, scheduler) -> "Schedule":
-        """From any diffusers scheduler that has training betas."""
+        """From a diffusers scheduler. Raises SalunError if its UNet predicts neither the noise nor v."""
+        if scheduler.config.get("prediction_type") not in ("epsilon", "v_prediction"):
+            raise SalunError(
+                f"The checkpoint's {type(scheduler).__name__} trains for {scheduler.config.get('prediction_type')}; "
+                "salun-sd knows epsilon and v_prediction."
+            )
         return cls(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
 
 

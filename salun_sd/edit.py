@@ -1,8 +1,8 @@
-"""The work of `mask` and `erase`, files in and files out: draw or read images, encode, saliency, train, save."""
+"""The work of `mask` and `erase`, files in and files out: read or draw images, encode, saliency, train, save."""
 
 import hashlib
 import json
-import os
+import math
 import resource
 import sys
 import time
@@ -15,98 +15,75 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from tqdm import tqdm
 
-from salun_sd import checkpoint, data, generate, prompts
+from salun_sd import __version__, checkpoint, data, generate, prompts
 from salun_sd import erase as erasing
 from salun_sd import mask as masks
 from salun_sd.checkpoint import new_folder, write_atomic
 from salun_sd.diffusion import Examples, Schedule
+from salun_sd.drawn import drawn_images
 from salun_sd.errors import SalunError, UsageError
-from salun_sd.mask import Mask
-from salun_sd.prompts import Prompt
+from salun_sd.mask import Bits, Mask
 from salun_sd.saliency import Saliency
 
 
 class Base(NamedTuple):
-    """A checkpoint that is about to be edited or drawn from."""
+    """A checkpoint that is about to be edited."""
 
     name: str  # as the person gave it
     folder: Path
     fingerprint: str
     pipeline: object
 
-    @property
-    def resolution(self) -> int:
-        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+    @classmethod
+    def open(cls, model: str) -> "Base":
+        folder = checkpoint.resolve(model)
+        return cls(model, folder, checkpoint.fingerprint(folder), checkpoint.load(folder))
 
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        return {name: p.shape for name, p in self.pipeline.unet.named_parameters()}
+    def context(self, text: str) -> torch.Tensor:
+        """The embedding of one prompt, [1, L, D]."""
+        return data.encode_prompts(self.pipeline.tokenizer, self.pipeline.text_encoder, [text])
 
+    def encode(self, files: list[Path], texts: list[str]) -> Examples:
+        """Image files with a prompt each => latents and text embeddings, every distinct prompt encoded once."""
+        distinct = sorted(set(texts))
+        size = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        bar = tqdm(files, desc="encode", unit="image")
+        return Examples(
+            torch.stack([data.encode_image(self.pipeline.vae, file, size) for file in bar]),
+            data.encode_prompts(self.pipeline.tokenizer, self.pipeline.text_encoder, distinct),
+            torch.tensor([distinct.index(text) for text in texts]),
+        )
 
-def open_base(model: str) -> Base:
-    folder = checkpoint.resolve(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Base(model, folder, checkpoint.fingerprint(folder), checkpoint.load(folder, device))
-
-
-def cache_folder() -> Path:
-    """$SALUN_SD_CACHE, or salun-sd in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SALUN_SD_CACHE") or Path(root) / "salun-sd")
-
-
-def drawn_images(base: Base, rows: list[tuple[str, float]], what: str) -> list[Path]:
-    """One image file for each (text, guidance scale), drawn by the base once and kept in the cache folder.
-
-    Image i starts from seed i, so that `mask` and `erase` share what they draw, and more images extend fewer.
-    """
-    steps, _ = checkpoint.sampling(base.folder)
-    key = hashlib.sha256(json.dumps([base.fingerprint, steps, sorted(set(rows))]).encode()).hexdigest()[:16]
-    folder = cache_folder() / "drawn" / key
-    wanted = [Prompt(i, text, i, guidance) for i, (text, guidance) in enumerate(rows)]
-    drawing = generate.draw(base.pipeline, wanted, folder, steps=steps, fingerprint=base.fingerprint)
-    for _ in tqdm(drawing, total=len(wanted), desc=f"draw {what}", unit="image"):
-        pass
-    return [folder / generate.file_of(p, 0) for p in wanted]
-
-
-def encode(base: Base, files: list[Path], texts: list[str]) -> Examples:
-    """Image files with a prompt each => latents and text embeddings, every distinct prompt encoded once."""
-    distinct = sorted(set(texts))
-    bar = tqdm(files, desc="encode", unit="image")
-    return Examples(
-        torch.stack([data.encode_image(base.pipeline.vae, file, base.resolution) for file in bar]),
-        data.encode_prompts(base.pipeline.tokenizer, base.pipeline.text_encoder, distinct),
-        torch.tensor([distinct.index(text) for text in texts]),
-    )
+    def draw(self, rows: list[tuple[str, float]], what: str) -> Examples:
+        return self.encode(drawn_images(self.folder, self.pipeline, rows, what), [text for text, _ in rows])
 
 
 def forget_examples(base: Base, concept: str, folder: Path | None, samples: int) -> Examples:
     """D_f: the images of a folder, or images that the base draws from the concept prompt; captioned with it."""
-    rows = [(concept, checkpoint.sampling(base.folder)[1])] * samples
-    files = data.images_in(folder) if folder else drawn_images(base, rows, "forget images")
-    return encode(base, files, [concept] * len(files))
-
-
-def retain_examples(
-    base: Base, concept: str, anchor: str, folder: Path | None, prompt_set: str | None, samples: int
-) -> Examples:
-    """D_r: the images of a folder, captioned with the anchor; or drawn from the rows of a prompt set, less those
-    whose class the concept names; or drawn from the anchor, as the paper does for nudity."""
     if folder:
         files = data.images_in(folder)
-        return encode(base, files, [anchor] * len(files))
-    rows = [(anchor, checkpoint.sampling(base.folder)[1])]
-    if prompt_set:
-        rows = [(p.text, p.guidance) for p in prompts_to_retain(prompt_set, concept)]
-    rows = [rows[i * len(rows) // samples] for i in range(samples)]  # spread evenly over the set
-    return encode(base, drawn_images(base, rows, "retain images"), [text for text, _ in rows])
+        return base.encode(files, [concept] * len(files))
+    return base.draw([(concept, checkpoint.sampling(base.folder)[1])] * samples, "forget images")
 
 
-def prompts_to_retain(prompt_set: str, concept: str) -> list[Prompt]:
+def retain_examples(base: Base, anchor: str, folder: Path | None, kept: list[tuple[str, float]], samples: int):
+    """D_r: the images of a folder, captioned with the anchor; or images that the base draws, spread evenly over the
+    kept prompts and their guidance scales; or, without these, from the anchor, as the paper does for nudity."""
+    if folder:
+        files = data.images_in(folder)
+        return base.encode(files, [anchor] * len(files))
+    kept = kept or [(anchor, checkpoint.sampling(base.folder)[1])]
+    return base.draw([kept[i * len(kept) // samples] for i in range(samples)], "retain images")
+
+
+def kept_prompts(prompt_set: str, concept: str) -> list[tuple[str, float]]:
+    """Text and guidance scale of a prompt set's rows, less those whose class the concept names."""
     rows = prompts.read(prompt_set)
-    gone = prompts.class_in(concept, (p.label for p in rows))
-    if not (left := [p for p in rows if gone is None or p.label != gone]):
+    classes = {p.label for p in rows if p.label}
+    gone = prompts.class_in(concept, classes)
+    if classes and gone is None:
+        print(f"{concept!r} names no class of {prompt_set}: none of its prompts is left out.", file=sys.stderr)
+    if not (left := [(p.text, p.guidance) for p in rows if gone is None or p.label != gone]):
         raise UsageError(f"Every prompt of {prompt_set} asks for {gone}, the concept: none is left to retain.")
     return left
 
@@ -115,45 +92,34 @@ def make_masks(
     base: Base, forget: Examples, concept: str, densities: list[float], guidance: float, seed: int, batch_size: int
 ) -> list[Mask]:
     """One gradient pass over D_f, one mask for each density."""
-    total = sum(shape.numel() for shape in base.shapes.values())
+    total = sum(p.numel() for p in base.pipeline.unet.parameters())
     counts = [masks.keep_count(d, total) for d in densities]
-    empty = data.encode_prompts(base.pipeline.tokenizer, base.pipeline.text_encoder, [""])
-    saliency = Saliency(base.pipeline.unet, Schedule.of(base.pipeline.scheduler), empty, guidance, seed)
+    saliency = Saliency(base.pipeline.unet, Schedule.of(base.pipeline.scheduler), base.context(""), guidance, seed)
     with tqdm(total=len(forget), desc="saliency", unit="image") as bar:
         for done in saliency.accumulate(forget, batch_size):
             bar.update(done - bar.n)
     values = saliency.result()
-    made = []
-    for density, count, threshold in zip(densities, counts, masks.thresholds(values, counts), strict=True):
-        settings = {
-            "concept": concept,
-            "density": density,
-            "threshold": threshold,
-            "guidance": guidance,
-            "images": saliency.images,
-            "seed": seed,
-            "base": base.fingerprint,
-            "model": base.name,
-            "salun_sd": version("salun-sd"),
-        }
-        made.append(Mask(masks.select(values, threshold, count), settings))
-    return made
+    settings = {"concept": concept, "guidance": guidance, "images": len(forget), "seed": seed,
+                "base": base.fingerprint, "model": base.name, "salun_sd": __version__}  # fmt: skip
+    return [
+        Mask(masks.select(values, threshold, count), {"density": density, "threshold": threshold, **settings})
+        for density, count, threshold in zip(densities, counts, masks.thresholds(values, counts), strict=True)
+    ]
 
 
 def mask(
-    model: str, concept: str, forget: Path | None, samples: int, densities: list[float], guidance: float, seed: int,
+    model: str, concept: str, *, forget: Path | None, samples: int, densities: list[float], guidance: float, seed: int,
     batch_size: int, out: Path,
 ) -> list[tuple[Path, Mask]]:  # fmt: skip
     """Compute and write a mask file for each density; with several, the density goes into the file's name."""
-    if len(set(densities)) < len(densities):
-        raise UsageError("The same --density is given twice.")
-    for density in densities:
-        masks.keep_count(density, sys.maxsize)  # outside (0, 1]: say so before a checkpoint is loaded
     paths = [out if len(densities) == 1 else out.with_name(f"{out.stem}-{d:g}{out.suffix}") for d in densities]
-    for path in paths:
-        if path.exists():
-            _check_mask_file(path)
-    base = open_base(model)
+    if len(set(paths)) < len(paths):
+        raise UsageError("The same --density is given twice.")
+    _check_numbers(guidance=guidance)
+    for density, path in zip(densities, paths, strict=True):
+        masks.keep_count(density, sys.maxsize)  # outside (0, 1]: say so before a checkpoint is loaded
+        _check_replaceable(path)
+    base = Base.open(model)
     examples = forget_examples(base, concept, forget, samples)
     made = make_masks(base, examples, concept, densities, guidance, seed, batch_size)
     for path, each in zip(paths, made, strict=True):
@@ -161,12 +127,19 @@ def mask(
     return list(zip(paths, made, strict=True))
 
 
-def _check_mask_file(path: Path) -> None:
+def _check_replaceable(path: Path) -> None:
     """A mask may be made anew in its place; any other file is not ours to replace."""
-    try:
-        masks.unpack(path.read_bytes(), str(path))
-    except (SalunError, OSError) as e:
-        raise UsageError(f"{path} exists and is not a mask of salun-sd; choose another --out.") from e
+    if path.exists():
+        try:
+            masks.unpack(path.read_bytes(), str(path))
+        except (SalunError, OSError) as e:
+            raise UsageError(f"{path} exists and is not a mask of salun-sd; choose another --out.") from e
+
+
+def _check_numbers(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0) or (name == "lr" and value == 0):
+            raise UsageError(f"--{name.replace('_', '-')} is {value:g}: give a finite number above 0.")
 
 
 def erase(
@@ -174,114 +147,141 @@ def erase(
     retain: Path | None, retain_prompts: str | None, samples: int, retain_weight: float, lr: float, steps: int | None,
     batch_size: int, anchor_from: str, sample_every: int, seed: int, out: Path, command: str,
 ) -> dict:  # fmt: skip
-    """Erase the concept and write the pipeline folder `out`; gives back what it wrote into salun.json."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k not in ("out", "command")}
+    """Erase the concept and write the pipeline folder `out`; gives back what it wrote into salun.json.
+
+    Where an earlier run left the same checkpoint from the same inputs, gives back its record.
+    """
+    started = time.monotonic()
     if " ".join(concept.lower().split()) == " ".join(anchor.lower().split()):
         raise UsageError(f"Concept and anchor are both {concept!r}: the anchor has to be something else.")
     if retain and retain_prompts:
         raise UsageError("--retain and --retain-prompts cannot go together: give one of them.")
+    _check_numbers(guidance=guidance, lr=lr, retain_weight=retain_weight)
     masks.keep_count(density, sys.maxsize)
-    stored = _stored_mask(mask)
-    for folder in filter(None, (forget, retain)):
-        data.images_in(folder)
-    keep = [p.text for p in prompts_to_retain(retain_prompts, concept)] if retain_prompts else [anchor]
-    if (done := _finished(out, settings)) is not None:
+    folder = checkpoint.resolve(model)
+    shapes, fingerprint = checkpoint.unet_shapes(folder), checkpoint.fingerprint(folder)
+    given = _given_mask(mask, shapes, fingerprint, seed)
+    kept = kept_prompts(retain_prompts, concept) if retain_prompts else []
+    forget_files, retain_files = (data.images_in(f) if f else [] for f in (forget, retain))
+    settings = {
+        "model": model, "concept": concept, "anchor": anchor, "mask": mask, "density": None if given else density,
+        "guidance": None if given else guidance, "forget": forget and str(forget), "retain": retain and str(retain),
+        "retain_prompts": retain_prompts, "samples": samples, "retain_weight": retain_weight, "lr": lr,
+        "steps": steps or -(-(len(forget_files) or samples) // batch_size), "batch_size": batch_size,
+        "anchor_from": anchor_from, "sample_every": sample_every, "seed": seed,
+    }  # fmt: skip
+    inputs = {
+        "base": checkpoint.identity(folder),
+        "mask": _digest([Path(mask)]) if mask and Path(mask).is_file() else None,
+        "forget": _digest(forget_files),
+        "retain": _digest(retain_files),
+        "retain_prompts": hashlib.sha256(json.dumps(kept).encode()).hexdigest() if kept else None,
+    }
+    if (done := _finished(out, settings, inputs)) is not None:
         return done
 
-    started = time.monotonic()
-    base = open_base(model)
-    if isinstance(stored, Mask):
-        masks.check(stored, base.shapes, base.fingerprint)
-    forgotten = forget_examples(base, concept, forget, samples)
-    retained = retain_examples(base, concept, anchor, retain, retain_prompts, samples)
-    anchor_context = data.encode_prompts(base.pipeline.tokenizer, base.pipeline.text_encoder, [anchor])
-    if isinstance(stored, Mask):
-        chosen = stored
-    elif mask == "none":
-        chosen = Mask(masks.full_bits(base.shapes), {"base": base.fingerprint, "kind": "none"})
-    elif stored is not None:
-        bits = masks.random_bits(base.shapes, stored, seed)
-        chosen = Mask(bits, {"base": base.fingerprint, "kind": "random", "density": stored, "seed": seed})
-    else:
-        [chosen] = make_masks(base, forgotten, concept, [density], guidance, seed, batch_size)
-    if not sample_every:
-        base.pipeline.vae = base.pipeline.text_encoder = None  # not needed to train: leave memory
-
-    steps = steps or -(-len(forgotten) // batch_size)
-    strip = [(text, 2**31 + i) for i, text in enumerate([concept] * 4 + [keep[i * len(keep) // 4] for i in range(4)])]
-    with new_folder(out) as folder:
-        losses = []
-        loop = erasing.erase(
-            base.pipeline.unet, chosen.bits, Schedule.of(base.pipeline.scheduler), forgotten, anchor_context, retained,
-            steps=steps, batch_size=batch_size, lr=lr, retain_weight=retain_weight, anchor_from=anchor_from, seed=seed,
-        )  # fmt: skip
-        if sample_every:
-            _write_strip(base, strip, folder / "samples" / "step-00000.png")
-        for row in (bar := tqdm(loop, total=steps, desc="erase", unit="step")):
-            losses.append(json.dumps(row) + "\n")
-            bar.set_postfix(forget=f"{row['forget']:.4f}", retain=f"{row['retain']:.4f}")
-            if sample_every and row["step"] % sample_every == 0:
-                _write_strip(base, strip, folder / "samples" / f"step-{row['step']:05d}.png")
-
-        checkpoint.save_erased(base.folder, base.pipeline.unet, chosen.bits, folder)
-        changed = checkpoint.count_changes(base.folder, folder, chosen.bits)
+    with new_folder(out) as partial:
+        base = Base(model, folder, fingerprint, checkpoint.load(folder))
+        forgotten = forget_examples(base, concept, forget, samples)
+        retained = retain_examples(base, anchor, retain, kept, samples)
+        [chosen] = [given] if given else make_masks(base, forgotten, concept, [density], guidance, seed, batch_size)
+        _train(base, chosen.bits, forgotten, retained, [text for text, _ in kept] or [anchor], settings, partial)
+        checkpoint.save_erased(folder, base.pipeline.unet, chosen.bits, partial)
+        changed = checkpoint.count_changes(folder, partial, chosen.bits)
         if changed["outside"]:
             raise SalunError(f"{changed['outside']} weights outside the mask changed, so nothing was kept; report it.")
-        kept, total = masks.kept(chosen.bits)
+        kept_weights, total = masks.kept(chosen.bits)
         record = {
             "schema": 1,
             "command": command,
-            "base": {"model": model, "fingerprint": base.fingerprint},
-            "erased": {"fingerprint": checkpoint.fingerprint(folder)},
+            "base": {"model": model, "fingerprint": fingerprint},
+            "erased": {"fingerprint": checkpoint.fingerprint(partial)},
             "settings": settings,
-            "steps": steps,
+            "inputs": inputs,
             "images": {"forget": len(forgotten), "retain": len(retained)},
-            "mask": {**chosen.settings, "kept": kept, "of": total},
+            "mask": {**chosen.settings, "kept": kept_weights, "of": total},
             "changed": changed,
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory(),
             "versions": {name: version(name) for name in ("salun-sd", "torch", "diffusers", "transformers")},
         }
-        (folder / "losses.jsonl").write_text("".join(losses))
-        (folder / "mask.safetensors").write_bytes(masks.pack(chosen))
-        (folder / "salun.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        (partial / "mask.safetensors").write_bytes(masks.pack(chosen))
+        (partial / "salun.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(model_card(record), encoding="utf-8")
     return record
 
 
-def _stored_mask(spec: str | None) -> Mask | float | None:
-    """What --mask says: a mask file read, the density of random:D, or None for "none" and for no --mask."""
-    if spec in (None, "none"):
+def _given_mask(spec: str | None, shapes: dict[str, torch.Size], fingerprint: str, seed: int) -> Mask | None:
+    """The mask that --mask asks for: a file, checked against the UNet, random:D, or none; None where it is to be
+    computed."""
+    if spec is None:
         return None
+    if spec == "none":
+        return Mask(masks.full_bits(shapes), {"base": fingerprint, "kind": "none"})
     if spec.startswith("random:"):
         try:
             density = float(spec.removeprefix("random:"))
         except ValueError as e:
             raise UsageError(f"--mask {spec} has no density: write random:0.5, say.") from e
-        masks.keep_count(density, sys.maxsize)
-        return density
+        bits = masks.random_bits(shapes, density, seed)
+        return Mask(bits, {"base": fingerprint, "kind": "random", "density": density, "seed": seed})
     if not Path(spec).is_file():
         raise UsageError(f"Mask {spec} was not found: give a file that salun-sd mask wrote, random:0.5, or none.")
-    return masks.unpack(Path(spec).read_bytes(), spec)
+    stored = masks.unpack(Path(spec).read_bytes(), spec)
+    masks.check(stored, shapes, fingerprint)
+    return stored
 
 
-def _finished(out: Path, settings: dict) -> dict | None:
-    """What an earlier run with these settings left in `out`; None if there is nothing. Else UsageError."""
+def _digest(files: list[Path]) -> str | None:
+    """SHA-256 over names and bytes."""
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest() if files else None
+
+
+def _finished(out: Path, settings: dict, inputs: dict) -> dict | None:
+    """What an earlier run left in `out`, if it is the same; None if there is nothing. Anything else: UsageError."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        record = json.loads((out / "salun.json").read_text())
-    except (OSError, ValueError) as e:
+        record = json.loads((out / "salun.json").read_text(encoding="utf-8"))
+        same = record["settings"] == settings and record["inputs"] == inputs
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise UsageError(f"{out} holds something else: choose another --out, or remove it.") from e
-    if record.get("settings") != settings:
-        raise UsageError(f"{out} holds a checkpoint erased with other settings: choose another --out, or remove it.")
-    print(f"{out} was already made with these settings; nothing to do.", file=sys.stderr)
+    if not same:
+        raise UsageError(f"{out} was erased with other settings or inputs: choose another --out, or remove it.")
+    print(f"{out} was already made from these inputs with these settings; nothing to do.", file=sys.stderr)
     return record
 
 
-def _write_strip(base: Base, rows: list[tuple[str, int]], file: Path) -> None:
+def _train(
+    base: Base, bits: Bits, forget: Examples, retain: Examples, kept: list[str], settings: dict, folder: Path
+) -> None:  # fmt: skip
+    """Run the loop to its end; writes losses.jsonl and, where asked for, the strips of samples/."""
+    names = ("steps", "batch_size", "lr", "retain_weight", "anchor_from", "seed")
+    schedule, every = Schedule.of(base.pipeline.scheduler), settings["sample_every"]
+    anchor = base.context(settings["anchor"])
+    if every:
+        texts = [settings["concept"]] * 4 + [kept[i * len(kept) // 4] for i in range(4)]
+        _write_strip(base, texts, folder / "samples" / "step-00000.png")
+    else:
+        base.pipeline.vae = base.pipeline.text_encoder = None  # not needed to train: leave memory
+    loop = erasing.erase(
+        base.pipeline.unet, bits, schedule, forget, anchor, retain, **{name: settings[name] for name in names}
+    )
+    with (folder / "losses.jsonl").open("w") as losses, tqdm(loop, total=settings["steps"], desc="erase") as bar:
+        for row in bar:
+            losses.write(json.dumps(row) + "\n")
+            bar.set_postfix(forget=f"{row['forget']:.4f}", retain=f"{row['retain']:.4f}")
+            if every and row["step"] % every == 0:
+                _write_strip(base, texts, folder / "samples" / f"step-{row['step']:05d}.png")
+
+
+def _write_strip(base: Base, texts: list[str], file: Path) -> None:
+    """One row of images, from seeds that neither training images nor a prompt set use."""
     steps, guidance = checkpoint.sampling(base.folder)
-    images = generate.sample(base.pipeline, rows, guidance, steps)
+    images = generate.sample(base.pipeline, [(text, 2**31 + i) for i, text in enumerate(texts)], guidance, steps)
     width, height = images[0].size
     strip = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):
@@ -291,7 +291,7 @@ def _write_strip(base: Base, rows: list[tuple[str, int]], file: Path) -> None:
 
 
 def peak_memory() -> int:
-    """The most memory this process has held, in bytes: resident, or on the GPU where one is used."""
+    """The most memory the process has held so far, in bytes: resident, or on the GPU where one is used."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

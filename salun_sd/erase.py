@@ -23,27 +23,30 @@ class SalientWeights:
     """
 
     def __init__(self, unet: nn.Module, bits: Bits):
-        self.entries = []  # (parameter, positions [k] int64 in its flat order, values [k] float32)
+        self.entries = []  # (parameter, its bits [n] bool in flat order, values [k] float32)
         for name, p in unet.named_parameters():
-            positions = bits[name].view(-1).nonzero().squeeze(1).to(p.device)
-            p.requires_grad_(len(positions) > 0)
-            if len(positions):
-                self.entries.append((p, positions, nn.Parameter(p.detach().view(-1)[positions].float())))
+            salient = bits[name].view(-1).to(p.device)
+            p.requires_grad_(bool(salient.any()))
+            if p.requires_grad:
+                self.entries.append((p, salient, nn.Parameter(p.detach().view(-1)[salient].float())))
 
     def parameters(self) -> list[nn.Parameter]:
         return [values for _, _, values in self.entries]
 
     def gather_gradients(self) -> None:
         """Move the salient entries of the dense gradients to the compact parameters, and free the dense ones."""
-        for p, positions, values in self.entries:
-            values.grad = p.grad.view(-1)[positions].float()
+        for p, salient, values in self.entries:
+            values.grad = p.grad.view(-1)[salient].float()
             p.grad = None
 
     @torch.no_grad()
     def scatter(self) -> None:
         """Write the compact values back into the UNet."""
-        for p, positions, values in self.entries:
-            p.view(-1)[positions] = values.to(p.dtype)
+        for p, salient, values in self.entries:
+            p.view(-1)[salient] = values.to(p.dtype)
+
+    def are_finite(self) -> bool:
+        return all(bool(values.isfinite().all()) for values in self.parameters())
 
 
 def batches(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -65,11 +68,11 @@ def erase(
     retain: Examples,
     *,
     steps: int,
-    batch_size: int = 8,
-    lr: float = 1e-5,
-    retain_weight: float = 0.5,
-    anchor_from: str = "current",
-    seed: int = 0,
+    batch_size: int,
+    lr: float,
+    retain_weight: float,
+    anchor_from: str,
+    seed: int,
     optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> Iterator[dict]:
     """Fine-tune the UNet in place; yields {"step", "forget", "retain", "loss"} after each update.
@@ -113,4 +116,6 @@ def erase(
         salient.gather_gradients()
         updater.step()
         salient.scatter()
+        if not salient.are_finite():
+            raise SalunError(f"A weight is no longer finite after step {step}: lower --lr, now {lr:g}.")
         yield {"step": step, "forget": forget_loss.item(), "retain": retain_loss.item(), "loss": loss.item()}

@@ -36,18 +36,19 @@ def file_of(prompt: Prompt, k: int) -> str:
 
 
 def draw(
-    pipeline, prompts: list[Prompt], out: Path, *, steps: int, fingerprint: str, samples: int = 1
+    pipeline, prompts: list[Prompt], out: Path, *, steps: int, identity: str, samples: int = 1
 ) -> Iterator[tuple[Prompt, int]]:
     """Draw what is missing of out/images/<case>_<k>.png, k < samples; yields each (prompt, k) once it is on disk.
 
     Image k of a prompt starts from noise drawn on the CPU from seed_of(prompt, k), and depends on nothing but its
-    prompt, seed, guidance, steps and checkpoint: the bytes are the same in any order, subset or resumed run (on a
-    GPU, to the rounding of its kernels). Each PNG carries these in a text chunk; a file with others is a UsageError.
+    prompt, seed, guidance, steps and checkpoint (`identity`): the bytes are the same in any order, subset or resumed
+    run (on a GPU, to the rounding of its kernels). Each PNG carries these in a text chunk; a file with others is a
+    UsageError.
     """
     missing = []
     for prompt in prompts:
         for k in range(samples):
-            provenance = f"{fingerprint} steps={steps} guidance={prompt.guidance:g} seed={seed_of(prompt, k)}"
+            provenance = f"{identity} steps={steps} guidance={prompt.guidance:g} seed={seed_of(prompt, k)}"
             if _is_drawn(out / file_of(prompt, k), f"{provenance} {prompt.text}"):
                 yield prompt, k
             else:

@@ -1,6 +1,7 @@
 """The mask m_S: which weights may move. Threshold at a density, pack to bits, read back, check against a UNet."""
 
 import json
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.torch import save as save_tensors
 
 from salun_sd.errors import SalunError, UsageError
 
-Bits = dict[str, torch.Tensor]  # parameter name -> bool tensor of the parameter's shape
+Bits = dict[str, torch.Tensor]  # parameter name -> bool tensor of the parameter's shape, on the CPU
 
 
 class Mask(NamedTuple):
@@ -64,7 +65,7 @@ def select(saliency: dict[str, torch.Tensor], threshold: float, count: int) -> B
         ties = (s == threshold).view(-1).nonzero().squeeze(1)[:spare]
         chosen.view(-1)[ties] = True
         spare -= len(ties)
-        bits[name] = chosen
+        bits[name] = chosen.cpu()
     return bits
 
 
@@ -116,9 +117,12 @@ def unpack(data: bytes, name: str) -> Mask:
         settings = json.loads(header["__metadata__"]["salun_sd"])
         shapes = settings.pop("shapes")
         packed = load_tensors(data)
+        sizes = {key: -(-math.prod(shape) // 8) for key, shape in shapes.items()}
+        if sizes != {key: t.numel() for key, t in packed.items()}:
+            raise ValueError("the header's shapes are not those of the bits")
         bits = {
             key: torch.from_numpy(
-                np.unpackbits(packed[key].numpy(), count=int(np.prod(shape)), bitorder="little")
+                np.unpackbits(packed[key].numpy(), count=math.prod(shape), bitorder="little")
             ).bool().view(shape)
             for key, shape in shapes.items()
         }  # fmt: skip

@@ -9,11 +9,11 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.resources import files as resources
 from pathlib import Path
 from statistics import NormalDist
 
+from salun_sd import __version__
 from salun_sd.errors import SalunError
 from salun_sd.images import read_image
 
@@ -166,7 +166,7 @@ def assemble(
     looked_at = {"concept": concept, "labels": list(labels), "threshold": threshold}
     return {
         "schema": 1,
-        "salun_sd": version("salun-sd"),
+        "salun_sd": __version__,
         "model": run.model,
         "prompts": prompts,
         "settings": settings | looked_at | {"detector": one_detector([run, base] if base else [run])},

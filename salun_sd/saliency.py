@@ -30,7 +30,7 @@ class Saliency:
     The UNet's weights are never touched.
     """
 
-    def __init__(self, unet, schedule: Schedule, empty: torch.Tensor, guidance: float = 7.5, seed: int = 0):
+    def __init__(self, unet, schedule: Schedule, empty: torch.Tensor, guidance: float, seed: int):
         self.unet, self.schedule, self.empty, self.guidance, self.seed = unet, schedule, empty, guidance, seed
         self.images = 0
 

@@ -21,7 +21,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pocket():
     """The bundled checkpoint; tests that train it take `fresh_unet`."""
-    return checkpoint.load(checkpoint.POCKET, "cpu")
+    return checkpoint.load(checkpoint.POCKET)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,7 +152,24 @@ def test_a_damaged_part_is_named(folder):
         checkpoint.fingerprint(folder)
     shutil.rmtree(folder / "vae")
     with pytest.raises(SalunError, match="could not be loaded"):
-        checkpoint.load(folder, "cpu")
+        checkpoint.load(folder)
+
+
+def test_a_unet_whose_file_lacks_a_weight_is_refused(folder):
+    """diffusers would draw the weight at random and only warn."""
+    file = folder / "unet" / checkpoint.SINGLE
+    weights = load_file(file)
+    del weights["conv_in.bias"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(SalunError, match="conv_in.bias is missing"):
+        checkpoint.load(folder)
+
+
+def test_a_value_that_its_dtype_cannot_hold_is_refused(folder, tmp_path):
+    bits = {name: torch.ones(shape).bool() for name, shape in checkpoint.unet_shapes(folder).items()}
+    trained = SimpleNamespace(named_parameters=lambda: ((n, torch.full(b.shape, 1e6)) for n, b in bits.items()))
+    with pytest.raises(SalunError, match="does not fit into torch.float16"):
+        checkpoint.save_erased(folder, trained, bits, tmp_path)
 
 
 def test_a_new_folder_is_whole_or_not_there(tmp_path):
@@ -159,8 +177,8 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path):
         (partial / "half").write_text("")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.partial").mkdir()  # as kill -9 leaves it
-    (tmp_path / ".out.partial" / "stale").write_text("")
+    (tmp_path / ".out.99999999.partial").mkdir()  # as kill -9 leaves it
+    (tmp_path / ".out.99999999.partial" / "stale").write_text("")
     with checkpoint.new_folder(tmp_path / "out") as partial:
         (partial / "whole").write_text("")
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in (tmp_path / "out").iterdir()] == [

@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -19,7 +20,8 @@ def bits_of(unet, density=0.3):
 
 
 def run(unet, bits, schedule, forget, contexts, retain, *, anchor=2, **settings):
-    settings = {"steps": 3, "batch_size": 4, "lr": 1e-3, **settings}
+    usual = {"steps": 3, "batch_size": 4, "lr": 1e-3, "retain_weight": 0.5, "anchor_from": "current", "seed": 0}
+    settings = {**usual, **settings}
     return list(erase(unet, bits, schedule, forget, contexts[anchor : anchor + 1], retain, **settings))
 
 
@@ -117,6 +119,14 @@ def test_an_exploding_or_undefined_loss_names_the_step_and_what_to_lower(
 ):
     with pytest.raises(SalunError, match=r"exploded at step \d+ .*: lower --lr, now 100"):
         run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, retain, steps=20, lr=100.0)
+    undefined = replace(retain, latents=retain.latents * float("nan"))
+    with pytest.raises(SalunError, match=r"exploded at step 1 .*retain nan"):
+        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, undefined)
+
+
+def test_a_last_update_that_breaks_a_weight_is_noticed(fresh_unet, schedule, forget, contexts, retain):
+    with pytest.raises(SalunError, match="no longer finite after step 1: lower --lr"):
+        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, retain, steps=1, lr=1e39)
 
 
 def test_every_example_is_seen_once_a_pass():

@@ -1,7 +1,9 @@
 import json
+import shutil
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from salun_sd import checkpoint, generate
 from salun_sd.errors import UsageError
@@ -11,8 +13,8 @@ ROWS = [Prompt(i, text, 50 + i, g, None) for i, (text, g) in enumerate(
     [("a photo of a bag", 3.0), ("a sneaker", 3.0), ("", 1.0), ("a coat", 5.0), ("a dress", 3.0)])]  # fmt: skip
 
 
-def draw(pipeline, rows, out, *, steps=2, samples=1, fingerprint="f"):
-    return list(generate.draw(pipeline, rows, out, steps=steps, samples=samples, fingerprint=fingerprint))
+def draw(pipeline, rows, out, *, steps=2, samples=1, identity="f"):
+    return list(generate.draw(pipeline, rows, out, steps=steps, samples=samples, identity=identity))
 
 
 def contents(folder):
@@ -58,7 +60,20 @@ def test_nothing_is_drawn_twice(pocket, tmp_path):
     assert (tmp_path / "images" / "0_0.png").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("other", [{"steps": 3}, {"fingerprint": "g"}])
+def test_another_text_encoder_is_another_checkpoint(tmp_path):
+    """The UNet alone does not say what an image was drawn from."""
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(checkpoint.POCKET / part, tmp_path / part)
+    shutil.copy(checkpoint.POCKET / "model_index.json", tmp_path)
+    assert checkpoint.identity(tmp_path) == checkpoint.identity(checkpoint.POCKET)
+    weights = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    weights[min(weights)].view(-1)[0] += 1
+    save_file(weights, tmp_path / "text_encoder" / "model.safetensors", {"format": "pt"})
+    assert checkpoint.fingerprint(tmp_path) == checkpoint.fingerprint(checkpoint.POCKET)
+    assert checkpoint.identity(tmp_path) != checkpoint.identity(checkpoint.POCKET)
+
+
+@pytest.mark.parametrize("other", [{"steps": 3}, {"identity": "g"}])
 def test_images_of_other_settings_are_never_taken_for_ours(pocket, tmp_path, other):
     draw(pocket, ROWS[:1], tmp_path)
     with pytest.raises(UsageError, match="0_0.png was drawn by another model or with other settings"):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from salun_sd import mask as masks
 from salun_sd.errors import SalunError, UsageError
@@ -95,6 +96,14 @@ def test_round_trip_at_every_length():
 
 def test_a_truncated_or_foreign_file_is_named():
     packed = masks.pack(Mask({"w": torch.ones(100).bool()}, {}))
+    fewer, more = (
+        {"w": torch.zeros(12, dtype=torch.uint8)},
+        {"w": torch.zeros(13, dtype=torch.uint8), "x": torch.ones(1)},
+    )
+    header = {"salun_sd": json.dumps({"shapes": {"w": [100]}})}
+    for odd in (fewer, more):
+        with pytest.raises(SalunError, match="is not a salun-sd mask"):
+            masks.unpack(save(odd, header), "odd")
     for data in (b"", packed[:5], packed[:40], packed[:-1], b"not a mask at all", packed[:8] + b"{}" + packed[10:]):
         with pytest.raises(SalunError, match="here.safetensors is not a salun-sd mask"):
             masks.unpack(data, "here.safetensors")

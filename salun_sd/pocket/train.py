@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -30,6 +31,9 @@ from transformers import (
     ResNetForImageClassification,
     ViTImageProcessorPil,
 )
+
+from salun_sd.checkpoint import SAMPLING, load, sampling
+from salun_sd.generate import sample
 
 # Class names in the order of the data set's labels, each with a synonym that a fifth of its captions use.
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -239,8 +243,22 @@ def train_unet(latents, labels, tokenizer: CLIPTokenizer, scheduler, out: Path, 
     return stage.run(step)
 
 
+def draw_grid(out: Path) -> None:
+    """grid.png: a row for each class, ten seeds each."""
+    pipeline, (steps, guidance) = load(out), sampling(out)
+    grid = Image.new("RGB", (320, 320))
+    for row, name in enumerate(CLASSES):
+        for column, image in enumerate(
+            sample(pipeline, [(f"a photo of {name}", s) for s in range(10)], guidance, steps)
+        ):
+            grid.paste(image, (32 * column, 32 * row))
+    grid.save(out / "grid.png")
+
+
 def train(
-    data: Annotated[Path, typer.Option(help="Folder with the four Fashion-MNIST idx .gz files.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder with the four Fashion-MNIST idx .gz files.", exists=True, file_okay=False)
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; run again to resume.")],
     judge_steps: Annotated[int, typer.Option(help="Batches of 128 for the judge.")] = 2400,
     vae_steps: Annotated[int, typer.Option(help="Batches of 64 for the VAE.")] = 800,
@@ -248,6 +266,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
 ) -> None:
     """Train the pocket checkpoint and its judge; about an hour on two CPU cores."""
+    if (out / "model_index.json").is_file():
+        print(f"{out} holds a finished checkpoint: nothing to do.")
+        return
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_split(data, "train")
@@ -283,6 +304,8 @@ def train(
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(out)
+    (out / SAMPLING).write_text('{"steps": 25, "guidance": 3.0}\n')
+    draw_grid(out)
     for state in out.glob(".*.pt"):
         state.unlink()
 

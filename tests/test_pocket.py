@@ -1,0 +1,69 @@
+"""The bundled checkpoint keeps what its card promises, and the script that trained it can be killed."""
+
+import json
+
+import pytest
+import torch
+
+from salun_sd import checkpoint, cli
+from salun_sd.pocket import train
+
+POCKET = checkpoint.POCKET
+
+
+def test_every_part_is_half_precision_and_all_of_it_is_under_20_mb():
+    files = [f for part in ("unet", "vae", "text_encoder", "judge") for f in (POCKET / part).glob("*.safetensors")]
+    assert len(files) == 4
+    for file in files:
+        assert {t.dtype for _, t in checkpoint.tensors(file) if t.is_floating_point()} == {torch.float16}
+    assert sum(f.stat().st_size for f in POCKET.rglob("*") if f.is_file()) < 20e6
+
+
+def test_a_killed_stage_ends_where_an_undisturbed_one_does(tmp_path):
+    def trained(out, stop_at=None):
+        out.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        stage = train.Stage("toy", out, {"net": torch.nn.Linear(3, 1)}, steps=250, lr=1e-2, seed=4, ema=0.99)
+
+        def step(g):
+            if stage.done == stop_at:
+                raise KeyboardInterrupt
+            return stage.modules["net"](torch.randn(8, 3, generator=g)).pow(2).mean()
+
+        return stage.run(step)["net"].weight
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed", stop_at=230)
+    assert torch.equal(trained(tmp_path / "killed"), trained(tmp_path / "whole"))
+
+
+def test_the_whole_script_runs_on_a_small_data_set(tmp_path):
+    import gzip
+
+    g = torch.Generator().manual_seed(0)
+    for split, n in (("train", 64), ("t10k", 16)):
+        for kind, shape in (("images-idx3", (n, 28, 28)), ("labels-idx1", (n,))):
+            values = torch.randint(0, 10, shape, dtype=torch.uint8, generator=g)
+            head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+            (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + values.numpy().tobytes()))
+    train.train(tmp_path, tmp_path / "out", judge_steps=2, vae_steps=2, unet_steps=2)
+    checkpoint.load(checkpoint.resolve(str(tmp_path / "out")))
+    assert not list((tmp_path / "out").glob(".*.pt"))
+
+
+@pytest.mark.slow
+def test_its_ten_classes_are_recognised(tmp_path):
+    cli.run(["evaluate", "pocket", "--prompts", "pocket", "--out", str(tmp_path / "audit")])
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert report["metrics"]["ra"]["of"] == 1000 and report["metrics"]["ra"]["rate"] >= 0.95
+    assert min(c["rate"] for c in report["classes"].values()) >= 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("density", ["0.5", "0.1"])
+def test_the_demo_erases_the_sneaker_and_keeps_the_rest(tmp_path, density):
+    cli.run(["demo", "--density", density, "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert report["metrics"]["ua"]["of"] == 100 and report["metrics"]["ua"]["rate"] >= 0.98
+    assert report["metrics"]["ra"]["rate"] >= report["against"]["metrics"]["ra"]["rate"] - 0.02
+    assert json.loads((tmp_path / "erased" / "salun.json").read_text())["changed"]["outside"] == 0
