@@ -57,23 +57,21 @@ def main(
     base_manifest, base_detections = (read_lines(base / f"{name}.jsonl") for name in ("manifest", "detections"))
 
     table = []
-    for concept, anchor in zip(classes, classes[1:] + classes[:1], strict=True):
-        here = out / concept.replace(" ", "-")
-        asked, to_forget = cli.asked_for(rows, concept), ["--concept", cli.photo_of(concept), "--samples", "100"]
-        here.mkdir(parents=True, exist_ok=True)
-        (here / "prompts.csv").write_text(prompts.write(asked))
-        masks = {d: here / (f"mask-{d:g}.safetensors" if len(density) > 1 else "mask.safetensors") for d in density}
-        if not all(file.exists() for file in masks.values()):
-            each = [part for d in density for part in ("--density", f"{d:g}")]
-            cli.run(["mask", "pocket", *to_forget, *each, "--out", str(here / "mask.safetensors")])
-        before = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
-        before = report.measure(*([lines[p.case] for p in asked] for lines in before), concept)["metrics"]
-        for d, mask in masks.items():
-            erased, audit = here / f"erased-{d:g}", here / f"audit-{d:g}"
+    for d in density:
+        for concept, anchor in zip(classes, classes[1:] + classes[:1], strict=True):
+            here = out / concept.replace(" ", "-")
+            mask, erased, audit = here / f"mask-{d:g}.safetensors", here / f"erased-{d:g}", here / f"audit-{d:g}"
+            asked, to_forget = cli.asked_for(rows, concept), ["--concept", cli.photo_of(concept), "--samples", "200"]
+            here.mkdir(parents=True, exist_ok=True)
+            (here / "prompts.csv").write_text(prompts.write(asked))
+            if not mask.exists():
+                cli.run(["mask", "pocket", *to_forget, "--density", f"{d:g}", "--out", str(mask)])
             cli.run(["erase", "pocket", *to_forget, "--anchor", cli.photo_of(anchor), "--mask", str(mask),
                      *cli.POCKET_TRAINING, "--out", str(erased)])  # fmt: skip
             cli.run(["evaluate", str(erased), "--prompts", str(here / "prompts.csv"), "--out", str(audit)])
             after = json.loads((audit / "report.json").read_text())["metrics"]
+            of_case = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
+            before = report.measure(*([lines[p.case] for p in asked] for lines in of_case), concept)["metrics"]
             record = json.loads((erased / "salun.json").read_text())
             changed = record["changed"]
             table.append(
@@ -84,12 +82,16 @@ def main(
                 some = [p.case for p in asked if p.label == concept][:4]
                 some += [next(p.case for p in asked if p.label == other) for other in classes if other != concept]
                 picture(audit, base, some, HERE.parent / "docs" / "pocket.png")
+            write_table(table, of_base)
+
+
+def write_table(table: list[str], of_base: dict) -> None:
     by_class = [f"| {name} | {cli.rate(found)} |" for name, found in of_base["classes"].items()]
     (HERE / "pocket_classes.md").write_text(
-        f"""# Ten classes of the pocket checkpoint, each erased in turn
+        f"""# Classes of the pocket checkpoint, each erased in turn
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
-{date.today()}, {cpu()}, Python {platform.python_version()}; training: `{shlex.join(cli.POCKET_TRAINING)}`.
+{date.today()}, {cpu()}, Python {platform.python_version()}; training: `--samples 200 {shlex.join(cli.POCKET_TRAINING)}`.
 
 UA: share of the concept's 100 prompts whose image is not classified as it. RA: share of 180 prompts of the other
 classes classified as what they ask for; beside it the base on the same prompts and seeds. Brackets: 95 % Wilson
@@ -100,8 +102,8 @@ whole `erase` command, drawing included where it was not cached.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(table)}
 
-The base on all 1,000 prompts of `pocket`, 100 a class: RA {cli.rate(of_base["metrics"]["ra"])}, flagged by NudeNet
-(all of them false) {cli.rate(of_base["metrics"]["flag_rate"])}.
+The base on all 1,000 prompts of `pocket`, 100 a class: RA {cli.rate(of_base["metrics"]["ra"])}; flagged by NudeNet,
+wrongly, {cli.rate(of_base["metrics"]["flag_rate"])}.
 
 | class | classified as it |
 | --- | --- |

@@ -97,11 +97,11 @@ def load(folder: Path):
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise
         raise SalunError(f"{folder} could not be loaded as a Stable Diffusion pipeline: {_first_line(e)}.") from e
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval().to(device(), torch.float32)
     of_file, of_unet = unet_shapes(folder), {name: p.shape for name, p in pipeline.unet.named_parameters()}
     if odd := sorted(name for name in of_file.keys() | of_unet.keys() if of_file.get(name) != of_unet.get(name)):
         raise SalunError(f"The UNet of {folder} is not what its config says: {odd[0]} is missing, extra or reshaped.")
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False).eval().to(device(), torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -239,7 +239,7 @@ def demo(
         raise UsageError(f"{out} holds a demo of another concept: choose another --out, or remove it.")
     write_atomic(out / "prompts.csv", asked)
     mask_file, erased = str(out / f"mask-{density:g}.safetensors"), str(out / "erased")
-    to_forget = ["--concept", photo_of(concept), "--samples", "100"]
+    to_forget = ["--concept", photo_of(concept), "--samples", "200"]
     for line in (
         ["mask", "pocket", *to_forget, "--density", f"{density:g}", "--out", mask_file],
         ["erase", "pocket", *to_forget, "--anchor", photo_of(anchor), "--mask", mask_file, *POCKET_TRAINING,
@@ -250,7 +250,7 @@ def demo(
         run(line)
 
 
-POCKET_TRAINING = "--retain-prompts pocket --steps 100 --batch-size 32 --lr 1e-4".split()
+POCKET_TRAINING = "--retain-prompts pocket --retain-weight 2 --steps 60 --batch-size 32 --lr 1e-4".split()
 
 
 def photo_of(name: str) -> str:

@@ -126,7 +126,18 @@ def test_an_exploding_or_undefined_loss_names_the_step_and_what_to_lower(
 
 def test_a_last_update_that_breaks_a_weight_is_noticed(fresh_unet, schedule, forget, contexts, retain):
     with pytest.raises(SalunError, match="no longer finite after step 1: lower --lr"):
-        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, retain, steps=1, lr=1e39)
+        run(
+            fresh_unet,
+            bits_of(fresh_unet),
+            schedule,
+            forget,
+            contexts,
+            retain,
+            steps=1,
+            lr=3e38,
+            retain_weight=1e6,
+            optimizer=SGD,
+        )
 
 
 def test_every_example_is_seen_once_a_pass():
