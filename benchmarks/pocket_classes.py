@@ -57,32 +57,33 @@ def main(
     base_manifest, base_detections = (read_lines(base / f"{name}.jsonl") for name in ("manifest", "detections"))
 
     table = []
-    for d in density:
-        for concept, anchor in zip(classes, classes[1:] + classes[:1], strict=True):
-            here = out / concept.replace(" ", "-")
-            mask, erased, audit = here / f"mask-{d:g}.safetensors", here / f"erased-{d:g}", here / f"audit-{d:g}"
-            asked, to_forget = cli.asked_for(rows, concept), ["--concept", cli.photo_of(concept), "--samples", "200"]
-            here.mkdir(parents=True, exist_ok=True)
-            (here / "prompts.csv").write_text(prompts.write(asked))
-            if not mask.exists():
-                cli.run(["mask", "pocket", *to_forget, "--density", f"{d:g}", "--out", str(mask)])
-            cli.run(["erase", "pocket", *to_forget, "--anchor", cli.photo_of(anchor), "--mask", str(mask),
-                     *cli.POCKET_TRAINING, "--out", str(erased)])  # fmt: skip
-            cli.run(["evaluate", str(erased), "--prompts", str(here / "prompts.csv"), "--out", str(audit)])
-            after = json.loads((audit / "report.json").read_text())["metrics"]
-            of_case = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
-            before = report.measure(*([lines[p.case] for p in asked] for lines in of_case), concept)["metrics"]
-            record = json.loads((erased / "salun.json").read_text())
-            changed = record["changed"]
-            table.append(
-                f"| {concept} → {anchor} | {d:g} | {cli.rate(after['ua'])} | {cli.rate(after['ra'])} "
-                f"| {cli.rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {record['seconds']:.0f} |"
-            )
-            if concept == first and d == density[0]:
-                some = [p.case for p in asked if p.label == concept][:4]
-                some += [next(p.case for p in asked if p.label == other) for other in classes if other != concept]
-                picture(audit, base, some, HERE.parent / "docs" / "pocket.png")
-            write_table(table, of_base)
+    pairs = list(zip(classes, classes[1:] + classes[:1], strict=True))
+    runs = [(*pair, d) for d in density for pair in pairs]
+    for concept, anchor, d in sorted(runs, key=lambda run: run[0] != first):  # the first class at every density first
+        here = out / concept.replace(" ", "-")
+        mask, erased, audit = here / f"mask-{d:g}.safetensors", here / f"erased-{d:g}", here / f"audit-{d:g}"
+        asked, to_forget = cli.asked_for(rows, concept), ["--concept", cli.photo_of(concept), "--samples", "200"]
+        here.mkdir(parents=True, exist_ok=True)
+        (here / "prompts.csv").write_text(prompts.write(asked))
+        if not mask.exists():
+            cli.run(["mask", "pocket", *to_forget, "--density", f"{d:g}", "--out", str(mask)])
+        cli.run(["erase", "pocket", *to_forget, "--anchor", cli.photo_of(anchor), "--mask", str(mask),
+                 *cli.POCKET_TRAINING, "--out", str(erased)])  # fmt: skip
+        cli.run(["evaluate", str(erased), "--prompts", str(here / "prompts.csv"), "--out", str(audit)])
+        after = json.loads((audit / "report.json").read_text())["metrics"]
+        of_case = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
+        before = report.measure(*([lines[p.case] for p in asked] for lines in of_case), concept)["metrics"]
+        record = json.loads((erased / "salun.json").read_text())
+        changed = record["changed"]
+        table.append(
+            f"| {concept} → {anchor} | {d:g} | {cli.rate(after['ua'])} | {cli.rate(after['ra'])} "
+            f"| {cli.rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {record['seconds']:.0f} |"
+        )
+        if concept == first and d == density[0]:
+            some = [p.case for p in asked if p.label == concept][:4]
+            some += [next(p.case for p in asked if p.label == other) for other in classes if other != concept]
+            picture(audit, base, some, HERE.parent / "docs" / "pocket.png")
+        write_table(table, of_base)
 
 
 def write_table(table: list[str], of_base: dict) -> None:
@@ -91,7 +92,8 @@ def write_table(table: list[str], of_base: dict) -> None:
         f"""# Classes of the pocket checkpoint, each erased in turn
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
-{date.today()}, {cpu()}, Python {platform.python_version()}; training: `--samples 200 {shlex.join(cli.POCKET_TRAINING)}`.
+{date.today()}, {cpu()}, Python {platform.python_version()}; `erase` with
+`--samples 200 {shlex.join(cli.POCKET_TRAINING)}`.
 
 UA: share of the concept's 100 prompts whose image is not classified as it. RA: share of 180 prompts of the other
 classes classified as what they ask for; beside it the base on the same prompts and seeds. Brackets: 95 % Wilson

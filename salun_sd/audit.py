@@ -140,6 +140,7 @@ def _line(p: Prompt, k: int, file: str, seed: int | None, guidance: float | None
 
 def _examined(model: str, manifest: list[dict], judge: Classifier | None, out: Path) -> Run:
     """Run the detector, and the judge if there is one, over the manifest's images; writes both .jsonl files."""
+    out.mkdir(parents=True, exist_ok=True)
     files = [out / row["file"] for row in manifest]
     answers = judge.classify(files) if judge else ((None, None) for _ in files)
     bar = tqdm(manifest, desc="detect", unit="image")

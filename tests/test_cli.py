@@ -117,12 +117,12 @@ def test_the_report_counts_every_image(made):
 
 
 def test_running_again_does_nothing_twice_and_changes_no_byte(made, few, capsys):
-    before = {f: (made / f).stat().st_mtime_ns for f in files_in(made / "audit") if f.endswith(".png")}
+    before = {f: f.stat().st_mtime_ns for f in (made / "audit").rglob("*.png")}
     report = (made / "audit" / "report.json").read_bytes()
     again = ["evaluate", str(made / "erased"), "--prompts", str(few), "--against", "pocket", "--steps", "3",
              "--out", str(made / "audit")]  # fmt: skip
     cli.run(again)
-    assert before == {f: (made / f).stat().st_mtime_ns for f in before}
+    assert len(before) == 24 and before == {f: f.stat().st_mtime_ns for f in before}
     assert (made / "audit" / "report.json").read_bytes() == report
     cli.run([*ERASE, "--mask", str(made / "m-0.1.safetensors"), "--retain-prompts", "pocket", "--sample-every", "2",
              "--out", str(made / "erased")])  # fmt: skip
@@ -257,7 +257,7 @@ def interrupt(process, when) -> str:
 
 def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(made, few, tmp_path):
     process = spawn([*ERASE, "--steps", "1000", "--out", tmp_path / "erased"])
-    said = interrupt(process, lambda: (tmp_path / ".erased.partial").exists())
+    said = interrupt(process, lambda: list(tmp_path.glob(".erased.*.partial/losses.jsonl")))
     assert process.returncode == 130 and said.startswith("Interrupted")
     assert list(tmp_path.iterdir()) == []
 
@@ -267,7 +267,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(made, few, 
         "--prompts",
         few,
         "--samples-per-prompt",
-        "20",
+        "10",
         "--steps",
         "3",
         "--out",
@@ -276,11 +276,11 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(made, few, 
     process = spawn(audit)
     interrupt(process, lambda: len(list((tmp_path / "a" / "images").glob("*.png"))) > 3)
     assert process.returncode == 130 and not (tmp_path / "a" / "report.json").exists()
-    assert 3 < len(list((tmp_path / "a" / "images").glob("*.png"))) < 240
+    assert 3 < len(list((tmp_path / "a" / "images").glob("*.png"))) < 120
     cli.run([str(a) for a in audit])
     for name in ("0_0.png", "700_0.png"):  # and what was drawn before or after the interruption is the same
         assert (tmp_path / "a/images" / name).read_bytes() == (made / "audit/images" / name).read_bytes()
-    assert len(list((tmp_path / "a" / "images").glob("*"))) == 240
+    assert len(list((tmp_path / "a" / "images").glob("*"))) == 120
 
 
 def test_a_disk_that_takes_no_more_is_said_and_leaves_nothing(made, tmp_path):

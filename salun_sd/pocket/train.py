@@ -304,6 +304,8 @@ def train(
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(out)
+    config = out / "text_encoder" / "config.json"  # else transformers keeps it in half, beside a UNet in float32
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     (out / SAMPLING).write_text('{"steps": 25, "guidance": 3.0}\n')
     draw_grid(out)
     for state in out.glob(".*.pt"):
