@@ -32,6 +32,8 @@ def evaluate(
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - WRITES):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
     rows = prompts.read(prompt_set)
+    for name in filter(None, (model, against)):
+        checkpoint.resolve(name)  # a model that is not there is said before an hour of drawing
     classes = list(dict.fromkeys(p.label for p in rows if p.label))
     concept = _concept(concept, classes, model)
     judge = _judge(classifier, classes)

@@ -228,6 +228,7 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         (["erase", made / "erased", *masked[2:], made / "m-0.1.safetensors"], 1, "The mask was made for a UNet with"),
         ([*ERASE, "--lr", "1e6", *out], 1, "The loss exploded at step"),
         (["evaluate", "--prompts", "pocket", *out], 2, "Give either a MODEL"),
+        (["evaluate", "pocket", "--prompts", "pocket", "--against", "nowhere", *out], 2, "Model nowhere was not found"),
         (["evaluate", "pocket", "--prompts", "nowhere.csv", *out], 2, "no prompt set or file nowhere.csv"),
         (["evaluate", "pocket", "--prompts", "pocket", "--concept", "cat", *out], 2, "--concept cat is no class"),
         (["evaluate", "pocket", "--prompts", "pocket", "--out", tmp_path / "taken"], 2, "not of an audit"),
