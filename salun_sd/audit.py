@@ -66,6 +66,8 @@ def _concept(concept: str | None, classes: list[str], model: str | None) -> str 
         if classes and concept is None:
             print(f"The concept {said!r} names no class of these prompts: UA is not measured.", file=sys.stderr)
         return concept
+    if concept is None and classes:
+        print("No --concept: UA is not measured, and RA is of all classes.", file=sys.stderr)
     if concept is not None and concept not in classes:
         known = f"their classes are {', '.join(classes)}" if classes else "they have no classes"
         raise UsageError(f"--concept {concept} is no class of these prompts: {known}.")

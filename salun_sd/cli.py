@@ -42,7 +42,7 @@ def _in_words(e: BaseException) -> tuple[str, int]:
         return f"Error: cannot read or write{place}: {e.strerror or e}.", 1
     if not isinstance(e, KeyboardInterrupt):
         return f"Error: out of memory ({str(e).partition('.')[0]}): give a smaller --batch-size.", 1
-    return "Interrupted. Nothing is half-written; the same command goes on from what is finished.", 130
+    return "Interrupted. Nothing is half-written; the same command keeps the images that are drawn.", 130
 
 
 app = typer.Typer(
@@ -81,7 +81,8 @@ def mask(
     forget: ForgetOpt = None,
     samples: SamplesOpt = 800,
     density: Annotated[
-        list[float] | None, typer.Option(help="Share of weights to keep, in (0, 1]; give several for several masks.")
+        list[float] | None,
+        typer.Option(help="Share of weights to keep, in (0, 1]; several give several masks. Default: 0.5."),
     ] = None,
     guidance: GuidanceOpt = 7.5,
     batch_size: Annotated[

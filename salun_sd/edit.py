@@ -115,6 +115,7 @@ def mask(
     paths = [out if len(densities) == 1 else out.with_name(f"{out.stem}-{d:g}{out.suffix}") for d in densities]
     if len(set(paths)) < len(paths):
         raise UsageError("The same --density is given twice.")
+    _check_concept(concept)
     _check_numbers(guidance=guidance)
     for density, path in zip(densities, paths, strict=True):
         masks.keep_count(density, sys.maxsize)  # outside (0, 1]: say so before a checkpoint is loaded
@@ -128,18 +129,26 @@ def mask(
 
 
 def _check_replaceable(path: Path) -> None:
-    """A mask may be made anew in its place; any other file is not ours to replace."""
+    """A mask may be made anew in its place, and that is said; any other file is not ours to replace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
+        print(f"{path} is there already; the mask is made anew in its place.", file=sys.stderr)
         try:
             masks.unpack(path.read_bytes(), str(path))
         except (SalunError, OSError) as e:
             raise UsageError(f"{path} exists and is not a mask of salun-sd; choose another --out.") from e
 
 
+def _check_concept(concept: str) -> None:
+    if not concept.strip():
+        raise UsageError("--concept is empty: say what must go, as a prompt.")
+
+
 def _check_numbers(**values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0) or (name == "lr" and value == 0):
-            raise UsageError(f"--{name.replace('_', '-')} is {value:g}: give a finite number above 0.")
+            least = "above 0" if name == "lr" else "from 0 on"
+            raise UsageError(f"--{name.replace('_', '-')} is {value:g}: give a finite number {least}.")
 
 
 def erase(
@@ -152,6 +161,7 @@ def erase(
     Where an earlier run left the same checkpoint from the same inputs, gives back its record.
     """
     started = time.monotonic()
+    _check_concept(concept)
     if " ".join(concept.lower().split()) == " ".join(anchor.lower().split()):
         raise UsageError(f"Concept and anchor are both {concept!r}: the anchor has to be something else.")
     if retain and retain_prompts:
@@ -251,6 +261,8 @@ def _finished(out: Path, settings: dict, inputs: dict) -> dict | None:
         raise UsageError(f"{out} holds something else: choose another --out, or remove it.") from e
     if not same:
         raise UsageError(f"{out} was erased with other settings or inputs: choose another --out, or remove it.")
+    if checkpoint.fingerprint(out) != record["erased"]["fingerprint"]:
+        raise SalunError(f"The UNet in {out} is not the one that was saved there: remove {out} and run again.")
     print(f"{out} was already made from these inputs with these settings; nothing to do.", file=sys.stderr)
     return record
 

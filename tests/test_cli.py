@@ -138,6 +138,15 @@ def test_a_run_with_another_mask_under_the_same_name_is_not_taken_for_the_finish
     assert "was erased with other settings or inputs" in fails(argv, 2, capsys)
 
 
+def test_a_finished_folder_that_was_damaged_since_is_not_taken_for_done(made, tmp_path, capsys):
+    argv = [*ERASE, "--mask", str(made / "m-0.1.safetensors"), "--out", str(tmp_path / "erased")]
+    cli.run(argv)
+    (tmp_path / "erased" / "unet" / checkpoint.SINGLE).unlink()
+    assert "diffusion_pytorch_model.safetensors is missing" in fails(argv, 1, capsys)
+    shutil.copy(checkpoint.POCKET / "unet" / checkpoint.SINGLE, tmp_path / "erased" / "unet")
+    assert "is not the one that was saved there" in fails(argv, 1, capsys)
+
+
 def test_same_command_same_bytes_and_other_seed_other_bytes(made, tmp_path):
     unets = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -212,6 +221,8 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         ([*ERASE, "--out", tmp_path / "taken"], 2, "taken holds something else: choose another --out"),
         ([*ERASE, "--lr", "2e-4", "--out", made / "erased"], 2, "erased with other settings"),
         ([*ERASE, "--lr", "-1", *out], 2, "--lr is -1: give a finite number above 0"),
+        ([*MASK, "--guidance", "nan", *out], 2, "--guidance is nan: give a finite number from 0 on"),
+        ([*MASK, "--concept", " ", *out], 2, "--concept is empty"),
         ([*ERASE, "--retain-weight", "nan", *out], 2, "--retain-weight is nan"),
         ([*ERASE, "--forget", tmp_path / "broken", *out], 1, "torn.png cannot be read as an image"),
         ([*ERASE, "--mask", "none", "--density", "0.1", *out], 2, "leave them out with --mask"),
