@@ -125,25 +125,29 @@ def unet_files(folder: Path) -> list[Path]:
     return files
 
 
-def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor, one at a time, as they are on disk. A damaged file is a SalunError."""
+@contextmanager
+def _opened(file: Path) -> Iterator:
+    """A safetensors file; that it is damaged, at whatever point this shows, is a SalunError."""
     try:
         with safe_open(file, "pt") as f:
-            for name in f.keys():
-                yield name, f.get_tensor(name)
+            yield f
     except SafetensorError as e:
         raise SalunError(f"{file} is truncated or damaged ({e}): fetch or save it again.") from e
+
+
+def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, one at a time, as they are on disk."""
+    with _opened(file) as f:
+        for name in f.keys():
+            yield name, f.get_tensor(name)
 
 
 def unet_shapes(folder: Path) -> dict[str, torch.Size]:
     """Name and shape of every weight in the UNet's files, without reading the weights."""
     shapes = {}
     for file in unet_files(folder):
-        try:
-            with safe_open(file, "pt") as f:
-                shapes |= {name: torch.Size(f.get_slice(name).get_shape()) for name in f.keys()}
-        except SafetensorError as e:
-            raise SalunError(f"{file} is truncated or damaged ({e}): fetch or save it again.") from e
+        with _opened(file) as f:
+            shapes |= {name: torch.Size(f.get_slice(name).get_shape()) for name in f.keys()}
     return shapes
 
 
