@@ -1,282 +1,322 @@
-"""Checkpoints: find, load, fingerprint and save. The only file that knows how they lie on disk."""
+"""Checkpoints: find them, read their parts one tensor at a time in diffusers' names, fingerprint and load them."""
 
 import errno
-import glob
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from salun_sd import families, layout, tensors
 from salun_sd.errors import SalunError, UsageError
-from salun_sd.mask import Bits
+from salun_sd.families import Family
+from salun_sd.tensors import Lazy, Tensors
 
 POCKET = Path(__file__).parent / "pocket"
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SINGLE = "diffusion_pytorch_model.safetensors"
 SAMPLING = "sampling.json"
+FILES = (".safetensors", *tensors.PICKLES)
+CONFIGS = {".json", ".txt", ".model"}  # of a pipeline folder, what is not weights
 
 
-def resolve(model: str) -> Path:
-    """The folder of a StableDiffusionPipeline: for `pocket`, a diffusers folder, or a hub id (downloaded and cached).
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Stable Diffusion model on disk, a pipeline folder or a single file in the original layout."""
+
+    name: str  # as the person gave it
+    path: Path  # the folder or the file
+    config: Path  # the folder with the configs, tokenizers and scheduler; for a folder, itself
+    family: Family
+    variant: str | None = None  # of the files in a folder, such as fp16
+    revision: str | None = None  # of a hub id
+
+    @property
+    def is_file(self) -> bool:
+        return self.path != self.config
+
+    @cached_property
+    def original(self) -> Tensors:
+        """For a single file: its tensors under their own names."""
+        return tensors.read(self.path)[0]
+
+    @cached_property
+    def header(self) -> dict[str, str]:
+        """For a single file: what its header says beside the tensors."""
+        return tensors.read(self.path)[1] if self.is_file else {}
+
+    @cached_property
+    def parts(self) -> dict[str, Tensors]:
+        """The tensors of each component under diffusers' names. Raises SalunError for a damaged or missing file."""
+        if not self.is_file:
+            return {part: _of_files(part_files(self.path, part, self.variant), part) for part in self.family.parts}
+        names = {part: _names(self.config, part) for part in self.family.parts}
+        pieces = layout.original_layout(self.family.key, names)
+        parts: dict[str, Tensors] = {part: {} for part in self.family.parts}
+        for (part, name), (key, which) in layout.inverse(pieces).items():
+            if key not in self.original:
+                raise SalunError(f"{self.name} has no {key}: it is not whole, or --config is of another model.")
+            source = self.original[key]
+            shape, dtype = layout.taken(pieces[key], which, source.shape, source.dtype)
+            read = partial(_take, pieces[key], which, source)
+            parts[part][name] = Lazy(dtype, torch.Size(shape), read)
+        return parts
+
+    @property
+    def unet(self) -> Tensors:
+        return self.parts["unet"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the UNet's tensors, the same for a folder and a single file of the same weights."""
+        return fingerprint(self.unet)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over everything that an image depends on: all weights, configs, tokenizers and the scheduler."""
+        whole = hashlib.sha256("".join(fingerprint(self.parts[part]) for part in self.family.parts[1:]).encode())
+        whole.update(self.fingerprint.encode())
+        for file in sorted(p for p in self.config.glob("*/*") if p.suffix in CONFIGS and ".index." not in p.name):
+            if file.parent.name in self._components:
+                text = file.read_bytes()
+                whole.update(f"{file.relative_to(self.config)} {hashlib.sha256(text).hexdigest()}".encode())
+        return whole.hexdigest()
+
+    @cached_property
+    def _components(self) -> dict:
+        return json.loads((self.config / "model_index.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def sampling(self) -> tuple[int, float]:
+        """The usual number of denoising steps and classifier-free guidance scale for drawing: 50 and 7.5 for Stable
+        Diffusion; a folder may say otherwise in a file sampling.json, as `pocket` does."""
+        file = self.config / SAMPLING
+        usual = json.loads(file.read_text()) if file.is_file() else {"steps": 50, "guidance": 7.5}
+        return usual["steps"], usual["guidance"]
+
+    @cached_property
+    def _scheduler(self) -> dict:
+        file = self.config / "scheduler" / "scheduler_config.json"
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as e:
+            raise SalunError(f"{self.name} has no readable {file.relative_to(self.config)}.") from e
+
+    @property
+    def scheduler(self) -> str:
+        """The class in diffusers of the checkpoint's own scheduler."""
+        return self._scheduler.get("_class_name", "unknown")
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet was trained to predict, as the scheduler says: "epsilon" or "v_prediction"."""
+        return self._scheduler.get("prediction_type", "epsilon")
+
+    @cached_property
+    def image_size(self) -> int:
+        """Pixels of a side, as the family draws them: 512, 768 or 1024; 32 for `pocket`."""
+        unet, vae = (families.config(self.config, part, self.name) for part in ("unet", "vae"))
+        return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+    @property
+    def least_size(self) -> int:
+        """The least side of an image in pixels, of which every side has to be a multiple: what the VAE and the UNet
+        halve."""
+        unet, vae = (families.config(self.config, part, self.name) for part in ("unet", "vae"))
+        return 2 ** (len(unet["block_out_channels"]) - 1 + len(vae["block_out_channels"]) - 1)
+
+    def describe(self) -> str:
+        """One line: what was found, and what it decides."""
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.unet.values()})
+        weights = sum(t.shape.numel() for t in self.unet.values())
+        return (
+            f"{self.name}: {self.family.name}, predicts {self.prediction_type.removesuffix('_prediction')}, "
+            f"{self.image_size} x {self.image_size} pixels, {weights:,} UNet weights in {', '.join(dtypes)}"
+        )
+
+
+def find(
+    model: str, *, config: str | None = None, revision: str | None = None, variant: str | None = None
+) -> Checkpoint:  # fmt: skip
+    """`pocket`, a diffusers folder, a single file in the original layout, or a hub id (downloaded and cached).
 
     Raises UsageError, in a sentence that names what was found, for anything else.
     """
-    folder = POCKET if model == "pocket" else Path(model)
-    if folder.is_file():
-        raise UsageError(
-            f"{model} is a single file; single-file checkpoints are not read yet. Convert it to a folder with "
-            "diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(...)."
-        )
-    if not folder.exists():
-        folder = _from_hub(model)
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UsageError(f"{model} is not a Stable Diffusion pipeline folder: it has no model_index.json.")
+    path = POCKET if model == "pocket" else Path(model)
+    if path.is_file():
+        return _single_file(model, path, config, revision, variant)
+    if config:
+        raise UsageError(f"--config is for a single file, and {model} is none.")
+    if path.exists():
+        if revision:
+            raise UsageError(f"--revision is for a hub id, and {model} is a folder here.")
+    elif path.suffix in FILES:
+        raise UsageError(f"Model file {model} was not found.")
+    else:
+        path = _from_hub(model, revision, variant)
+    found = Checkpoint(model, path, path, families.of_folder(path, model), variant, revision)
+    return _checked(found)
+
+
+def _single_file(name: str, file: Path, config: str | None, revision: str | None, variant: str | None) -> Checkpoint:
+    if revision or variant:
+        raise UsageError(f"--revision and --variant are for a hub id or a folder, and {name} is a single file.")
+    if file.suffix not in FILES:
+        raise UsageError(f"{name} is no .safetensors or .ckpt file.")
+    content, metadata = tensors.read(file)
+    if "salun_sd" in metadata and "modelspec.architecture" not in metadata:
+        raise UsageError(f"{name} is a mask or a patch of salun-sd: give the checkpoint that it was made for.")
+    family = families.of_tensors(content, name)
+    folder = Path(config) if config and Path(config).is_dir() else _config_from_hub(name, config, content)
+    of_config = families.of_folder(folder, str(folder))
+    if of_config != family:
+        raise UsageError(f"{name} is {family.name}, but its config, {folder}, is of {of_config.name}: see --config.")
+    return _checked(Checkpoint(name, file, folder, family))
+
+
+def _config_from_hub(name: str, config: str | None, content: Tensors) -> Path:
+    """The configs that go with a single file: of the hub id given, or of the one that diffusers knows for its kind."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+    from huggingface_hub import snapshot_download
+
+    repo = config or fetch_diffusers_config(content)["pretrained_model_name_or_path"]
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{index} is damaged: it does not name a pipeline class.") from e
-    if found != "StableDiffusionPipeline":
-        raise UsageError(f"{model} is a {found}; salun-sd reads a StableDiffusionPipeline (Stable Diffusion 1.x, 2.x).")
-    return folder
-
-
-def _from_hub(model: str) -> Path:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise UsageError(
-            f"Model {model} was not found: give `pocket`, a diffusers folder or a hub id such as org/name."
-        )
-    from diffusers import StableDiffusionPipeline
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(StableDiffusionPipeline.download(model, use_safetensors=True))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
+        return Path(snapshot_download(repo, allow_patterns=[f"*{s}" for s in CONFIGS] + [f"*/*{s}" for s in CONFIGS]))
+    except Exception as e:  # of the network, of the hub, of the name: many types
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise
-        reason = _first_line(e)
         raise UsageError(
-            f"Model {model} is no folder here, and the hub did not give it ({reason}). "
-            "Check the name, the network and, for a gated model: hf auth login"
+            f"{name} is a single file, and its config could not be had from the hub as {repo} ({first_line(e)}). Give "
+            "a pipeline folder of the same kind of model, or a hub id that is cached here: --config FOLDER"
         ) from e
 
 
-def _first_line(e: Exception) -> str:
+def _from_hub(model: str, revision: str | None, variant: str | None) -> Path:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise UsageError(
+            f"Model {model} was not found: give `pocket`, a diffusers folder, a single file or a hub id such as "
+            "org/name."
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(model, revision=revision, variant=variant, use_safetensors=True))
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            raise
+        raise UsageError(
+            f"Model {model} is no folder here, and the hub did not give it ({first_line(e)}). "
+            "Check the name, --revision, --variant, the network and, for a gated model: hf auth login"
+        ) from e
+
+
+def first_line(e: Exception) -> str:
     return str(e).strip().partition("\n")[0].rstrip(".") or type(e).__name__
+
+
+def _checked(found: Checkpoint) -> Checkpoint:
+    odd = {t.dtype for t in found.unet.values()} - {torch.float32, torch.float16, torch.bfloat16}
+    if odd:
+        raise UsageError(f"The UNet of {found.name} is in {odd.pop()}; salun-sd edits float32, float16 and bfloat16.")
+    return found
+
+
+def part_files(folder: Path, part: str, variant: str | None) -> list[Path]:
+    """The safetensors files of a pipeline's part, one or sharded, in a fixed order. Raises SalunError if missing."""
+    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+    dotted = f".{variant}" if variant else ""
+    index = folder / part / f"{stem}.safetensors.index{dotted}.json"
+    names = [f"{stem}{dotted}.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = [folder / part / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise SalunError(f"{file} is missing: weights have to be in safetensors, as diffusers saves them.")
+    return files
+
+
+def _of_files(files: list[Path], part: str) -> Tensors:
+    found = {name: t for file in files for name, t in tensors.read(file)[0].items()}
+    return {own: t for name, t in found.items() if (own := layout.canonical(part, name)) is not None}
+
+
+def _names(config: Path, part: str) -> list[str]:
+    """The names of a part's weights, from its config alone."""
+    import diffusers
+    import transformers
+    from accelerate import init_empty_weights
+
+    settings = families.config(config, part, str(config))
+    with init_empty_weights():
+        if part.startswith("text_encoder"):
+            kind = transformers.CLIPTextModelWithProjection if part == "text_encoder_2" else transformers.CLIPTextModel
+            model = kind(transformers.CLIPTextConfig.from_dict(settings))
+        else:
+            kind = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
+            model = kind.from_config(settings)
+    return [own for name, _ in model.named_parameters() if (own := layout.canonical(part, name)) is not None]
+
+
+def _take(piece: layout.Piece, which: int, source: Lazy) -> torch.Tensor:
+    return layout.take(piece, which, source.read())
+
+
+def fingerprint(weights: Tensors) -> str:
+    """SHA-256 over tensors as saved: name, dtype, shape and bytes of each, in the order of names."""
+    whole = hashlib.sha256()
+    for name in sorted(weights):
+        t = weights[name].read()
+        whole.update(name.encode() + b" ")
+        whole.update(hashlib.sha256(f"{t.dtype} {list(t.shape)} ".encode() + tensors.raw(t)).digest())
+    return whole.hexdigest()
 
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(folder: Path):
-    """The pipeline in float32 on `device()`, the safety checker off.
+def load(model: Checkpoint, *, unet: bool = True, encoders: bool = True):
+    """The pipeline in float32 on `device()`, the safety checker off; without its UNet, or without its VAE and text
+    encoders, where they are not needed.
 
-    Raises SalunError if a part is missing or damaged, or if the UNet's file lacks a weight (diffusers would draw it
-    at random and only warn).
+    Raises SalunError if a part is missing or damaged, or if a file lacks a weight (diffusers would draw it at random
+    and only warn).
     """
     import diffusers
     import transformers
-    from diffusers import StableDiffusionPipeline
 
     diffusers.logging.disable_progress_bar()  # a bar for each file read is noise beside ours
     transformers.logging.disable_progress_bar()
+    left_out = [] if unet else ["unet"]
+    if model.family.pipeline == "StableDiffusionPipeline":
+        left_out += ["safety_checker"]
+    if not encoders:
+        left_out += [part for part in model.family.parts if part != "unet"]
+    elif not any((model.config / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise SalunError(f"{model.name} has no vocabulary in {model.config / 'tokenizer'}: fetch or save it again.")
+    settings = {**dict.fromkeys(left_out), "local_files_only": True}
+    kind = getattr(diffusers, model.family.pipeline)
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, safety_checker=None, requires_safety_checker=False, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        if model.is_file:
+            pipeline = kind.from_single_file(str(model.path), config=str(model.config), **settings)
+        else:
+            pipeline = kind.from_pretrained(model.path, variant=model.variant, use_safetensors=True, **settings)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as e:
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise
-        raise SalunError(f"{folder} could not be loaded as a Stable Diffusion pipeline: {_first_line(e)}.") from e
-    of_file, of_unet = unet_shapes(folder), {name: p.shape for name, p in pipeline.unet.named_parameters()}
-    if odd := sorted(name for name in of_file.keys() | of_unet.keys() if of_file.get(name) != of_unet.get(name)):
-        raise SalunError(f"The UNet of {folder} is not what its config says: {odd[0]} is missing, extra or reshaped.")
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        raise SalunError(f"{model.name} could not be loaded as {model.family.name}: {first_line(e)}.") from e
+    for name in model.family.parts:
+        if name in left_out:
+            continue
+        part = getattr(pipeline, name)
+        loaded = {layout.canonical(name, n): p for n, p in part.named_parameters()}
+        of_file = model.parts[name]
+        odd = [n for n, p in loaded.items() if p.is_meta or n not in of_file or of_file[n].shape != p.shape]
+        odd += [n for n in of_file if name == "unet" and n not in loaded]
+        if odd:
+            raise SalunError(f"The {name} of {model.name} is not what its config says: {min(odd)} is missing or odd.")
         part.requires_grad_(False).eval().to(device(), torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def sampling(folder: Path) -> tuple[int, float]:
-    """The usual number of denoising steps and classifier-free guidance scale for drawing from a checkpoint: 50 and
-    7.5 for Stable Diffusion; a folder may say otherwise in a file sampling.json, as `pocket` does."""
-    file = folder / SAMPLING
-    usual = json.loads(file.read_text()) if file.is_file() else {"steps": 50, "guidance": 7.5}
-    return usual["steps"], usual["guidance"]
-
-
-def unet_files(folder: Path) -> list[Path]:
-    """The safetensors files of a pipeline folder's UNet, one or sharded, in a fixed order."""
-    index = folder / "unet" / INDEX
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE]
-    files = [folder / "unet" / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise SalunError(f"{file} is missing: the UNet has to be in safetensors, as diffusers saves it.")
-    return files
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator:
-    """A safetensors file; that it is damaged, at whatever point this shows, is a SalunError."""
-    try:
-        with safe_open(file, "pt") as f:
-            yield f
-    except SafetensorError as e:
-        raise SalunError(f"{file} is truncated or damaged ({e}): fetch or save it again.") from e
-
-
-def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor, one at a time, as they are on disk."""
-    with _opened(file) as f:
-        for name in f.keys():
-            yield name, f.get_tensor(name)
-
-
-def unet_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Name and shape of every weight in the UNet's files, without reading the weights."""
-    shapes = {}
-    for file in unet_files(folder):
-        with _opened(file) as f:
-            shapes |= {name: torch.Size(f.get_slice(name).get_shape()) for name in f.keys()}
-    return shapes
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the UNet's tensors as saved: name, dtype, shape and bytes of each, in the order of names."""
-    digests = {
-        name: hashlib.sha256(f"{t.dtype} {list(t.shape)} ".encode() + t.view(-1).view(torch.uint8).numpy().data)
-        for file in unet_files(folder)
-        for name, t in tensors(file)
-    }
-    whole = hashlib.sha256()
-    for name in sorted(digests):
-        whole.update(name.encode() + b" " + digests[name].digest())
-    return whole.hexdigest()
-
-
-def identity(folder: Path) -> str:
-    """SHA-256 over everything that an image depends on: the UNet's fingerprint and the files of the other parts."""
-    whole = hashlib.sha256(fingerprint(folder).encode())
-    for file in sorted(p for part in _parts(folder) for p in (folder / part).rglob("*") if p.is_file()):
-        with file.open("rb") as f:
-            whole.update(f"{file.relative_to(folder)} {hashlib.sha256(f.read()).hexdigest()}".encode())
-    return whole.hexdigest()
-
-
-def _parts(folder: Path) -> list[str]:
-    """The pipeline's components beside the UNet that have a folder."""
-    return [k for k in json.loads((folder / "model_index.json").read_text()) if k != "unet" and (folder / k).is_dir()]
-
-
-def save_erased(base: Path, unet, bits: Bits, out: Path) -> None:
-    """Write the pipeline folder `out`: the base's files, and the UNet merged from the base and the trained weights.
-
-    Every tensor starts as the base's own, in its own dtype; only the entries where the mask is 1 take the trained
-    value. So outside the mask the bytes are the base's. No other copy of the base UNet comes along.
-    """
-    for file in ("model_index.json", SAMPLING):
-        if (base / file).is_file():
-            shutil.copy(base / file, out)
-    for part in _parts(base):
-        shutil.copytree(base / part, out / part)
-    (out / "unet").mkdir()
-    trained = dict(unet.named_parameters())
-    for file in unet_files(base):
-        merged = {}
-        for name, t in tensors(file):
-            if name in bits:
-                t = t.clone()
-                t[bits[name]] = trained[name].detach().cpu()[bits[name]].to(t.dtype)
-                if not t.isfinite().all():
-                    raise SalunError(f"{name} does not fit into {t.dtype} any more: lower --lr.")
-            merged[name] = t
-        try:
-            save_file(merged, out / "unet" / file.name, {"format": "pt"})
-        except SafetensorError as e:  # a full disk, in safetensors' words
-            raise SalunError(f"The erased UNet could not be written to {out.parent}: {e}.") from e
-        (out / "unet" / file.name).chmod(0o666 & ~_umask())  # safetensors makes its files private
-    for extra in ("config.json", INDEX):
-        if (base / "unet" / extra).is_file():
-            shutil.copy(base / "unet" / extra, out / "unet")
-
-
-def count_changes(base: Path, erased: Path, bits: Bits) -> dict[str, int]:
-    """Read both UNets back from disk and count the weights whose bytes differ: {"inside": n, "outside": n}.
-
-    A tensor that the mask does not know counts as outside. Raises SalunError if a tensor is missing or reshaped.
-    """
-    new = {name: t for file in unet_files(erased) for name, t in tensors(file)}
-    inside = outside = 0
-    for file in unet_files(base):
-        for name, old in tensors(file):
-            other = new.pop(name, None)
-            if other is None or other.shape != old.shape or other.dtype != old.dtype:
-                raise SalunError(f"The saved UNet lost {name}, or its shape or dtype changed.")
-            width = old.element_size()
-            differs = (old.reshape(-1, 1).view(torch.uint8) != other.reshape(-1, 1).view(torch.uint8)).view(-1, width)
-            differs = differs.any(1)
-            salient = bits[name].view(-1) if name in bits else torch.zeros(old.numel(), dtype=torch.bool)
-            inside += int((differs & salient).sum())
-            outside += int((differs & ~salient).sum())
-    if new:
-        raise SalunError(f"The saved UNet has a tensor that the base has not: {next(iter(new))}.")
-    return {"inside": inside, "outside": outside}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write beside the place and rename into it: the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill beside `out`; it becomes `out` at the end, or is removed if anything goes wrong.
-
-    `out` may be there if it is empty. What runs that were killed have left beside it is removed.
-    """
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-        if not _is_running(stale.name.split(".")[-2]):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -21,7 +21,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pocket():
     """The bundled checkpoint; tests that train it take `fresh_unet`."""
-    return checkpoint.load(checkpoint.POCKET)
+    return checkpoint.load(checkpoint.find("pocket"))
 
 
 @pytest.fixture(scope="session")
@@ -47,15 +47,14 @@ def fresh_unet():
 
 @pytest.fixture(scope="session")
 def contexts(pocket):
-    """Text embeddings of "", the concept and the anchor: [3, L, D]."""
-    texts = ["", "a photo of a sneaker", "a photo of a bag"]
-    return data.encode_prompts(pocket.tokenizer, pocket.text_encoder, texts)
+    """What the UNet is told for "", the concept and the anchor: {"context": [3, L, D]}."""
+    return data.encode_prompts(pocket, ["", "a photo of a sneaker", "a photo of a bag"])
 
 
 @pytest.fixture(scope="session")
 def forget(contexts):
     latents = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    return Examples(latents, contexts[1:2], torch.zeros(10, dtype=torch.int64))
+    return Examples(latents, contexts, torch.ones(10, dtype=torch.int64))
 
 
 @pytest.fixture(scope="session")

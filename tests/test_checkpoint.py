@@ -1,17 +1,17 @@
-import errno
 import json
-import os
 import shutil
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from salun_sd import checkpoint
+from salun_sd import checkpoint, patch, save, tensors
+from salun_sd.checkpoint import POCKET
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.mask import kept, random_bits
+from salun_sd.tensors import given
+
+INDEX, SINGLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -25,36 +25,47 @@ def folder(tmp_path):
 
 def as_shards(folder):
     """Split the UNet's file in two with an index, as diffusers saves large models."""
-    whole = load_file(folder / "unet" / checkpoint.SINGLE)
+    whole = load_file(folder / "unet" / SINGLE)
     names = sorted(whole)
     index = {"metadata": {}, "weight_map": {}}
     for i, part in enumerate((names[::2], names[1::2]), start=1):
         file = f"diffusion_pytorch_model-0000{i}-of-00002.safetensors"
         save_file({n: whole[n] for n in part}, folder / "unet" / file, {"format": "pt"})
         index["weight_map"].update(dict.fromkeys(part, file))
-    (folder / "unet" / checkpoint.INDEX).write_text(json.dumps(index))
-    (folder / "unet" / checkpoint.SINGLE).unlink()
+    (folder / "unet" / INDEX).write_text(json.dumps(index))
+    (folder / "unet" / SINGLE).unlink()
 
 
-def test_a_folder_and_pocket_resolve(folder):
-    assert checkpoint.resolve(str(folder)) == folder
-    assert checkpoint.resolve("pocket") == checkpoint.POCKET
+def found(folder):
+    return checkpoint.find(str(folder))
+
+
+def test_a_folder_and_pocket_are_found(folder):
+    assert found(folder).path == folder and found("pocket").path == POCKET
+    assert found("pocket").sampling == (25, 3.0) and found(folder).sampling == (50, 7.5)
+    assert found("pocket").describe() == (
+        "pocket: Stable Diffusion 1.x, predicts epsilon, 32 x 32 pixels, 5,560,644 UNet weights in float16"
+    )
 
 
 def test_what_is_no_stable_diffusion_pipeline_is_named(tmp_path, folder):
     with pytest.raises(UsageError, match="nowhere was not found: give `pocket`"):
-        checkpoint.resolve("nowhere")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UsageError, match="single-file checkpoints are not read yet"):
-        checkpoint.resolve(str(tmp_path / "model.safetensors"))
+        found("nowhere")
+    with pytest.raises(UsageError, match="Model file nowhere.ckpt was not found"):
+        found("nowhere.ckpt")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UsageError, match="notes.txt is no .safetensors or .ckpt file"):
+        found(tmp_path / "notes.txt")
     with pytest.raises(UsageError, match="has no model_index.json"):
-        checkpoint.resolve(str(tmp_path))
+        found(tmp_path)
+    with pytest.raises(UsageError, match="it is a AutoencoderKL alone"):
+        found(folder / "vae")
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UsageError, match="is a FluxPipeline; salun-sd reads a StableDiffusionPipeline"):
-        checkpoint.resolve(str(folder))
+    with pytest.raises(UsageError, match="is a FluxPipeline; salun-sd edits Stable Diffusion 1.x, 2.x and SDXL base"):
+        found(folder)
     (folder / "model_index.json").write_text("[")
     with pytest.raises(UsageError, match="is damaged"):
-        checkpoint.resolve(str(folder))
+        found(folder)
 
 
 def test_a_hub_id_is_found_in_the_hubs_cache_and_a_missing_one_is_named(tmp_path, folder, monkeypatch):
@@ -65,130 +76,128 @@ def test_a_hub_id_is_found_in_the_hubs_cache_and_a_missing_one_is_named(tmp_path
     shutil.copytree(folder, repo / "snapshots" / "abc123")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc123")
-    found = checkpoint.resolve("someone/tiny-sd")
-    assert checkpoint.fingerprint(found) == checkpoint.fingerprint(checkpoint.POCKET)
+    assert found("someone/tiny-sd").fingerprint == found("pocket").fingerprint
     with pytest.raises(UsageError, match="someone/else is no folder here, and the hub did not give it"):
-        checkpoint.resolve("someone/else")
+        found("someone/else")
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_files(folder):
-    before = checkpoint.fingerprint(folder)
+    before = found(folder)
+    assert before.fingerprint and before.identity
     as_shards(folder)
-    assert checkpoint.fingerprint(folder) == before == checkpoint.fingerprint(checkpoint.POCKET)
-    file = checkpoint.unet_files(folder)[0]
+    assert found(folder).fingerprint == before.fingerprint == found("pocket").fingerprint
+    assert found(folder).identity == before.identity == found("pocket").identity
+    file = sorted((folder / "unet").glob("*.safetensors"))[0]
     changed = load_file(file)
     changed[min(changed)].view(-1)[0] += 1
     save_file(changed, file)
-    assert checkpoint.fingerprint(folder) != before
+    assert found(folder).fingerprint != before.fingerprint
 
 
-@dataclass
-class Trained:
-    """A UNet whose every weight differs from the base's."""
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
+def test_another_text_encoder_or_tokenizer_is_another_checkpoint(folder, part):
+    """The UNet alone does not say what an image was drawn from."""
+    if part == "text_encoder":
+        weights = load_file(folder / part / "model.safetensors")
+        weights[min(weights)].view(-1)[0] += 1
+        save_file(weights, folder / part / "model.safetensors", {"format": "pt"})
+    else:
+        (folder / part / "tokenizer_config.json").write_text("{}")
+    assert found(folder).fingerprint == found("pocket").fingerprint
+    assert found(folder).identity != found("pocket").identity
 
-    folder: object
 
-    def named_parameters(self):
-        for file in checkpoint.unet_files(self.folder):
-            for name, t in checkpoint.tensors(file):
-                yield name, t.float() + 1
+def patched(folder, density=0.1, add=1.0):
+    """A patch whose every value inside the mask is the base's plus one, and its mask."""
+    base = found(folder).unet
+    bits = random_bits({name: t.shape for name, t in base.items()}, density, seed=0)
+    unet = torch.nn.Module()
+    unet.named_parameters = lambda: ((name, t.read().float() + add) for name, t in base.items())
+    return patch.of_training(unet, bits, base, reversible=False), bits
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_saving_takes_trained_values_inside_the_mask_and_the_bases_bytes_elsewhere(folder, tmp_path, sharded, dtype):
-    file = folder / "unet" / checkpoint.SINGLE
+    file = folder / "unet" / SINGLE
     save_file({name: t.to(dtype) for name, t in load_file(file).items()}, file, {"format": "pt"})
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(file.read_bytes())
     if sharded:
         as_shards(folder)
-    base = {name: t for f in checkpoint.unet_files(folder) for name, t in checkpoint.tensors(f)}
-    bits = random_bits({name: t.shape for name, t in base.items()}, 0.1, seed=0)
+    base, (change, bits) = found(folder), patched(folder)
     out = tmp_path / "out"
     out.mkdir()
-    checkpoint.save_erased(folder, Trained(folder), bits, out)
-    erased = {name: t for f in checkpoint.unet_files(out) for name, t in checkpoint.tensors(f)}
-    assert erased.keys() == base.keys()
-    for name, t in base.items():
-        assert erased[name].dtype == dtype
-        assert torch.equal(erased[name][~bits[name]], t[~bits[name]])
-        assert torch.equal(erased[name][bits[name]], (t.float() + 1).to(dtype)[bits[name]])
-    assert checkpoint.count_changes(folder, out, bits) == {"inside": kept(bits)[0], "outside": 0}
+    save.folder(base, patch.merged(base.unet, change), out)
+    erased = found(out)
+    assert list(erased.unet) == list(base.unet)
+    for name, t in base.unet.items():
+        old, new = t.read(), erased.unet[name].read()
+        assert new.dtype == dtype
+        assert torch.equal(new[~bits[name]], old[~bits[name]])
+        assert torch.equal(new[bits[name]], (old.float() + 1).to(dtype)[bits[name]])
+    assert patch.changes(base.unet, erased.unet, bits) == {"inside": kept(bits)[0], "outside": 0}
     assert not (out / "unet" / "diffusion_pytorch_model.fp16.safetensors").exists()  # the base would ride along
-    assert (out / "vae" / "config.json").read_bytes() == (folder / "vae" / "config.json").read_bytes()
-    assert oct(checkpoint.unet_files(out)[0].stat().st_mode & 0o777) == oct(0o666 & ~umask())
+    for file in ("vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (out / file).read_bytes() == (folder / file).read_bytes()
 
 
-def umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def test_a_weight_that_changed_outside_the_mask_is_counted(folder, tmp_path):
-    bits = random_bits({n: t.shape for f in checkpoint.unet_files(folder) for n, t in checkpoint.tensors(f)}, 0.1, 0)
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    file = checkpoint.unet_files(other)[0]
-    weights = load_file(file)
-    weights["conv_in.bias"] += 1
+def test_a_weight_that_changed_outside_the_mask_is_counted(folder):
+    base = found(folder).unet
+    bits = random_bits({n: t.shape for n, t in base.items()}, 0.1, 0)
     bits["conv_in.bias"][:] = False
     bits["conv_in.bias"][0] = True
-    save_file(weights, file, {"format": "pt"})
-    assert checkpoint.count_changes(folder, other, bits) == {"inside": 1, "outside": 63}
-    del weights["conv_in.bias"]
-    save_file(weights, file, {"format": "pt"})
+    other = base | {"conv_in.bias": given(base["conv_in.bias"].read() + 1)}
+    assert patch.changes(base, other, bits) == {"inside": 1, "outside": 63}
+    del other["conv_in.bias"]
     with pytest.raises(SalunError, match="lost conv_in.bias"):
-        checkpoint.count_changes(folder, other, bits)
+        patch.changes(base, other, bits)
+    with pytest.raises(SalunError, match="a tensor that the base has not: odd"):
+        patch.changes(base, base | {"odd": base["conv_in.bias"]}, bits)
 
 
 def test_a_damaged_part_is_named(folder):
-    file = folder / "unet" / checkpoint.SINGLE
+    file = folder / "unet" / SINGLE
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(SalunError, match="diffusion_pytorch_model.safetensors is truncated or damaged"):
-        checkpoint.fingerprint(folder)
+        found(folder)
     file.unlink()
     with pytest.raises(SalunError, match="is missing"):
-        checkpoint.fingerprint(folder)
+        found(folder)
+    shutil.copy(POCKET / "unet" / SINGLE, file)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(SalunError, match="has no vocabulary in .*tokenizer"):
+        checkpoint.load(found(folder))
     shutil.rmtree(folder / "vae")
-    with pytest.raises(SalunError, match="could not be loaded"):
-        checkpoint.load(folder)
+    with pytest.raises(SalunError, match="vae/diffusion_pytorch_model.safetensors is missing"):
+        found(folder)
 
 
-def test_a_unet_whose_file_lacks_a_weight_is_refused(folder):
-    """diffusers would draw the weight at random and only warn."""
-    file = folder / "unet" / checkpoint.SINGLE
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_part_whose_file_lacks_a_weight_is_refused(folder, part):
+    """diffusers and transformers would draw the weight at random and only warn."""
+    [file] = (folder / part).glob("*.safetensors")
     weights = load_file(file)
-    del weights["conv_in.bias"]
+    gone = "conv_in.bias" if part == "unet" else "encoder.layers.1.mlp.fc1.bias"
+    del weights[gone]
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(SalunError, match="conv_in.bias is missing"):
-        checkpoint.load(folder)
+    with pytest.raises(SalunError, match=f"{gone} is missing"):
+        checkpoint.load(found(folder))
 
 
-def test_a_value_that_its_dtype_cannot_hold_is_refused(folder, tmp_path):
-    bits = {name: torch.ones(shape).bool() for name, shape in checkpoint.unet_shapes(folder).items()}
-    trained = SimpleNamespace(named_parameters=lambda: ((n, torch.full(b.shape, 1e6)) for n, b in bits.items()))
+def test_a_value_that_its_dtype_cannot_hold_is_refused(folder):
     with pytest.raises(SalunError, match="does not fit into torch.float16"):
-        checkpoint.save_erased(folder, trained, bits, tmp_path)
+        patched(folder, density=1.0, add=1e6)
 
 
-def test_a_new_folder_is_whole_or_not_there(tmp_path):
-    with pytest.raises(KeyboardInterrupt), checkpoint.new_folder(tmp_path / "out") as partial:
-        (partial / "half").write_text("")
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.99999999.partial").mkdir()  # as kill -9 leaves it
-    (tmp_path / ".out.99999999.partial" / "stale").write_text("")
-    with checkpoint.new_folder(tmp_path / "out") as partial:
-        (partial / "whole").write_text("")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in (tmp_path / "out").iterdir()] == [
-        "whole"
-    ]
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    (tmp_path / "file").mkdir()  # a place that cannot be renamed into
-    with pytest.raises(OSError) as raised:
-        checkpoint.write_atomic(tmp_path / "file", b"data")
-    assert raised.value.errno == errno.EISDIR
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+def test_a_written_file_is_the_librarys_own_and_the_same_bytes_each_time(tmp_path):
+    values = {"a": torch.randn(3, 4), "z": torch.arange(5), "h": torch.randn(7).half(), "s": torch.tensor(4.6)}
+    save_file(values, tmp_path / "own.safetensors", {"k": "v"})
+    read, metadata = tensors.read(tmp_path / "own.safetensors")
+    tensors.write(tmp_path / "ours.safetensors", read, metadata)
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "own.safetensors").read_bytes()
+    several = {str(i): "v" for i in range(9)}
+    tensors.write(tmp_path / "x.safetensors", read, several)
+    first = (tmp_path / "x.safetensors").read_bytes()
+    tensors.write(tmp_path / "x.safetensors", read, several)
+    assert (tmp_path / "x.safetensors").read_bytes() == first
+    assert all(torch.equal(t, values[name]) for name, t in load_file(tmp_path / "x.safetensors").items())

@@ -32,7 +32,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from salun_sd.checkpoint import SAMPLING, load, sampling
+from salun_sd.checkpoint import SAMPLING, find, load
 from salun_sd.generate import sample
 
 # Class names in the order of the data set's labels, each with a synonym that a fifth of its captions use.
@@ -245,7 +245,8 @@ def train_unet(latents, labels, tokenizer: CLIPTokenizer, scheduler, out: Path, 
 
 def draw_grid(out: Path) -> None:
     """grid.png: a row for each class, ten seeds each."""
-    pipeline, (steps, guidance) = load(out), sampling(out)
+    found = find(str(out))
+    pipeline, (steps, guidance) = load(found), found.sampling
     grid = Image.new("RGB", (320, 320))
     for row, name in enumerate(CLASSES):
         for column, image in enumerate(

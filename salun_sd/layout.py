@@ -1,0 +1,256 @@
+"""The names of the original single-file layout, which A1111 and ComfyUI read, for diffusers' names.
+
+One direction is written down: module in a diffusers part -> module in the original. The other is the table inverted.
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+
+from salun_sd.errors import SalunError
+
+Parts = dict[str, list[str]]  # "unet", "vae", "text_encoder", "text_encoder_2" -> canonical names of its tensors
+Table = dict[str, str]  # diffusers name -> original name
+
+
+class Piece(NamedTuple):
+    """How one tensor of the original layout is made from tensors of a diffusers part."""
+
+    part: str
+    names: tuple[str, ...]  # one; or q, k and v, which are concatenated along dimension 0
+    form: str = "same"  # a key of MAKE
+
+
+Pieces = dict[str, Piece]  # original name -> piece
+
+MAKE = {
+    "same": lambda t: t,
+    "conv": lambda t: t[:, :, None, None],  # a linear weight [a, b] stored as a 1x1 convolution [a, b, 1, 1]
+    "transposed": lambda t: t.T,
+    # Made up: the published files have them, diffusers folders do not. Harmless, as no image depends on them:
+    "positions": lambda t: torch.arange(len(t), device=t.device)[None],  # [1, L] int64, which programs make themselves
+    "logit_scale": lambda t: t.new_full(
+        (), 100
+    ).log(),  # the temperature of CLIP's loss, at the limit it was clipped to
+    "identity": lambda t: torch.eye(len(t), dtype=t.dtype, device=t.device),  # SD 2 conditions on no projection
+    "copy": torch.clone,  # nor on the last resblock: it takes what comes out of the last but one
+}
+TAKE = {"same": lambda t: t, "conv": lambda t: t.reshape(t.shape[:2]), "transposed": lambda t: t.T}
+
+
+def make(piece: Piece, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The tensor of the original layout, from the tensors of piece.names in order."""
+    return MAKE[piece.form](torch.cat(tensors) if len(tensors) > 1 else tensors[0]).contiguous()
+
+
+def take(piece: Piece, which: int, original: torch.Tensor) -> torch.Tensor:
+    """The inverse: the tensor of piece.names[which]. Not for a piece that is made up."""
+    return TAKE[piece.form](original).chunk(len(piece.names))[which].contiguous()
+
+
+def made(piece: Piece, shapes: list, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
+    """Shape and dtype of what `make` will give, without the values."""
+    t = make(piece, [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes])
+    return list(t.shape), t.dtype
+
+
+def taken(piece: Piece, which: int, shape, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
+    """Shape and dtype of what `take` will give, without the values."""
+    t = take(piece, which, torch.empty(shape, dtype=dtype, device="meta"))
+    return list(t.shape), t.dtype
+
+
+def canonical(part: str, name: str) -> str | None:
+    """The name that this table uses for a tensor in a part's file; None for a buffer that is no weight.
+
+    Older programs wrote a text encoder's names behind "text_model.", and the VAE's attention in words.
+    """
+    if part.startswith("text_encoder"):
+        name = name.removeprefix("text_model.")
+        return None if name == "embeddings.position_ids" else name
+    if part == "vae":
+        return re.sub(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda m: _VAE_WORDS[m[1]], name)
+    return name
+
+
+def original_layout(family: str, names: Parts) -> Pieces:
+    """Original key -> how to make it, for the key set of the published files of "sd1", "sd2" or "sdxl".
+
+    Raises SalunError naming a tensor that has no place there, or that a place there needs: nothing is half translated.
+    """
+    if names.keys() != FAMILIES[family].keys():
+        raise SalunError(f"A {family} checkpoint has {', '.join(FAMILIES[family])}; this one has {', '.join(names)}.")
+    layout = {}
+    for part, (prefix, table, made_up) in FAMILIES[family].items():
+        places, present = table(names[part]), set(names[part])
+        if unknown := [name for name in names[part] if name not in places]:
+            raise SalunError(f"{unknown[0]} in {part} has no place in the original layout of {family}.")
+        sources: dict[str, list[str]] = {}
+        for name, place in places.items():
+            sources.setdefault(place, []).append(name)
+        real = {
+            place: Piece(part, tuple(needed), _form(place))
+            for place, needed in sources.items() if present & set(needed)
+        }  # fmt: skip
+        pieces = made_up(part, real) | real
+        if lacking := {name for piece in pieces.values() for name in piece.names} - present:
+            raise SalunError(f"{min(lacking)} is missing in {part}.")
+        layout |= {prefix + place: piece for place, piece in pieces.items()}
+    return layout
+
+
+def inverse(layout: Pieces) -> dict[tuple[str, str], tuple[str, int]]:
+    """(part, diffusers name) -> (original key, which of its names): each tensor once, from its real place."""
+    return {
+        (piece.part, name): (key, which)
+        for key, piece in layout.items() if piece.form in TAKE
+        for which, name in enumerate(piece.names)
+    }  # fmt: skip
+
+
+def _form(place: str) -> str:
+    if re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", place):
+        return "conv"
+    return "transposed" if place == "text_projection" else "same"
+
+
+def _count(names, pattern: str) -> int:
+    """How many different numbers stand where the pattern has its group."""
+    return len({m[1] for name in names if (m := re.search(pattern, name))})
+
+
+def _inside(modules: Table, members: Table) -> Table:
+    """Every member of every module."""
+    return {f"{a}.{b}": f"{x}.{y}" for a, x in modules.items() for b, y in members.items()}
+
+
+def _as_is(*names: str) -> Table:
+    return dict(zip(names, names, strict=True))
+
+
+_LEAVES = _as_is("weight", "bias")
+
+
+def _unet(names: list[str]) -> Table:
+    """The original counts its blocks in one row, which conv_in opens: of each level the layers, then the downsampler.
+
+    On the way up a level has one layer more, and its upsampler is the last module of its last block.
+    """
+    levels = range(_count(names, r"^down_blocks\.(\d+)\."))
+    row = _count(names, r"^down_blocks\.0\.resnets\.(\d+)\.") + 1  # blocks of a level
+    depth = range(_count(names, r"\.transformer_blocks\.(\d+)\."))
+    layers = [(f"down_blocks.{b}", i, f"input_blocks.{1 + b * row + i}") for b in levels for i in range(row - 1)]
+    layers += [(f"up_blocks.{b}", i, f"output_blocks.{b * row + i}") for b in levels for i in range(row)]
+    resnets = {f"{block}.resnets.{i}": f"{place}.0" for block, i, place in layers}
+    attentions = {f"{block}.attentions.{i}": f"{place}.1" for block, i, place in layers}
+    down = {f"down_blocks.{b}.downsamplers.0.conv": f"input_blocks.{(b + 1) * row}.0.op" for b in levels}
+    up = {}
+    for b in levels:
+        after = 1 + any(name.startswith(f"up_blocks.{b}.attentions.") for name in names)
+        up[f"up_blocks.{b}.upsamplers.0.conv"] = f"output_blocks.{(b + 1) * row - 1}.{after}.conv"
+    resnets |= {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    attentions |= {"mid_block.attentions.0": "middle_block.1"}
+    transformer = _as_is("norm", "proj_in", "proj_out")
+    transformer |= _inside(_as_is(*(f"transformer_blocks.{d}" for d in depth)), _TRANSFORMER_BLOCK)
+    return _inside(
+        _UNET_ENDS | _inside(resnets, _UNET_RESNET) | _inside(attentions, transformer) | down | up, _LEAVES
+    )  # fmt: skip
+
+
+_UNET_ENDS = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+_UNET_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_TRANSFORMER_BLOCK = _as_is(
+    "norm1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
+    "norm2", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
+    "norm3", "ff.net.0.proj", "ff.net.2",
+)  # fmt: skip
+
+
+def _vae(names: list[str]) -> Table:
+    """The original counts the decoder's levels from the fine end, as the encoder's."""
+    levels = _count(names, r"^encoder\.down_blocks\.(\d+)\.")
+    layers = _count(names, r"^encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    resnets, modules = {}, _as_is("quant_conv", "post_quant_conv")
+    for side in ("encoder", "decoder"):
+        resnets |= {f"{side}.mid_block.resnets.{i}": f"{side}.mid.block_{i + 1}" for i in range(2)}
+        modules |= _inside({f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1"}, _VAE_ATTENTION)
+        modules |= _inside(_as_is(side), {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"})
+    for b in range(levels):
+        down, up = f"encoder.down.{b}", f"decoder.up.{levels - 1 - b}"
+        resnets |= {f"encoder.down_blocks.{b}.resnets.{i}": f"{down}.block.{i}" for i in range(layers)}
+        resnets |= {f"decoder.up_blocks.{b}.resnets.{i}": f"{up}.block.{i}" for i in range(layers + 1)}
+        modules[f"encoder.down_blocks.{b}.downsamplers.0.conv"] = f"{down}.downsample.conv"
+        modules[f"decoder.up_blocks.{b}.upsamplers.0.conv"] = f"{up}.upsample.conv"
+    return _inside(modules | _inside(resnets, _VAE_RESNET), _LEAVES)
+
+
+_VAE_RESNET = _as_is("norm1", "conv1", "norm2", "conv2") | {"conv_shortcut": "nin_shortcut"}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_VAE_WORDS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _open_clip(names: list[str]) -> Table:
+    layers = range(_count(names, r"^encoder\.layers\.(\d+)\."))
+    modules = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
+    modules |= _inside({f"encoder.layers.{i}": f"transformer.resblocks.{i}" for i in layers}, _OPEN_CLIP_LAYER)
+    tensors = {name: place.replace("in_proj.", "in_proj_") for name, place in _inside(modules, _LEAVES).items()}
+    return tensors | {_POSITION: "positional_embedding", "text_projection.weight": "text_projection"}
+
+
+def _clip(names: list[str]) -> Table:
+    """OpenAI's CLIP keeps its names."""
+    return _as_is(*(name for name in _open_clip(names) if name != "text_projection.weight"))
+
+
+_POSITION = "embeddings.position_embedding.weight"
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "self_attn.q_proj": "attn.in_proj",  # q, k and v are one tensor there
+    "self_attn.k_proj": "attn.in_proj",
+    "self_attn.v_proj": "attn.in_proj",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def _nothing(part: str, real: Pieces) -> Pieces:
+    return {}
+
+
+def _positions(part: str, real: Pieces) -> Pieces:
+    return {"embeddings.position_ids": Piece(part, (_POSITION,), "positions")}
+
+
+def _logit_scale(part: str, real: Pieces) -> Pieces:
+    return {"logit_scale": Piece(part, ("final_layer_norm.weight",), "logit_scale")}
+
+
+def _head(part: str, real: Pieces) -> Pieces:
+    """SD 2's text encoder was cut off where it is read: 23 of 24 resblocks, and no projection."""
+    blocks = _count(real, r"^transformer\.resblocks\.(\d+)\.")
+    last, spare = (f"transformer.resblocks.{i}." for i in (blocks - 1, min(blocks, 23)))
+    return _logit_scale(part, real) | {
+        "text_projection": Piece(part, ("final_layer_norm.weight",), "identity"),
+        **{k.replace(last, spare): piece._replace(form="copy") for k, piece in real.items() if k.startswith(last)},
+    }
+
+
+_DIFFUSION = {"unet": ("model.diffusion_model.", _unet, _nothing), "vae": ("first_stage_model.", _vae, _nothing)}
+FAMILIES = {  # part -> prefix in the file, table, what is made up
+    "sd1": _DIFFUSION | {"text_encoder": ("cond_stage_model.transformer.text_model.", _clip, _positions)},
+    "sd2": _DIFFUSION | {"text_encoder": ("cond_stage_model.model.", _open_clip, _head)},
+    "sdxl": _DIFFUSION | {
+        "text_encoder": ("conditioner.embedders.0.transformer.text_model.", _clip, _positions),
+        "text_encoder_2": ("conditioner.embedders.1.model.", _open_clip, _logit_scale),
+    },
+}  # fmt: skip

@@ -1,0 +1,28 @@
+import errno
+import os
+
+import pytest
+
+from salun_sd import files
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.new_folder(tmp_path / "out") as partial:
+        (partial / "half").write_text("")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".out.99999999.partial").mkdir()  # as kill -9 leaves it
+    (tmp_path / ".out.99999999.partial" / "stale").write_text("")
+    (tmp_path / f".out.{os.getppid()}.partial").mkdir()  # of a run that goes on
+    with files.new_folder(tmp_path / "out") as partial:
+        (partial / "whole").write_text("")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", f".out.{os.getppid()}.partial"}
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole"]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    (tmp_path / "file").mkdir()  # a place that cannot be renamed into
+    with pytest.raises(OSError) as raised:
+        files.write_atomic(tmp_path / "file", b"data")
+    assert raised.value.errno == errno.EISDIR
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
