@@ -1,0 +1,93 @@
+"""The end of `erase`, and the work of `apply`: an erased checkpoint in one of its forms, read back before it stands."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from salun_sd import patch, provenance, save, tensors
+from salun_sd.checkpoint import Checkpoint, fingerprint
+from salun_sd.errors import SalunError, UsageError
+from salun_sd.files import new_file, new_folder
+from salun_sd.patch import Patch
+
+
+def check_place(out: Path, form: str) -> None:
+    """Raise UsageError where --out does not go with --format."""
+    if form == "diffusers" and out.suffix == ".safetensors":
+        raise UsageError(f"--out {out} looks like a file, and a diffusers checkpoint is a folder: see --format.")
+    if form != "diffusers" and out.suffix != ".safetensors":
+        raise UsageError(f"--out {out} has to end in .safetensors for --format {form}.")
+
+
+def written(base: Checkpoint, made: Patch, form: str, place: Path, revert: bool = False) -> None:
+    """Write the base with the patch in a form (a folder is there to be filled), read it back from the disk and raise
+    SalunError unless its UNet is the one that the record names, to the last bit."""
+    unet = patch.merged(base.unet, made, "old" if revert else "new")
+    if form == "patch":
+        patch.write(place, made)
+        saved = patch.merged(base.unet, patch.read(place))
+    elif form == "single-file":
+        header = made.record["base"]["header"] if revert else provenance.metadata(made.record, base)
+        tensors.write(place, save.single_file(base, unet), header)
+        saved = Checkpoint(str(place), place, base.config, base.family).unet
+    else:
+        save.folder(base, unet, place)
+        if not revert:
+            provenance.write_folder(made.record, place)
+        saved = Checkpoint(str(place), place, place, base.family).unet
+    wanted = made.record["base" if revert else "erased"]["fingerprint"]
+    if fingerprint(saved) != wanted:
+        raise SalunError("What was read back from the disk is not what was written, so nothing was kept; report it.")
+
+
+def finished(out: Path, form: str, base: Checkpoint, settings: dict, inputs: dict) -> dict | None:
+    """The record that an earlier run left in `out`, if it is the same; None if there is nothing. Anything else:
+    UsageError."""
+    beside = provenance.run_folder(out)
+    if form != "diffusers" and not out.exists() and beside.is_dir() and any(beside.iterdir()):
+        raise UsageError(f"{beside} is of another run, whose {out.name} is gone: choose another --out, or remove it.")
+    if not out.exists() or (form == "diffusers" and out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        record = patch.read(out).record if form == "patch" else provenance.read(out)
+        same = record["settings"] == settings and record["inputs"] == inputs
+    except (OSError, SalunError, KeyError, TypeError) as e:
+        raise UsageError(f"{out} holds something else: choose another --out, or remove it.") from e
+    if not same:
+        raise UsageError(f"{out} was erased with other settings or inputs: choose another --out, or remove it.")
+    if form == "patch":
+        unet = patch.merged(base.unet, patch.read(out))
+    else:
+        unet = Checkpoint(str(out), out, out if out.is_dir() else base.config, base.family).unet
+    if fingerprint(unet) != record["erased"]["fingerprint"]:
+        raise SalunError(f"The UNet in {out} is not the one that was saved there: remove {out} and run again.")
+    print(f"{out} was already made from these inputs with these settings; nothing to do.", file=sys.stderr)
+    return record
+
+
+def apply(model: Checkpoint, file: Path, *, form: str, revert: bool, out: Path) -> dict:
+    """Write the checkpoint that a patch makes of its base, or, to revert, the base again; gives back the patch's
+    record. Nothing is loaded: tensors pass through one at a time."""
+    if form == "patch":
+        raise UsageError("--format patch is what you have: give diffusers or single-file.")
+    check_place(out, form)
+    if out.exists() and not (form == "diffusers" and out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out} exists: choose another --out, or remove it.")
+    made = patch.read(file)
+    patch.check(made, model.unet, model.name, model.fingerprint, revert)
+    with new_folder(out) if form == "diffusers" else new_file(out) as partial:
+        written(model, made, form, partial, revert)
+    return made.record
+
+
+def size_on_disk(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def peak_memory() -> int:
+    """Most memory held so far, in bytes: resident, or on the GPU where one is used."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
