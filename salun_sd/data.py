@@ -1,46 +1,53 @@
-"""Images and prompts to latents and text embeddings, each encoded once."""
-
-from pathlib import Path
+"""Images and prompts to latents and text embeddings."""
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from salun_sd.errors import UsageError
-from salun_sd.images import read_image
+from salun_sd.diffusion import Condition
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The image files directly in a folder, by name. Raises UsageError if it is no folder or holds none."""
-    if not folder.is_dir():
-        raise UsageError(f"Image folder {folder} was not found.")
-    known = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in known)
-    if not files:
-        raise UsageError(f"Image folder {folder} holds no images: give one with .png, .jpg or other image files.")
-    return files
+def pixels(image: Image.Image, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """RGB image => [3, size, size] float32 in [-1, 1], and its time ids [6] float32.
+
+    Short side resized (bicubic), centre crop, as in the authors' code. The time ids are what SDXL is told of size and
+    crop: true height and width, top and left of the crop in the resized image, and the size (arXiv 2307.01952, 2.2).
+    """
+    ids = image.height, image.width, *(_overhang(image, side, size) for side in "hw"), size, size
+    fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div(127.5).sub(1), torch.tensor(ids).float()
 
 
-def pixels(file: Path, size: int) -> torch.Tensor:
-    """Image file => [3, size, size] float32 in [-1, 1]: short side resized (bicubic), centre crop, as in the authors'
-    code."""
-    image = ImageOps.fit(read_image(file), (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
+def _overhang(image: Image.Image, side: str, size: int) -> int:
+    """Pixels that the centre crop takes from the top (h) or the left (w), once the short side has `size` pixels."""
+    length = image.height if side == "h" else image.width
+    return round((length * size / min(image.size) - size) / 2)
 
 
 @torch.no_grad()
-def encode_image(vae, file: Path, size: int) -> torch.Tensor:
-    """Image file => latent [4, h, w] float32 on the CPU, times the scaling factor.
+def encode_image(vae, values: torch.Tensor) -> torch.Tensor:
+    """[3, size, size] => latent [4, h, w] float32 on the CPU, times the scaling factor.
 
     The posterior's mode, so that an image has one latent; the authors' code samples it anew at each use.
     """
-    posterior = vae.encode(pixels(file, size)[None].to(vae.device))
+    posterior = vae.encode(values[None].to(vae.device))
     return posterior.latent_dist.mode()[0].cpu() * vae.config.scaling_factor
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer, text_encoder, texts: list[str]) -> torch.Tensor:
-    """Prompts => text embeddings [P, L, D] float32 on the CPU, padded and cut to the tokenizer's length."""
-    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                       return_tensors="pt")  # fmt: skip
-    return text_encoder(tokens.input_ids.to(text_encoder.device))[0].cpu()
+def encode_prompts(pipeline, texts: list[str]) -> Condition:
+    """Prompts => "context" [P, L, D] and, where the pipeline pools it, "text_embeds" [P, E], float32 on the CPU.
+
+    Each by itself, so that an embedding never depends on its neighbours; as the pipeline itself encodes them to draw,
+    and "" as it encodes the lack of a prompt: SDXL base has zeros there (force_zeros_for_empty_prompt).
+    """
+    device = pipeline.text_encoder.device
+    rows = []
+    for text in texts:
+        context, _, *pooled = pipeline.encode_prompt(
+            text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        row = {"context": context} | ({"text_embeds": pooled[0]} if pooled else {})
+        empty_is_zero = text == "" and pipeline.config.get("force_zeros_for_empty_prompt")
+        rows.append({k: (v * 0 if empty_is_zero else v)[0].cpu() for k, v in row.items()})
+    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}

@@ -2,30 +2,25 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 
 from tqdm import tqdm
 
-from salun_sd import checkpoint, generate
+from salun_sd import cache, generate
+from salun_sd.checkpoint import Checkpoint
 from salun_sd.prompts import Prompt
+from salun_sd.sources import Item
 
 
-def cache_folder() -> Path:
-    """$SALUN_SD_CACHE, or salun-sd in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SALUN_SD_CACHE") or Path(root) / "salun-sd")
-
-
-def drawn_images(base: Path, pipeline, rows: list[tuple[str, float]], what: str) -> list[Path]:
-    """One image file for each (text, guidance scale), drawn by the base once; `what` names them on the progress bar.
+def drawn_images(base: Checkpoint, pipeline: Callable, rows: list[tuple[str, float]], what: str) -> list[Item]:
+    """One image for each (text, guidance scale), drawn by the base once; `what` names them on the progress bar, and
+    `pipeline` gives the base's if any is missing.
 
     The n-th image of a text starts from seed n and is filed under what it is drawn from, so that `mask` and `erase`
-    share images, and more of them extend fewer.
+    share images, and more of them extend fewer. Another run that draws from this base is waited for.
     """
-    steps, _ = checkpoint.sampling(base)
-    identity = checkpoint.identity(base)
+    steps, _ = base.sampling
     seen: Counter = Counter()
     wanted = []
     for text, guidance in rows:
@@ -33,8 +28,9 @@ def drawn_images(base: Path, pipeline, rows: list[tuple[str, float]], what: str)
         seen[text, guidance] += 1
         name = hashlib.sha256(json.dumps([text, guidance, seed]).encode()).hexdigest()[:15]
         wanted.append(Prompt(int(name, 16), text, seed, guidance))
-    folder = cache_folder() / "drawn" / f"{identity[:16]}-{steps}"
-    drawing = generate.draw(pipeline, wanted, folder, steps=steps, identity=identity)
-    for _ in tqdm(drawing, total=len(wanted), desc=f"draw {what}", unit="image"):
-        pass
-    return [folder / generate.file_of(p, 0) for p in wanted]
+    with cache.held("drawn", f"{base.identity[:16]}-{steps}") as folder:
+        drawing = generate.draw(pipeline, wanted, folder, steps=steps, identity=base.identity)
+        for _ in tqdm(drawing, total=len(wanted), desc=f"draw {what}", unit="image"):
+            pass
+    files = [folder / generate.file_of(p, 0) for p in wanted]
+    return [Item(str(f), p.text, None, f.read_bytes) for f, p in zip(files, wanted, strict=True)]

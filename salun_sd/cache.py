@@ -1,0 +1,118 @@
+"""The user's cache folder: entries of images and encodings that one run at a time may fill, counted and cleared."""
+
+import errno
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from salun_sd.errors import SalunError
+
+KINDS = ("drawn", "encoded")  # the folders of the cache; nothing outside them is ever deleted
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Entry(NamedTuple):
+    """A folder of the cache."""
+
+    kind: str
+    name: str
+    files: int
+    bytes: int
+    used: float  # newest mtime of the folder and what is in it; `held` sets the folder's
+
+
+def folder() -> Path:
+    """$SALUN_SD_CACHE, or salun-sd in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SALUN_SD_CACHE") or Path(root) / "salun-sd")
+
+
+@contextmanager
+def held(kind: str, key: str) -> Iterator[Path]:
+    """The folder <cache>/<kind>/<key>, made if need be, for this process alone until the end; where another process
+    holds it, says so and waits. May be nested, for the same key too.
+
+    Raises SalunError where the cache cannot be written; a full disk is an OSError, as anywhere.
+    """
+    entry = folder() / kind / key
+    with ExitStack() as hold:
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            # One lock object for a file in a process: a hold inside a hold counts up, where two objects would deadlock.
+            lock = FileLock(_lock_of(entry), is_singleton=True)
+            try:
+                hold.enter_context(lock.acquire(blocking=False))
+            except Timeout:
+                print(f"Another run is using {entry}; waiting for it.", file=sys.stderr)
+                hold.enter_context(lock.acquire(poll_interval=0.2))
+            entry.mkdir(exist_ok=True)  # under the lock: `clear` may have removed it while this run waited
+            os.utime(entry)
+        except OSError as e:
+            if e.errno in FULL_DISK:
+                raise
+            raise SalunError(
+                f"The cache {folder()} cannot be written ({e.strerror}): set SALUN_SD_CACHE to another folder."
+            ) from e
+        yield entry
+
+
+def entries() -> list[Entry]:
+    """What the cache holds, largest first; what is not a folder is left out."""
+    return sorted(map(_measured, _folders()), key=lambda e: (-e.bytes, e.kind, e.name))
+
+
+def clear(older_than_days: float | None = None) -> tuple[int, int]:
+    """Remove the entries, or those that were not used for so many days; gives back how many files and bytes that were.
+
+    An entry that a run holds is left, and that is said. Lock files stay: a run that waits for one that was replaced
+    would hold the entry together with another. Raises OSError where something cannot be removed.
+    """
+    before = time.time() - (older_than_days or 0) * 86400
+    files = size = 0
+    for place in _folders():
+        try:
+            with FileLock(_lock_of(place)).acquire(blocking=False):
+                entry = _measured(place)
+                if place.is_dir() and (older_than_days is None or entry.used < before):
+                    shutil.rmtree(place)  # takes links away, never what they point to
+                    files, size = files + entry.files, size + entry.bytes
+        except Timeout:
+            print(f"Another run is using {place}; it was left.", file=sys.stderr)
+    return files, size
+
+
+def _lock_of(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.lock")
+
+
+def _folders() -> Iterator[Path]:
+    """The entries' folders; hidden names are lock and partial files. A link is named on stderr and left out."""
+    for kind in KINDS:
+        top = folder() / kind
+        inside = sorted(top.iterdir()) if top.is_dir() and not top.is_symlink() else []
+        for place in (top, *inside):
+            if place.is_symlink():
+                print(f"{place} is a link: what it points to is neither counted nor removed.", file=sys.stderr)
+            elif place != top and place.is_dir() and not place.name.startswith("."):
+                yield place
+
+
+def _measured(place: Path) -> Entry:
+    files, size, used = 0, 0, 0.0
+    for parent, _, names in os.walk(place):
+        for name in (".", *names):
+            try:
+                stat = os.lstat(os.path.join(parent, name))
+            except FileNotFoundError:
+                continue  # the partial file of a run that goes on: renamed meanwhile
+            used = max(used, stat.st_mtime)
+            if name != ".":
+                files, size = files + 1, size + stat.st_size
+    return Entry(place.parent.name, place.name, files, size, used)

@@ -1,0 +1,131 @@
+"""Forget and retain images of a run: read or drawn by the base, encoded once, kept in the user's cache."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from salun_sd import cache, checkpoint, data, sources, tensors
+from salun_sd.checkpoint import Checkpoint
+from salun_sd.diffusion import Condition, Examples
+from salun_sd.drawn import drawn_images
+from salun_sd.errors import SalunError
+from salun_sd.files import new_file
+from salun_sd.images import read_image
+from salun_sd.plan import Concept
+from salun_sd.sources import Item
+
+
+class Base:
+    """A checkpoint that is about to be edited, loaded as far as it is needed."""
+
+    def __init__(self, model: Checkpoint, resolution: int | None):
+        self.model, self.resolution = model, resolution or model.image_size
+        self._pipeline = None
+
+    def pipeline(self):
+        """The whole of it, to draw with."""
+        if self._pipeline is None:
+            self._pipeline = checkpoint.load(self.model)
+        return self._pipeline
+
+    def encoders(self):
+        """The VAE, the tokenizers and the text encoders, with the UNet only if it is there already."""
+        if self._pipeline is None:
+            return checkpoint.load(self.model, unet=False)
+        return self._pipeline
+
+    def trainable(self, whole: bool = False):
+        """A pipeline with the UNet and the scheduler; VAE and text encoders have left memory, unless `whole`."""
+        if whole:
+            return self.pipeline()
+        if self._pipeline is None:
+            self._pipeline = checkpoint.load(self.model, encoders=False)
+        for part in self.model.family.parts:
+            if part != "unet":
+                setattr(self._pipeline, part, None)
+        return self._pipeline
+
+
+def forget_items(
+    base: Base, concepts: Sequence[Concept], images: Sequence[list[Item] | None], samples: int
+) -> list[list[Item]]:  # fmt: skip
+    """D_f, a list for each concept: its images with captions, or as many as `samples`, drawn by the base, spread evenly
+    over the concept's prompts."""
+    guidance = base.model.sampling[1]
+
+    def drawn(c: Concept) -> list[Item]:
+        rows = [(text, guidance) for text in spread(c.prompts(), samples)]
+        return drawn_images(base.model, base.pipeline, rows, "forget images")
+
+    return [captioned(own, c.prompt) if own else drawn(c) for c, own in zip(concepts, images, strict=True)]
+
+
+def retain_items(
+    base: Base, images: list[Item] | None, caption: str, kept: list[tuple[str, float]], samples: int
+) -> list[Item]:  # fmt: skip
+    """D_r: images with their captions, or else `caption`; or images that the base draws, spread evenly over the kept
+    prompts and their guidance scales."""
+    if images:
+        return captioned(images, caption)
+    return drawn_images(base.model, base.pipeline, spread(kept, samples), "retain images")
+
+
+def captioned(items: list[Item], prompt: str) -> list[Item]:
+    captions = sources.captioned(items, prompt)
+    return [item._replace(caption=text) for item, text in zip(items, captions, strict=True)]
+
+
+def spread(choices, count: int) -> list:
+    """Each choice as often as the others, to one, in their order."""
+    return [choices[i * len(choices) // count] for i in range(count)]
+
+
+def encode(base: Base, items: list[Item], texts: Iterable[str]) -> tuple[Examples, dict[str, int]]:
+    """Images with captions => latents and embeddings, and the row of `prompts` that each text has: the captions, and
+    `texts` beside them.
+
+    Kept in one safetensors file under the cache folder, which is mapped into memory, not read: what was encoded before
+    for these images at this size by this checkpoint is not encoded again.
+    """
+    wanted = list(dict.fromkeys([*texts, *(item.caption for item in items)]))
+    key = f"{base.model.identity} {base.resolution} {sources.digest(items)}"
+    with cache.held("encoded", hashlib.sha256(key.encode()).hexdigest()[:16]) as folder:
+        file = folder / "encoded.safetensors"
+        known, found = _read(file)
+        if missing := [text for text in wanted if text not in known]:
+            pipeline = base.encoders()
+            if not found:
+                found = _encode_images(pipeline.vae, items, base.resolution)
+            for k, rows in data.encode_prompts(pipeline, missing).items():
+                found[f"prompt/{k}"] = torch.cat([found[f"prompt/{k}"], rows]) if known else rows
+            with new_file(file) as partial:
+                header = {"texts": json.dumps(known + missing)}
+                tensors.write(partial, {k: tensors.given(v) for k, v in found.items()}, header)
+            known, found = _read(file)
+    prompts: Condition = {k.removeprefix("prompt/"): v for k, v in found.items() if k.startswith("prompt/")}
+    images = {"time_ids": found["time_ids"]} if "text_embeds" in prompts else {}
+    row = {text: i for i, text in enumerate(known)}
+    which = torch.tensor([row[item.caption] for item in items])
+    return Examples(found["latents"], prompts, which, images), row
+
+
+def _read(file: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """The texts whose embeddings a cache file has, and its tensors, mapped into memory."""
+    try:
+        return json.loads(tensors.read(file)[1]["texts"]), load_file(file)
+    except (FileNotFoundError, SalunError, KeyError):  # not there, or damaged since: encode anew
+        return [], {}
+
+
+def _encode_images(vae, items: list[Item], size: int) -> dict[str, torch.Tensor]:
+    latents, ids = [], []
+    for item in tqdm(items, desc="encode", unit="image"):
+        values, time_ids = data.pixels(read_image(item.read(), item.name), size)
+        latents.append(data.encode_image(vae, values))
+        ids.append(time_ids)
+    return {"latents": torch.stack(latents), "time_ids": torch.stack(ids)}
