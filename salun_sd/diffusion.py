@@ -1,7 +1,7 @@
 """The maths that mask and erase share: noising, prediction, guidance and training targets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -28,16 +28,40 @@ class Schedule(NamedTuple):
         return cls(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
 
 
+# What the UNet is told beside x_t and t, a row for each image: "context" [B, L, D], the text embedding; for SDXL
+# (arXiv 2307.01952, section 2.2) also "text_embeds" [B, E], the pooled one, and "time_ids" [B, 6], size and crop.
+Condition = dict[str, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Examples:
     """Encoded images and the prompts that belong to them."""
 
     latents: torch.Tensor  # [N, 4, h, w] float32, already times the VAE's scaling factor
-    contexts: torch.Tensor  # [P, L, D] text embeddings of the distinct prompts
-    which: torch.Tensor  # [N] int64, the row of contexts that captions each image
+    prompts: Condition  # the distinct prompts, [P, ...] each
+    which: torch.Tensor  # [N] int64, the row of prompts that captions each image
+    images: Condition = field(default_factory=dict)  # what is told of the image itself, [N, ...] each
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def condition(self, index: torch.Tensor, which: torch.Tensor | None = None) -> Condition:
+        """For the images at index [B]: their prompts, or those in the rows which [B], and what is told of them."""
+        rows = self.which[index] if which is None else which
+        return {k: v[rows] for k, v in self.prompts.items()} | {k: v[index] for k, v in self.images.items()}
+
+    def rows(self, index: list[int]) -> Condition:
+        """Some of the prompts, a row each."""
+        return {k: v[index] for k, v in self.prompts.items()}
+
+
+def moved(condition: Condition, device: torch.device | str) -> Condition:
+    return {k: v.to(device) for k, v in condition.items()}
+
+
+def joined(a: Condition, b: Condition) -> Condition:
+    """The rows of a, then those of b."""
+    return {k: torch.cat([a[k], b[k]]) for k in a}
 
 
 def _signal_and_noise(schedule: Schedule, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,9 +87,10 @@ def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.T
     return signal * noise - sigma * x0
 
 
-def predict(unet, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    """The denoiser's output [B, 4, h, w] for x_t [B, 4, h, w], t [B] and text embeddings [B, L, D]."""
-    return unet(x_t, t, encoder_hidden_states=context).sample
+def predict(unet, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """The denoiser's output [B, 4, h, w] for x_t [B, 4, h, w], t [B] and what it is told."""
+    added = {k: v for k, v in condition.items() if k != "context"}
+    return unet(x_t, t, encoder_hidden_states=condition["context"], added_cond_kwargs=added).sample
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, w: float) -> torch.Tensor:

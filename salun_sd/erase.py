@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import partial
+from itertools import cycle
 
 import torch
 from torch import nn
 
-from salun_sd.diffusion import Examples, Schedule, add_noise, mse, predict, target
+from salun_sd.diffusion import Examples, Schedule, add_noise, joined, moved, mse, predict, target
 from salun_sd.errors import SalunError
 from salun_sd.mask import Bits
 
@@ -28,16 +30,18 @@ class SalientWeights:
             salient = bits[name].view(-1).to(p.device)
             p.requires_grad_(bool(salient.any()))
             if p.requires_grad:
-                self.entries.append((p, salient, nn.Parameter(p.detach().view(-1)[salient].float())))
+                values = nn.Parameter(p.detach().view(-1)[salient].float())
+                p.register_post_accumulate_grad_hook(partial(self._gather, salient, values))
+                self.entries.append((p, salient, values))
+
+    @staticmethod
+    def _gather(salient: torch.Tensor, values: nn.Parameter, p: nn.Parameter) -> None:
+        """As soon as a dense gradient is made, keep its salient entries and free it."""
+        values.grad = p.grad.view(-1)[salient].float()
+        p.grad = None
 
     def parameters(self) -> list[nn.Parameter]:
         return [values for _, _, values in self.entries]
-
-    def gather_gradients(self) -> None:
-        """Move the salient entries of the dense gradients to the compact parameters, and free the dense ones."""
-        for p, salient, values in self.entries:
-            values.grad = p.grad.view(-1)[salient].float()
-            p.grad = None
 
     @torch.no_grad()
     def scatter(self) -> None:
@@ -59,12 +63,22 @@ def batches(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Ten
         queue = queue[size:]
 
 
+def balanced(concepts: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Endless index batches [size] over examples of several concepts, concepts [N] int64: each in turn gives one, so
+    that in a batch their numbers differ by one at most; each goes through its own in shuffled passes."""
+    members = [(concepts == c).nonzero().squeeze(1) for c in concepts.unique()]
+    turns = cycle([(m, batches(len(m), 1, generator)) for m in members])
+    while True:
+        yield torch.cat([m[next(one)] for m, one in (next(turns) for _ in range(size))])
+
+
 def erase(
     unet: nn.Module,
     bits: Bits,
     schedule: Schedule,
     forget: Examples,
-    anchor: torch.Tensor,
+    anchors: torch.Tensor,
+    concepts: torch.Tensor,
     retain: Examples,
     *,
     steps: int,
@@ -78,8 +92,9 @@ def erase(
     """Fine-tune the UNet in place; yields {"step", "forget", "retain", "loss"} after each update.
 
     loss = mean ||e(x_t|c') - e(x_t|c)||^2 over D_f + retain_weight * MSE over D_r (SalUn, section 4, and the
-    authors' nsfw_removal.py). forget: images of the concept c with its embedding; anchor [1, L, D]: the embedding
-    of c'; retain: images with their own prompts. Both branches see the same x_t (the authors' code encodes twice).
+    authors' nsfw_removal.py). forget: images of the concept c with its prompt; anchors [N] int64: the row of
+    forget.prompts that is c' for each of them; concepts [N] int64: which concept each shows, batches are balanced over
+    them; retain: images with their own prompts. Both branches see the same x_t (the authors' code encodes twice).
     No gradient flows through the anchor branch; anchor_from says whose prediction it is: the weights being trained
     ("current", as the authors do) or the ones before training ("base").
     Raises SalunError when a loss is not finite or explodes, naming the step and what to lower.
@@ -89,13 +104,13 @@ def erase(
     teacher = deepcopy(unet).requires_grad_(False) if anchor_from == "base" else unet
     salient = SalientWeights(unet, bits)
     updater = optimizer(salient.parameters(), lr=lr)
-    of_forget, of_retain = batches(len(forget), batch_size, generator), batches(len(retain), batch_size, generator)
-    anchor = anchor.to(device).expand(batch_size, -1, -1)
+    of_forget, of_retain = balanced(concepts, batch_size, generator), batches(len(retain), batch_size, generator)
 
     for step in range(1, steps + 1):
         f, r = next(of_forget), next(of_retain)
         x0 = torch.cat([forget.latents[f], retain.latents[r]])  # [2B, 4, h, w]
-        context = torch.cat([forget.contexts[forget.which[f]], retain.contexts[retain.which[r]]]).to(device)
+        condition = moved(joined(forget.condition(f), retain.condition(r)), device)
+        anchor = moved(forget.condition(f, anchors[f]), device)
         t = torch.randint(len(schedule.alphas_cumprod), (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         x0, t, noise = x0.to(device), t.to(device), noise.to(device)
@@ -104,7 +119,7 @@ def erase(
         with torch.no_grad():
             wanted = predict(teacher, x_t[:batch_size], t[:batch_size], anchor)
         wanted = torch.cat([wanted, target(schedule, x0, noise, t)[batch_size:]])
-        losses = mse(predict(unet, x_t, t, context), wanted)  # [2B]
+        losses = mse(predict(unet, x_t, t, condition), wanted)  # [2B]
         forget_loss, retain_loss = losses[:batch_size].mean(), losses[batch_size:].mean()
         loss = forget_loss + retain_weight * retain_loss
         if not math.isfinite(loss.item()) or max(forget_loss.item(), retain_loss.item()) > EXPLODED:
@@ -113,7 +128,6 @@ def erase(
                 f": lower --lr, now {lr:g}."
             )
         loss.backward()
-        salient.gather_gradients()
         updater.step()
         salient.scatter()
         if not salient.are_finite():

@@ -1,7 +1,7 @@
 """Prompts to images: one seed per image, resumable, nothing drawn twice."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from salun_sd.checkpoint import write_atomic
 from salun_sd.errors import UsageError
+from salun_sd.files import write_atomic
 from salun_sd.prompts import Prompt
 
 PNG_END = b"IEND\xaeB`\x82"
@@ -36,9 +36,10 @@ def file_of(prompt: Prompt, k: int) -> str:
 
 
 def draw(
-    pipeline, prompts: list[Prompt], out: Path, *, steps: int, identity: str, samples: int = 1
+    pipeline: Callable, prompts: list[Prompt], out: Path, *, steps: int, identity: str, samples: int = 1
 ) -> Iterator[tuple[Prompt, int]]:
     """Draw what is missing of out/images/<case>_<k>.png, k < samples; yields each (prompt, k) once it is on disk.
+    `pipeline` gives the pipeline, and is called only if there is something to draw.
 
     Image k of a prompt starts from noise drawn on the CPU from seed_of(prompt, k), and depends on nothing but its
     prompt, seed, guidance, steps and checkpoint (`identity`): the bytes are the same in any order, subset or resumed
@@ -55,10 +56,10 @@ def draw(
                 missing.append((prompt, k, f"{provenance} {prompt.text}"))
     missing.sort(key=lambda m: m[0].guidance)  # stable: a pass has one guidance scale
     for _, same_guidance in groupby(missing, key=lambda m: m[0].guidance):
-        group, size = list(same_guidance), images_per_pass(pipeline)
+        group, size = list(same_guidance), images_per_pass(pipeline())
         for start in range(0, len(group), size):
             rows = group[start : start + size]
-            images = sample(pipeline, [(p.text, seed_of(p, k)) for p, k, _ in rows], rows[0][0].guidance, steps, size)
+            images = sample(pipeline(), [(p.text, seed_of(p, k)) for p, k, _ in rows], rows[0][0].guidance, steps, size)
             for (prompt, k, provenance), image in zip(rows, images, strict=True):
                 info = PngImagePlugin.PngInfo()
                 info.add_itxt(PROVENANCE, provenance)

@@ -96,6 +96,17 @@ def kept_per_block(bits: Bits) -> dict[str, tuple[int, int]]:
     return {block: kept(members) for block, members in blocks.items()}
 
 
+def packed_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Bool of any shape => uint8 [ceil(n / 8)], bit i of byte j is weight 8 j + i."""
+    return torch.from_numpy(np.packbits(bits.cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def unpacked_bits(packed: torch.Tensor, shape) -> torch.Tensor:
+    """The inverse of `packed_bits`."""
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(bits).view(torch.bool).view(tuple(shape))
+
+
 def pack(mask: Mask) -> bytes:
     """The bytes of a mask file: safetensors, per parameter uint8 [ceil(n / 8)], bit i of byte j is weight 8 j + i.
 
@@ -103,10 +114,7 @@ def pack(mask: Mask) -> bytes:
     random, and the same mask has to be the same bytes.
     """
     shapes = {name: list(b.shape) for name, b in mask.bits.items()}
-    packed = {
-        name: torch.from_numpy(np.packbits(b.cpu().numpy().reshape(-1), bitorder="little"))
-        for name, b in mask.bits.items()
-    }
+    packed = {name: packed_bits(b) for name, b in mask.bits.items()}
     return save_tensors(packed, {"salun_sd": json.dumps({**mask.settings, "shapes": shapes})})
 
 
@@ -120,12 +128,7 @@ def unpack(data: bytes, name: str) -> Mask:
         sizes = {key: -(-math.prod(shape) // 8) for key, shape in shapes.items()}
         if sizes != {key: t.numel() for key, t in packed.items()}:
             raise ValueError("the header's shapes are not those of the bits")
-        bits = {
-            key: torch.from_numpy(
-                np.unpackbits(packed[key].numpy(), count=math.prod(shape), bitorder="little")
-            ).bool().view(shape)
-            for key, shape in shapes.items()
-        }  # fmt: skip
+        bits = {key: unpacked_bits(packed[key], shape) for key, shape in shapes.items()}
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
         raise SalunError(f"{name} is not a salun-sd mask, or it is truncated; make it again with: salun-sd mask") from e
     return Mask(bits, settings)

@@ -4,21 +4,24 @@ from collections.abc import Iterator
 
 import torch
 
-from salun_sd.diffusion import Examples, Schedule, add_noise, guide, mse, noise_for, predict, target
+from salun_sd.diffusion import Condition, Examples, Schedule, add_noise, guide, moved, mse, noise_for, predict, target
 from salun_sd.errors import SalunError
 
 
-def forget_loss(unet, schedule: Schedule, x0, context, empty, noise, t, guidance: float) -> torch.Tensor:
+def forget_loss(
+    unet, schedule: Schedule, x0, condition: Condition, empty: Condition, noise, t, guidance: float
+) -> torch.Tensor:
     """l_f = -MSE(noise, prediction at x_t for the concept), one value per image: [B].
 
     SalUn's paper (arXiv 2310.12508, section 4) has the plain conditional prediction, guidance 0. The authors'
     generate_mask.py guides inside the loss, (1 + w) e(x_t|c) - w e(x_t|""), with w = 7.5, gradients through both.
-    x0 and noise [B, 4, h, w], context [B, L, D], empty [1, L, D], t [B].
+    x0 and noise [B, 4, h, w], t [B]; empty: the prompt "", one row, in whose place the image's own size and crop stay.
     """
     x_t = add_noise(schedule, x0, noise, t)
-    prediction = predict(unet, x_t, t, context)
+    prediction = predict(unet, x_t, t, condition)
     if guidance:
-        prediction = guide(prediction, predict(unet, x_t, t, empty.expand_as(context)), guidance)
+        nothing = condition | {k: v.expand_as(condition[k]) for k, v in empty.items()}
+        prediction = guide(prediction, predict(unet, x_t, t, nothing), guidance)
     return -mse(prediction, target(schedule, x0, noise, t))
 
 
@@ -30,7 +33,7 @@ class Saliency:
     The UNet's weights are never touched.
     """
 
-    def __init__(self, unet, schedule: Schedule, empty: torch.Tensor, guidance: float, seed: int):
+    def __init__(self, unet, schedule: Schedule, empty: Condition, guidance: float, seed: int):
         self.unet, self.schedule, self.empty, self.guidance, self.seed = unet, schedule, empty, guidance, seed
         self.images = 0
 
@@ -42,10 +45,10 @@ class Saliency:
         for start in range(0, len(forget), batch_size):
             index = range(start, min(start + batch_size, len(forget)))
             x0 = forget.latents[start : index.stop].to(device)
-            context = forget.contexts[forget.which[start : index.stop]].to(device)
+            condition = moved(forget.condition(torch.arange(start, index.stop)), device)
             t, noise = noise_for(index, x0.shape[1:], len(self.schedule.alphas_cumprod), self.seed)
             losses = forget_loss(
-                self.unet, self.schedule, x0, context, self.empty.to(device), noise.to(device), t.to(device),
+                self.unet, self.schedule, x0, condition, moved(self.empty, device), noise.to(device), t.to(device),
                 self.guidance,
             )  # fmt: skip
             losses.sum().backward()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from salun_sd.diffusion import add_noise, target
-from salun_sd.erase import SalientWeights, batches, erase
+from salun_sd.erase import SalientWeights, balanced, batches, erase
 from salun_sd.errors import SalunError
 from salun_sd.mask import full_bits, kept, random_bits
 
@@ -22,7 +22,8 @@ def bits_of(unet, density=0.3):
 def run(unet, bits, schedule, forget, contexts, retain, *, anchor=2, **settings):
     usual = {"steps": 3, "batch_size": 4, "lr": 1e-3, "retain_weight": 0.5, "anchor_from": "current", "seed": 0}
     settings = {**usual, **settings}
-    return list(erase(unet, bits, schedule, forget, contexts[anchor : anchor + 1], retain, **settings))
+    anchors, concepts = torch.full((len(forget),), anchor), torch.zeros(len(forget), dtype=torch.int64)
+    return list(erase(unet, bits, schedule, forget, anchors, concepts, retain, **settings))
 
 
 @pytest.mark.parametrize("optimizer", [ADAM, ADAMW, SGD], ids=["adam", "adamw", "sgd"])
@@ -48,12 +49,11 @@ def test_equals_the_dense_optimizer_with_a_masked_gradient(fresh_unet, schedule,
     for step in range(3):
         noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(step))
         for unet in (fresh_unet, dense):
-            unet(noise, 10 * step, contexts[:1].expand(4, -1, -1)).sample.pow(2).mean().backward()
+            unet(noise, 10 * step, contexts["context"][:1].expand(4, -1, -1)).sample.pow(2).mean().backward()
         for name, p in dense.named_parameters():
             p.grad *= bits[name]
         dense_optimizer.step()
         dense_optimizer.zero_grad()
-        compact.gather_gradients()
         compact_optimizer.step()
         compact.scatter()
     for (name, a), b in zip(fresh_unet.named_parameters(), dense.parameters(), strict=True):
@@ -71,9 +71,9 @@ def test_losses_are_the_formula(fresh_unet, schedule, forget, contexts, retain):
     x0 = torch.cat([forget.latents[f], retain.latents[r]])
     x_t = add_noise(schedule, x0, noise, t)
     with torch.no_grad():
-        concept = base(x_t[:4], t[:4], contexts[1:2].expand(4, -1, -1)).sample
-        anchor = base(x_t[:4], t[:4], contexts[2:3].expand(4, -1, -1)).sample
-        kept_images = base(x_t[4:], t[4:], contexts[retain.which[r]]).sample
+        concept = base(x_t[:4], t[:4], contexts["context"][1:2].expand(4, -1, -1)).sample
+        anchor = base(x_t[:4], t[:4], contexts["context"][2:3].expand(4, -1, -1)).sample
+        kept_images = base(x_t[4:], t[4:], contexts["context"][retain.which[r]]).sample
     wanted = ((concept - anchor) ** 2).mean(), ((kept_images - target(schedule, x0, noise, t)[4:]) ** 2).mean()
     assert row["forget"] == pytest.approx(wanted[0].item(), rel=1e-4)
     assert row["retain"] == pytest.approx(wanted[1].item(), rel=1e-4)
@@ -145,3 +145,29 @@ def test_every_example_is_seen_once_a_pass():
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
     assert len(next(batches(3, 8, torch.Generator()))) == 8
+
+
+def test_concepts_have_equal_shares_of_every_batch_however_many_images_each_has():
+    concepts = torch.tensor([0] * 30 + [1] * 3 + [2] * 7)
+    drawn = list(islice(balanced(concepts, 8, torch.Generator().manual_seed(0)), 9))
+    for batch in drawn:
+        shares = concepts[batch].bincount(minlength=3)
+        assert len(batch) == 8 and shares.max() - shares.min() <= 1
+    everything = torch.cat(drawn)
+    assert concepts[everything].bincount().tolist() == [24, 24, 24]
+    assert all((everything == i).sum() == 8 for i in range(30, 33))  # 24 / 3: shuffled passes, nothing left out
+    alone = islice(balanced(torch.zeros(10), 4, torch.Generator().manual_seed(3)), 5)
+    usual = islice(batches(10, 4, torch.Generator().manual_seed(3)), 5)
+    assert all(torch.equal(a, b) for a, b in zip(alone, usual, strict=True))
+
+
+def test_each_image_goes_to_its_own_concepts_anchor(fresh_unet, schedule, forget, contexts, retain):
+    """Images whose anchor is their own prompt have nothing to forget; the others have."""
+    bits, n = bits_of(fresh_unet), len(forget)
+    settings = {"steps": 1, "batch_size": 4, "lr": 1e-9, "retain_weight": 0.0, "anchor_from": "current", "seed": 0}
+    losses = {}
+    for name, anchors in (("own", torch.ones(n)), ("other", torch.full((n,), 2)), ("mixed", 1 + torch.arange(n) % 2)):
+        halves = torch.arange(n) % 2
+        loop = erase(deepcopy(fresh_unet), bits, schedule, forget, anchors.long(), halves, retain, **settings)
+        losses[name] = next(loop)["forget"]
+    assert losses["own"] < 1e-10 and 0.2 * losses["other"] < losses["mixed"] < 0.8 * losses["other"]

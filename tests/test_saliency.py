@@ -10,7 +10,7 @@ from salun_sd.saliency import Saliency
 
 
 def saliency_of(unet, schedule, forget, contexts, *, guidance=7.5, batch_size=4, seed=0):
-    accumulator = Saliency(unet, schedule, contexts[0:1], guidance, seed)
+    accumulator = Saliency(unet, schedule, {"context": contexts["context"][:1]}, guidance, seed)
     assert list(accumulator.accumulate(forget, batch_size))[-1] == len(forget)
     return accumulator.result()
 
@@ -22,8 +22,8 @@ def test_equals_a_naive_recomputation(fresh_unet, schedule, forget, contexts, gu
     t, noise = noise_for(range(len(forget)), (4, 8, 8), 1000, seed=0)
     a = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t = a**0.5 * forget.latents + (1 - a) ** 0.5 * noise
-    conditional = fresh_unet(x_t, t, contexts[1:2].expand(10, -1, -1)).sample
-    unconditional = fresh_unet(x_t, t, contexts[0:1].expand(10, -1, -1)).sample
+    conditional = fresh_unet(x_t, t, contexts["context"][1:2].expand(10, -1, -1)).sample
+    unconditional = fresh_unet(x_t, t, contexts["context"][:1].expand(10, -1, -1)).sample
     loss = -F.mse_loss((1 + guidance) * conditional - guidance * unconditional, noise)
     names, parameters = zip(*fresh_unet.named_parameters(), strict=True)
     assert set(got) == set(names)
@@ -42,7 +42,7 @@ def test_sums_signed_gradients_before_the_absolute_value(fresh_unet, schedule, f
     whole = saliency_of(fresh_unet, schedule, forget, contexts)
     separate = {name: torch.zeros_like(s) for name, s in whole.items()}
     for i in range(len(forget)):
-        one = Saliency(fresh_unet, schedule, contexts[0:1], 7.5, 0)
+        one = Saliency(fresh_unet, schedule, {"context": contexts["context"][:1]}, 7.5, 0)
         single = replace(forget, latents=forget.latents[: i + 1], which=forget.which[: i + 1])
         for _ in one.accumulate(single, 1):
             if one.images <= i:
