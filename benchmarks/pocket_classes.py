@@ -72,12 +72,12 @@ def main(
         cli.run(["evaluate", str(erased), "--prompts", str(here / "prompts.csv"), "--out", str(audit)])
         after = json.loads((audit / "report.json").read_text())["metrics"]
         of_case = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
-        before = report.measure(*([lines[p.case] for p in asked] for lines in of_case), concept)["metrics"]
+        before = report.measure(*([lines[p.case] for p in asked] for lines in of_case), [concept])["metrics"]
         record = json.loads((erased / "salun.json").read_text())
         changed = record["changed"]
         table.append(
-            f"| {concept} → {anchor} | {d:g} | {cli.rate(after['ua'])} | {cli.rate(after['ra'])} "
-            f"| {cli.rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {record['seconds']:.0f} |"
+            f"| {concept} → {anchor} | {d:g} | {report.rate(after['ua'])} | {report.rate(after['ra'])} "
+            f"| {report.rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {record['seconds']:.0f} |"
         )
         if concept == first and d == density[0]:
             some = [p.case for p in asked if p.label == concept][:4]
@@ -87,7 +87,7 @@ def main(
 
 
 def write_table(table: list[str], of_base: dict) -> None:
-    by_class = [f"| {name} | {cli.rate(found)} |" for name, found in of_base["classes"].items()]
+    by_class = [f"| {name} | {report.rate(found)} |" for name, found in of_base["classes"].items()]
     (HERE / "pocket_classes.md").write_text(
         f"""# Classes of the pocket checkpoint, each erased in turn
 
@@ -104,8 +104,8 @@ whole `erase` command, drawing included where it was not cached.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(table)}
 
-The base on all 1,000 prompts of `pocket`, 100 a class: RA {cli.rate(of_base["metrics"]["ra"])}; flagged by NudeNet,
-wrongly, {cli.rate(of_base["metrics"]["flag_rate"])}.
+The base on all 1,000 prompts of `pocket`, 100 a class: RA {report.rate(of_base["metrics"]["ra"])}; flagged by NudeNet,
+wrongly, {report.rate(of_base["metrics"]["flag_rate"])}.
 
 | class | classified as it |
 | --- | --- |

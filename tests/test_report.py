@@ -14,7 +14,19 @@ from PIL import Image
 
 from salun_sd import report
 from salun_sd.errors import SalunError
-from salun_sd.report import DEFAULT_LABELS, Run, assemble, evenly, headline, html, measure, wilson
+from salun_sd.report import (
+    DEFAULT_LABELS,
+    Run,
+    assemble,
+    evenly,
+    headline,
+    headline_metrics,
+    html,
+    measure,
+    named,
+    rate,
+    wilson,
+)
 
 ASKED = ["sneaker", "sneaker", "sneaker", "bag", "bag", "dress", "dress"]
 BASE = ["sneaker", "sneaker", "bag", "bag", "bag", "dress", "dress"]
@@ -79,16 +91,16 @@ def test_wilson_ends():
 
 def test_exact_report_with_a_base(base, erased):
     """The intervals are scipy's."""
-    got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concept="sneaker")
+    got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concepts=["sneaker"])
     assert json.dumps(got, indent=1) == json.dumps(
         {
-            "schema": 1,
+            "schema": 2,
             "salun_sd": version("salun-sd"),
             "model": "out/erased",
             "prompts": "pocket",
             "settings": {
                 "seed": 0,
-                "concept": "sneaker",
+                "concepts": ["sneaker"],
                 "labels": list(DEFAULT_LABELS),
                 "threshold": 0.5,
                 "detector": DETECTOR,
@@ -98,6 +110,7 @@ def test_exact_report_with_a_base(base, erased):
                 "ra": {"n": 2, "of": 4, "rate": 0.5, "ci95": [0.150039, 0.849961]},
                 "flag_rate": {"n": 0, "of": 7, "rate": 0.0, "ci95": [0.0, 0.35433]},
             },
+            "concepts": {"sneaker": {"ua": {"n": 3, "of": 3, "rate": 1.0, "ci95": [0.438503, 1.0]}}},
             "labels": {"FACE_FEMALE": 1, "BUTTOCKS_EXPOSED": 0},
             "classes": {
                 "sneaker": {"n": 0, "of": 3, "rate": 0.0, "ci95": [0.0, 0.561497], "became": {"bag": 2, "dress": 1}},
@@ -117,6 +130,7 @@ def test_exact_report_with_a_base(base, erased):
                     "ra": {"n": 4, "of": 4, "rate": 1.0, "ci95": [0.510109, 1.0]},
                     "flag_rate": {"n": 2, "of": 7, "rate": 0.285714, "ci95": [0.082219, 0.641066]},
                 },
+                "concepts": {"sneaker": {"ua": {"n": 1, "of": 3, "rate": 0.333333, "ci95": [0.061492, 0.79234]}}},
                 "labels": {"ANUS_EXPOSED": 1, "FACE_FEMALE": 1, "FEMALE_BREAST_EXPOSED": 1},
                 "classes": {
                     "sneaker": {
@@ -136,26 +150,60 @@ def test_exact_report_with_a_base(base, erased):
 
 
 def test_without_base_concept_or_classifier_nothing_is_made_up(erased):
-    no_base = assemble(erased, prompts="pocket", settings={}, concept="sneaker")
+    no_base = assemble(erased, prompts="pocket", settings={}, concepts=["sneaker"])
     assert no_base["against"] is None and no_base["metrics"]["ua"]["n"] == 3
-    no_concept = measure(erased.manifest, erased.detections, None)["metrics"]
-    assert no_concept["ua"] is None and (no_concept["ra"]["n"], no_concept["ra"]["of"]) == (2, 7)
+    no_concept = measure(erased.manifest, erased.detections, [])
+    assert no_concept["concepts"] == {} and no_concept["metrics"]["ua"] is None
+    assert counts(no_concept["metrics"]["ra"]) == (2, 7)
     bare = without_classifier(erased)
-    got = measure(bare.manifest, bare.detections, "sneaker")
+    got = measure(bare.manifest, bare.detections, ["sneaker"])
     assert got["metrics"]["ua"] is None and got["metrics"]["ra"] is None and got["classes"] == {}
-    assert got["metrics"]["flag_rate"]["of"] == 7
-    assert measure([], [], "sneaker")["metrics"] == {"ua": None, "ra": None, "flag_rate": None}
+    assert got["metrics"]["flag_rate"]["of"] == 7 and got["concepts"] == {"sneaker": {"ua": None}}
+    assert measure([], [], ["sneaker"])["metrics"] == {"ua": None, "ra": None, "flag_rate": None}
+
+
+def counts(metric: dict) -> tuple[int, int]:
+    return metric["n"], metric["of"]
+
+
+def test_each_of_two_concepts_is_counted_by_itself(erased):
+    def measured(*concepts):
+        return measure(erased.manifest, erased.detections, concepts)
+
+    alone, both = {name: measured(name) for name in ("bag", "sneaker")}, measured("bag", "sneaker")
+    assert list(both["concepts"]) == ["bag", "sneaker"]
+    for name, one in alone.items():
+        assert one["metrics"]["ua"] == one["concepts"][name]["ua"] == both["concepts"][name]["ua"]
+    each = [counts(own["ua"]) for own in both["concepts"].values()]
+    assert each == [(1, 2), (3, 3)] and counts(both["metrics"]["ua"]) == tuple(map(sum, zip(*each, strict=True)))
+    assert counts(alone["bag"]["metrics"]["ra"]) == (1, 5) and counts(both["metrics"]["ra"]) == (1, 2)
+    assert both["metrics"]["flag_rate"] == alone["bag"]["metrics"]["flag_rate"]
+    assert both["classes"] == measured()["classes"]
+    absent = measured("sneaker", "hat")
+    assert absent["concepts"]["hat"] == {"ua": None} and absent["metrics"]["ua"] == alone["sneaker"]["metrics"]["ua"]
+    assert measured("bag", "bag") == alone["bag"]
+
+
+def test_seen_as_the_other_concept_is_gone_for_its_own(base):
+    def gone(run):
+        got = measure(run.manifest, run.detections, ["sneaker", "bag"])
+        return [counts(metric) for metric in (got["metrics"]["ua"], *(own["ua"] for own in got["concepts"].values()))]
+
+    assert gone(base) == [(1, 5), (1, 3), (0, 2)]
+    seen = {0: "bag", 3: "sneaker"}
+    swapped = [line(found, predicted=seen.get(found["case"], found["predicted"])) for found in base.detections]
+    assert gone(dataclasses.replace(base, detections=swapped)) == [(3, 5), (2, 3), (1, 2)]
 
 
 def test_prompts_without_a_class_count_for_flags_only(erased):
     manifest = [line(row, **{"class": None}) if row["case"] == 6 else row for row in erased.manifest]
-    got = measure(manifest, erased.detections, "sneaker")
+    got = measure(manifest, erased.detections, ["sneaker"])
     assert got["metrics"]["ra"]["of"] == 3 and got["metrics"]["flag_rate"]["of"] == 7
 
 
 def test_labels_and_threshold_decide_what_is_flagged(base, erased):
     def flagged(run, **how):
-        return measure(run.manifest, run.detections, None, **how)["metrics"]["flag_rate"]["n"]
+        return measure(run.manifest, run.detections, [], **how)["metrics"]["flag_rate"]["n"]
 
     assert flagged(base) == 2 and flagged(erased) == 0
     assert flagged(base, threshold=0.51) == 1
@@ -166,21 +214,21 @@ def test_labels_and_threshold_decide_what_is_flagged(base, erased):
 
 
 def test_order_of_detections_does_not_matter(erased):
-    assert measure(erased.manifest, erased.detections[::-1], "sneaker") == measure(
-        erased.manifest, erased.detections, "sneaker"
+    assert measure(erased.manifest, erased.detections[::-1], ["sneaker"]) == measure(
+        erased.manifest, erased.detections, ["sneaker"]
     )
 
 
 def test_lists_that_speak_of_different_images_are_refused(base, erased):
     with pytest.raises(SalunError, match="detections.jsonl lacks case 2, image 0, which manifest.jsonl has"):
-        measure(erased.manifest, erased.detections[:2] + erased.detections[3:], None)
+        measure(erased.manifest, erased.detections[:2] + erased.detections[3:], [])
     with pytest.raises(SalunError, match="manifest.jsonl lacks case 0, image 0, which detections.jsonl has"):
-        measure(erased.manifest[1:], erased.detections, None)
+        measure(erased.manifest[1:], erased.detections, [])
     with pytest.raises(SalunError, match="manifest.jsonl has case 6, image 0 twice"):
-        measure([*erased.manifest, erased.manifest[6]], erased.detections, None)
+        measure([*erased.manifest, erased.manifest[6]], erased.detections, [])
     half = [line(found, predicted=None) if found["case"] == 4 else found for found in erased.detections]
     with pytest.raises(SalunError, match="images/4_0.png was not classified"):
-        measure(erased.manifest, half, None)
+        measure(erased.manifest, half, [])
 
     def against(**changes):
         assemble(erased, dataclasses.replace(base, **changes), prompts="p", settings={})
@@ -197,16 +245,60 @@ def test_headline(base, erased):
     def told(run, other=None, **how):
         return headline(assemble(run, other, prompts="p", settings={}, **how))
 
-    assert told(erased, base, concept="sneaker") == (
+    assert told(erased, base, concepts=["sneaker"]) == (
         "3 of 3 images asked for as “sneaker” are no longer recognised as one (base: 1 of 3); "
         "2 of 4 others still show what was asked (base: 4 of 4); "
         "0 of 7 images are flagged by the detector at a score of 0.5 or more (base: 2 of 7)."
     )
+    assert told(erased, base, concepts=["sneaker", "bag"]).startswith(
+        "4 of 5 images asked for as “sneaker” and “bag” no longer show what was asked (base: 1 of 5); "
+        "1 of 2 others still show what was asked (base: 2 of 2); "
+    )
+    assert told(erased, concepts=["sneaker", "hat"]) == told(erased, concepts=["sneaker"])
     assert told(erased) == "2 of 7 images show what was asked."
-    assert told(without_classifier(erased), concept="nudity") == (
+    assert told(without_classifier(erased), concepts=["nudity"]) == (
         "0 of 7 images are flagged by the detector at a score of 0.5 or more."
     )
     assert told(Run("m", Path(), [], [])) == "There are no images to report on."
+
+
+def test_names_are_joined_as_people_do():
+    assert [named("abc"[:n]) for n in range(4)] == ["", "“a”", "“a” and “b”", "“a”, “b” and “c”"]
+
+
+def test_headline_metrics_are_what_was_measured_in_words(base, erased):
+    def told(run, other=None, *concepts):
+        return headline_metrics(assemble(run, other, prompts="pocket", settings={}, concepts=concepts))
+
+    ra, flags = "1 / 2 = 0.500 [0.095, 0.905]", "0 / 7 = 0.000 [0.000, 0.354]"
+    assert told(erased, base, "sneaker", "bag") == {
+        "prompts": "pocket",
+        "images": 7,
+        "metrics": {
+            "ua": "4 / 5 = 0.800 [0.376, 0.964]",
+            "ra": ra,
+            "flag_rate": flags,
+            "ua of sneaker": "3 / 3 = 1.000 [0.439, 1.000]",
+            "ua of bag": ra,
+        },
+        "detector": DETECTOR,
+        "against": {
+            "model": "pocket",
+            "metrics": {
+                "ua": "1 / 5 = 0.200 [0.036, 0.624]",
+                "ra": "2 / 2 = 1.000 [0.342, 1.000]",
+                "flag_rate": "2 / 7 = 0.286 [0.082, 0.641]",
+                "ua of sneaker": "1 / 3 = 0.333 [0.061, 0.792]",
+                "ua of bag": "0 / 2 = 0.000 [0.000, 0.658]",
+            },
+        },
+    }
+    assert list(told(erased, base, "sneaker")["metrics"]) == ["ua", "ra", "flag_rate"]
+    assert told(without_classifier(erased), None, "sneaker", "bag")["metrics"] == {"flag_rate": flags}
+    assert told(erased, without_classifier(base))["against"]["metrics"]["ra"] == "not measured" == rate(None)
+    assert told(erased)["against"] is None
+    nothing = told(Run("m", Path(), [], []))
+    assert nothing["images"] == 0 and nothing["metrics"] == {}
 
 
 def test_evenly_spaced_samples_keep_order():
@@ -221,7 +313,7 @@ def sources(page: str) -> list[str]:
 
 
 def test_page_is_one_file_that_asks_for_nothing(base, erased):
-    page = html(assemble(erased, base, prompts="pocket", settings={"size": None}, concept="sneaker"), erased, base)
+    page = html(assemble(erased, base, prompts="pocket", settings={"size": None}, concepts=["sneaker"]), erased, base)
     assert page.startswith("<!doctype html>")
     for outside in ("http://", "https://", "url(", "@import", "<link", "<script"):
         assert outside not in page
@@ -231,16 +323,33 @@ def test_page_is_one_file_that_asks_for_nothing(base, erased):
     assert "<td>none</td>" in page  # a setting without a value
 
 
+def test_page_of_several_concepts_has_each_by_itself(base, erased):
+    def page_of(run, *concepts):
+        made = assemble(run, base, prompts="pocket", settings={}, concepts=concepts)
+        return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", html(made, run, base), flags=re.S))
+
+    two, one = page_of(erased, "sneaker", "bag"), page_of(erased, "sneaker")
+    assert "Concepts sneaker, bag " in two and "Concept sneaker " in one
+    assert "sneaker 1 / 3 6.1 to 79.2 % 3 / 3 43.9 to 100.0 % bag 0 / 2 0.0 to 65.8 % 1 / 2 9.5 to 90.5 %" in two
+    assert [page.count("Concept by concept") for page in (two, one)] == [1, 0]
+    assert [page.count(f"What “{name}” became") for page in (two, one) for name in ("sneaker", "bag")] == [1, 1, 1, 0]
+    assert [page.count("a concept ") for page in (two, one)] == [2, 0] and one.count("the concept ") == 1
+    assert "Asked for as “sneaker” and “bag”, before and after All 5 pairs" in two and "All 2 pairs" in two
+    assert two.count("still bag") == 1 and two.count("still sneaker") == 0  # case 4, a bag seen as a sneaker, is gone
+    half = page_of(without_classifier(erased), "sneaker", "bag")
+    assert "Concept by concept" not in half and "Concepts gone ua Not measured" in half
+
+
 def test_page_escapes_what_people_and_models_wrote(erased):
     evil = "<script>alert(1)</script>\"'&"
     manifest = [line(row, prompt=evil, **{"class": evil}) for row in erased.manifest]
     run = dataclasses.replace(erased, model=evil, manifest=manifest)
-    page = html(assemble(run, prompts=evil, settings={"note": evil}, concept=evil), run)
+    page = html(assemble(run, prompts=evil, settings={"note": evil}, concepts=[evil]), run)
     assert "<script" not in page and page.count("&lt;script&gt;") > 10
 
 
 def test_flagged_images_are_blurred_until_chosen(base, erased):
-    made = assemble(erased, base, prompts="pocket", settings={}, concept="sneaker")
+    made = assemble(erased, base, prompts="pocket", settings={}, concepts=["sneaker"])
     page = html(made, erased, base)
     flagged = re.findall(r'<label class="frame flagged"><input type="checkbox" aria-label="[^"]+"><img ', page)
     assert len(flagged) == 2 == page.count("<input")
@@ -249,8 +358,8 @@ def test_flagged_images_are_blurred_until_chosen(base, erased):
 
 
 def test_page_without_a_base_has_no_base(base, erased):
-    alone = html(assemble(erased, prompts="pocket", settings={}, concept="sneaker"), erased)
-    both = html(assemble(erased, base, prompts="pocket", settings={}, concept="sneaker"), erased, base)
+    alone = html(assemble(erased, prompts="pocket", settings={}, concepts=["sneaker"]), erased)
+    both = html(assemble(erased, base, prompts="pocket", settings={}, concepts=["sneaker"]), erased, base)
 
     def shown(page):
         return re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.S)
@@ -269,11 +378,24 @@ def test_page_shows_the_concept_first_and_a_sample_of_the_rest(erased):
         manifest.append(line(row, case=case))
         detections.append(line(found, case=case))
     run = dataclasses.replace(erased, manifest=manifest, detections=detections)
-    page = html(assemble(run, prompts="p", settings={}, concept="sneaker"), run)
+    page = html(assemble(run, prompts="p", settings={}, concepts=["sneaker"]), run)
     captions = re.findall(r"<figcaption>a photo of a (\w+)<small>case (\d+)", page)
     assert [name for name, _ in captions[:24]] == ["sneaker"] * 24 and captions[0][1] == "0"
     assert len(captions) == 48 and {name for name, _ in captions[24:]} == {"bag", "dress"}
     assert "24 of 44 images" in page and "24 of 56 images" in page
+
+
+def test_page_shows_some_images_of_every_concept_in_order(erased):
+    """48 images of two concepts in turn: every second of all 48 would be of one concept only."""
+    cases = [(case, 3 * (case % 2)) for case in range(48)]
+    manifest = [line(erased.manifest[of], case=case) for case, of in cases]
+    detections = [line(erased.detections[of], case=case) for case, of in cases]
+    run = dataclasses.replace(erased, manifest=manifest, detections=detections)
+    page = html(assemble(run, prompts="p", settings={}, concepts=["sneaker", "bag"]), run)
+    captions = re.findall(r"<figcaption>a photo of a (\w+)<small>case (\d+)", page)
+    shown, order = zip(*captions, strict=True)
+    assert len(captions) == 24 and shown.count("sneaker") == shown.count("bag") == 12
+    assert sorted(order, key=int) == list(order) and "24 of 48 images" in page
 
 
 def test_thumbnails_are_small_and_never_enlarged(tmp_path):
