@@ -4,14 +4,16 @@ import json
 import os
 import re
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from salun_sd import checkpoint, generate, prompts, report
-from salun_sd.checkpoint import POCKET, write_atomic
+from salun_sd import checkpoint, generate, prompts, provenance, report
+from salun_sd.checkpoint import POCKET, Checkpoint
 from salun_sd.detect import Classifier, detect
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.files import write_atomic
 from salun_sd.prompts import Prompt
 from salun_sd.report import Run
 
@@ -20,10 +22,11 @@ WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report
 
 
 def evaluate(
-    model: str | None, *, prompt_set: str, against: str | None, images: Path | None, concept: str | None,
-    classifier: str | None, steps: int | None, samples: int, out: Path,
+    model: Checkpoint | None, *, prompt_set: str, against: Checkpoint | None, images: Path | None,
+    concepts: list[str], classifier: str | None, steps: int | None, samples: int, record: bool, out: Path,
 ) -> dict:  # fmt: skip
-    """Audit a checkpoint, or a folder of images, on a prompt set: writes the audit into `out`, gives back the report.
+    """Audit a checkpoint, or a folder of images, on a prompt set: writes the audit into `out`, gives back the report;
+    with `record`, its headline numbers go into the erased checkpoint.
 
     Running it again draws only what is missing.
     """
@@ -31,11 +34,12 @@ def evaluate(
         raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - WRITES):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
+    known = provenance.read(model.path) if model else None
+    if record and known is None:
+        raise UsageError("--record is for a checkpoint that salun-sd erased: MODEL carries no record of that.")
     rows = prompts.read(prompt_set)
-    for name in filter(None, (model, against)):
-        checkpoint.resolve(name)  # a model that is not there is said before an hour of drawing
     classes = list(dict.fromkeys(p.label for p in rows if p.label))
-    concept = _concept(concept, classes, model)
+    concepts = _concepts(concepts, classes, known)
     judge = _judge(classifier, classes)
 
     settings = {"classifier": classifier or (judge and "pocket judge")}
@@ -44,34 +48,33 @@ def evaluate(
     else:
         manifest, settings["sampling"] = _collected(images, rows, out), None
         samples = len(manifest) // len(rows)
-    run = _examined(str(model or images), manifest, judge, out)
+    run = _examined(model.name if model else str(images), manifest, judge, out)
     base = None
     if against:
         manifest, settings["sampling_against"] = _drawn(against, rows, steps, samples, out / "against")
-        base = _examined(against, manifest, judge, out / "against")
-    made = report.assemble(run, base, prompts=prompt_set, settings=settings, concept=concept)
+        base = _examined(against.name, manifest, judge, out / "against")
+    made = report.assemble(run, base, prompts=prompt_set, settings=settings, concepts=concepts)
     write_atomic(out / "report.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / "report.html", report.html(made, run, base))
+    if record:
+        provenance.add_audit(model.path, report.headline_metrics(made))
     return made
 
 
-def _concept(concept: str | None, classes: list[str], model: str | None) -> str | None:
-    """The class that should be gone: as given, or the one that the salun.json of a checkpoint of ours names."""
-    if concept is None and model and (record := Path(model) / "salun.json").is_file():
-        try:
-            said = json.loads(record.read_text(encoding="utf-8"))["settings"]["concept"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise SalunError(f"{record} is damaged: it names no concept.") from e
-        concept = prompts.class_in(said, classes)
-        if classes and concept is None:
-            print(f"The concept {said!r} names no class of these prompts: UA is not measured.", file=sys.stderr)
-        return concept
-    if concept is None and classes:
-        print("No --concept: UA is not measured, and RA is of all classes.", file=sys.stderr)
-    if concept is not None and concept not in classes:
+def _concepts(given: list[str], classes: list[str], record: dict | None) -> list[str]:
+    """The classes that should be gone: as given, or those that the record of a checkpoint of ours names."""
+    if unknown := [c for c in given if c not in classes]:
         known = f"their classes are {', '.join(classes)}" if classes else "they have no classes"
-        raise UsageError(f"--concept {concept} is no class of these prompts: {known}.")
-    return concept
+        raise UsageError(f"--concept {unknown[0]} is no class of these prompts: {known}.")
+    if given or not classes:
+        return list(dict.fromkeys(given))
+    if record is None:
+        print("No --concept: UA is not measured, and RA is of all classes.", file=sys.stderr)
+        return []
+    said = {text: prompts.class_in(text, classes) for c in record["concepts"] for text in [c["prompt"], *c["synonyms"]]}
+    for text in [text for text, label in said.items() if label is None]:
+        print(f"The concept {text!r} names no class of these prompts: UA is not measured for it.", file=sys.stderr)
+    return list(dict.fromkeys(label for label in said.values() if label))
 
 
 def _judge(classifier: str | None, classes: list[str]) -> Classifier | None:
@@ -90,22 +93,20 @@ def _judge(classifier: str | None, classes: list[str]) -> Classifier | None:
 
 
 def _drawn(
-    model: str, rows: list[Prompt], steps: int | None, samples: int, out: Path
+    model: Checkpoint, rows: list[Prompt], steps: int | None, samples: int, out: Path
 ) -> tuple[list[dict], dict]:  # fmt: skip
     """Draw what is missing in out/images; the manifest, a line for each image in the order of the prompts, and how."""
-    folder = checkpoint.resolve(model)
-    steps = steps or checkpoint.sampling(folder)[0]
-    identity, pipeline = checkpoint.identity(folder), checkpoint.load(folder)
-    drawing = generate.draw(pipeline, rows, out, steps=steps, identity=identity, samples=samples)
-    for _ in tqdm(drawing, total=len(rows) * samples, desc=f"draw {Path(model).name}", unit="image"):
+    steps = steps or model.sampling[0]
+    pipeline = cache(partial(checkpoint.load, model))
+    drawing = generate.draw(pipeline, rows, out, steps=steps, identity=model.identity, samples=samples)
+    for _ in tqdm(drawing, total=len(rows) * samples, desc=f"draw {Path(model.name).name}", unit="image"):
         pass
     manifest = [
         _line(p, k, generate.file_of(p, k), generate.seed_of(p, k), p.guidance, steps)
         for p in rows
         for k in range(samples)
     ]
-    scheduler = type(pipeline.scheduler).__name__
-    return manifest, {"identity": identity, "scheduler": scheduler, "steps": steps, "samples": samples,
+    return manifest, {"identity": model.identity, "scheduler": model.scheduler, "steps": steps, "samples": samples,
                       "safety_checker": "off"}  # fmt: skip
 
 

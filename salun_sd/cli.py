@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -61,25 +62,95 @@ class AnchorFrom(str, Enum):
     base = "base"
 
 
-ModelArg = Annotated[str, typer.Argument(help="`pocket`, a diffusers folder, or a hub id.", show_default=False)]
-ConceptOpt = Annotated[str, typer.Option(help="Prompt of what must go, e.g. 'a photo of a sneaker'.")]
-ForgetOpt = Annotated[
-    Path | None, typer.Option(help="Folder of images of the concept. Default: the model draws --samples of them.")
+class Form(str, Enum):
+    diffusers = "diffusers"
+    single_file = "single-file"
+    patch = "patch"
+
+
+def settings_of(ctx: typer.Context, name: str | None) -> str | None:
+    """--plan: the plan's settings stand in for the defaults of the options that are not typed."""
+    if name:
+        from salun_sd import plan
+
+        several = {p.name for p in ctx.command.params if p.multiple}
+        ctx.default_map = {k: [v] if k in several else v for k, v in plan.read(name).settings.items()}
+    return name
+
+
+MODEL_HELP = "`pocket`, a diffusers folder, a .safetensors or .ckpt file, or a hub id."
+ModelArg = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+ConfigOpt = Annotated[
+    str | None,
+    typer.Option(help="For a single file: pipeline folder or hub id with its config. Default: the hub's for its kind."),
 ]
-SamplesOpt = Annotated[int, typer.Option(min=1, help="Images the model draws where no folder is given.")]
+RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+VariantOpt = Annotated[str | None, typer.Option(help="Variant of a folder's or hub id's files, such as fp16.")]
+ConceptOpt = Annotated[
+    list[str] | None, typer.Option(help="Prompt of what must go, e.g. 'a photo of a sneaker'; may be repeated.")
+]
+PlanOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="Concepts, anchors and settings from a TOML file, or `nudity` or `imagenette-church`; "
+        "options that are typed come first.",
+        callback=settings_of, is_eager=True,
+    ),
+]  # fmt: skip
+ForgetOpt = Annotated[
+    str | None,
+    typer.Option(help="Images of the concept: a folder, or a data set as org/name:column=value. Default: the model "
+                 "draws --samples of them."),
+]  # fmt: skip
+SamplesOpt = Annotated[
+    int, typer.Option(min=1, help="Images the model draws, for each concept and to retain, where none are given.")
+]
+ResolutionOpt = Annotated[
+    int | None, typer.Option(min=1, help="Pixels of a side to train at. Default: the model's own size.")
+]
 GuidanceOpt = Annotated[
     float,
     typer.Option(help="w of (1+w)·conditional - w·unconditional in the saliency loss; 0: the paper's loss."),
 ]
 SeedOpt = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of noise, timesteps and order.")]
+FormOpt = Annotated[
+    Form, typer.Option("--format", help="A pipeline folder, one file for A1111 and ComfyUI, or the change alone.")
+]
+
+
+def model_of(name: str, config: str | None, revision: str | None, variant: str | None):
+    """The checkpoint, found; what was found is printed."""
+    from salun_sd import checkpoint
+
+    found = checkpoint.find(name, config=config, revision=revision, variant=variant)
+    print(found.describe(), file=sys.stderr)
+    return found
+
+
+def concepts_of(plan_name: str | None, concepts: list[str] | None, anchors: list[str] | None, forget: str | None):
+    """What must go and its anchors, from the plan or from the options; and what the plan says of prompts to retain."""
+    from salun_sd import plan
+
+    if plan_name and (concepts or anchors):
+        raise UsageError("--plan and --concept cannot go together: write the concepts into the plan.")
+    read = plan.read(plan_name) if plan_name else plan.Plan(plan.of_pairs(concepts or [], anchors), None, {})
+    if not read.concepts:
+        raise UsageError("There is nothing to erase: give --concept with --anchor, or --plan.")
+    if forget and len(read.concepts) > 1:
+        raise UsageError("--forget is for one concept: in a plan, write images = ... under each [[concept]].")
+    if forget:
+        read = read._replace(concepts=(read.concepts[0]._replace(images=forget),))
+    return read.concepts, read.retain_prompts
 
 
 @app.command(epilog=example("mask pocket --concept 'a photo of a sneaker'", "--samples 100 --out mask.safetensors"))
 def mask(
     model: ModelArg,
-    concept: ConceptOpt,
+    concept: ConceptOpt = None,
+    plan: PlanOpt = None,
     forget: ForgetOpt = None,
     samples: SamplesOpt = 800,
+    resolution: ResolutionOpt = None,
     density: Annotated[
         list[float] | None,
         typer.Option(help="Share of weights to keep, in (0, 1]; several give several masks. Default: 0.5."),
@@ -92,14 +163,18 @@ def mask(
     out: Annotated[Path, typer.Option(help="Mask file; with several densities, its name gets -DENSITY.")] = Path(
         "mask.safetensors"
     ),
+    config: ConfigOpt = None,
+    revision: RevisionOpt = None,
+    variant: VariantOpt = None,
 ) -> None:
     """Find the UNet weights that matter to a concept (gradient saliency)."""
     from salun_sd import edit
     from salun_sd.mask import kept, kept_per_block
 
+    concepts, _ = concepts_of(plan, concept, None, forget)
     made = edit.mask(
-        model, concept, forget=forget, samples=samples, densities=density or [0.5], guidance=guidance, seed=seed,
-        batch_size=batch_size, out=out,
+        model_of(model, config, revision, variant), concepts, samples=samples, densities=density or [0.5],
+        guidance=guidance, seed=seed, batch_size=batch_size, resolution=resolution, out=out,
     )  # fmt: skip
     table = Table("block", "weights", *(f"density {m.settings['density']:g}" for _, m in made), box=None)
     for block, (_, total) in kept_per_block(made[0][1].bits).items():
@@ -121,9 +196,12 @@ def mask(
 def erase(
     ctx: typer.Context,
     model: ModelArg,
-    concept: ConceptOpt,
-    anchor: Annotated[str, typer.Option(help="Prompt of what stands in its place.")],
-    out: Annotated[Path, typer.Option(help="New folder for the erased checkpoint.")],
+    out: Annotated[Path, typer.Option(help="New folder, or .safetensors file, for the erased checkpoint.")],
+    concept: ConceptOpt = None,
+    anchor: Annotated[
+        list[str] | None, typer.Option(help="Prompt of what stands in its place; one for each --concept.")
+    ] = None,
+    plan: PlanOpt = None,
     mask: Annotated[
         str | None, typer.Option(help="Mask file, random:D or none (the controls). Default: computed first.")
     ] = None,
@@ -134,15 +212,22 @@ def erase(
         float | None, typer.Option(help="As in `mask`, where the mask is computed. Default: 7.5.")
     ] = None,
     forget: ForgetOpt = None,
-    retain: Annotated[Path | None, typer.Option(help="Folder of images to keep, captioned with the anchor.")] = None,
+    retain: Annotated[
+        str | None, typer.Option(help="Images to keep: a folder, or a data set as org/name:column!=value.")
+    ] = None,
+    retain_caption: Annotated[
+        str | None,
+        typer.Option(help="Prompt of --retain images without a caption; {label}: their label. Default: the anchor."),
+    ] = None,
     retain_prompts: Annotated[
         str | None,
         typer.Option(
             help="Prompt set to draw what must stay from, by name or CSV; rows of the concept's class are "
-            "left out. Default: the anchor."
+            "left out. Default: the anchors."
         ),
     ] = None,  # fmt: skip
     samples: SamplesOpt = 800,
+    resolution: ResolutionOpt = None,
     retain_weight: Annotated[float, typer.Option(help="Weight of the retain loss.")] = 0.5,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-5,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates. Default: one pass over the forget images.")] = None,
@@ -152,36 +237,73 @@ def erase(
     ] = AnchorFrom.current,
     sample_every: Annotated[int, typer.Option(min=0, help="Draw a strip into samples/ every K steps; 0: off.")] = 0,
     seed: SeedOpt = 0,
+    form: FormOpt = Form.diffusers,
+    reversible: Annotated[bool, typer.Option("--reversible", help="The patch keeps the base's values, too.")] = False,
+    config: ConfigOpt = None,
+    revision: RevisionOpt = None,
+    variant: VariantOpt = None,
 ) -> None:
     """Fine-tune only the masked weights so that the concept becomes the anchor."""
-    from salun_sd import edit
+    from salun_sd import edit, output
 
-    if mask and (density is not None or guidance is not None):
+    of_plan = {"density", "guidance"} & (ctx.default_map or {}).keys()
+    if mask and not of_plan and (density is not None or guidance is not None):
         raise UsageError("--density and --guidance are for a mask that erase computes: leave them out with --mask.")
+    concepts, kept = concepts_of(plan, concept, anchor or [], forget)
     record = edit.erase(
-        model, concept, anchor, mask=mask, density=0.5 if density is None else density,
-        guidance=7.5 if guidance is None else guidance, forget=forget, retain=retain,
-        retain_prompts=retain_prompts, samples=samples, retain_weight=retain_weight, lr=lr, steps=steps,
-        batch_size=batch_size, anchor_from=anchor_from.value, sample_every=sample_every, seed=seed, out=out,
-        command=shlex.join(["salun-sd", *ctx.obj]),
+        model_of(model, config, revision, variant), concepts, mask=mask, density=0.5 if density is None else density,
+        guidance=7.5 if guidance is None else guidance, retain=retain, retain_caption=retain_caption,
+        retain_prompts=retain_prompts or kept, samples=samples, resolution=resolution, retain_weight=retain_weight,
+        lr=lr, steps=steps, batch_size=batch_size, anchor_from=anchor_from.value, sample_every=sample_every, seed=seed,
+        form=form.value, reversible=reversible, out=out, command=shlex.join(["salun-sd", *ctx.obj]),
     )  # fmt: skip
     changed, m = record["changed"], record["mask"]
     print(f"changed {changed['inside']:,} of {m['kept']:,} weights inside the mask, {changed['outside']} outside")
+    sizes = ", ".join(f"{name} {megabytes(n)}" for name, n in record["sizes"].items())
+    print(f"sizes by --format: {sizes}; on disk {megabytes(output.size_on_disk(out))}")
     peak, steps = record["peak_memory_bytes"] / 2**30, record["settings"]["steps"]
     print(f"{out}: {steps} steps, {record['seconds']:.0f} s, peak memory {peak:.2f} GiB")
+
+
+def megabytes(n: int) -> str:
+    return f"{n / 1e6:,.1f} MB"
+
+
+@app.command(epilog=example("apply pocket sneaker.safetensors --format single-file --out erased.safetensors"))
+def apply(
+    model: ModelArg,
+    patch: Annotated[Path, typer.Argument(help="File that `erase --format patch` wrote.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="New folder, or .safetensors file.")],
+    form: FormOpt = Form.diffusers,
+    revert: Annotated[
+        bool, typer.Option("--revert", help="MODEL is the erased one: give the base back. Needs a reversible patch.")
+    ] = False,
+    config: ConfigOpt = None,
+    revision: RevisionOpt = None,
+    variant: VariantOpt = None,
+) -> None:
+    """Rebuild an erased checkpoint from its base and a patch, bit for bit."""
+    from salun_sd import output
+
+    record = output.apply(
+        model_of(model, config, revision, variant), patch, form=form.value, revert=revert, out=out
+    )  # fmt: skip
+    what = "base" if revert else "erased"
+    print(f"{out}: the {what} UNet {record[what]['fingerprint'][:12]}, {megabytes(output.size_on_disk(out))}")
 
 
 @app.command(epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
 def evaluate(
     prompts: Annotated[str, typer.Option(help="Prompt set, by name or CSV.")],
     out: Annotated[Path, typer.Option(help="Folder for the audit; run again to go on where it stopped.")],
-    model: Annotated[str | None, typer.Argument(help="`pocket`, a diffusers folder, or a hub id.")] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     against: Annotated[str | None, typer.Option(help="The base to compare with, drawn on the same seeds.")] = None,
     images: Annotated[
         Path | None, typer.Option(help="Audit this folder of <case>_<k>.png instead of drawing; no MODEL then.")
     ] = None,
     concept: Annotated[
-        str | None, typer.Option(help="Class that should be gone. Default: as the checkpoint's salun.json says.")
+        list[str] | None,
+        typer.Option(help="Class that should be gone; may be repeated. Default: as the checkpoint's record says."),
     ] = None,
     classifier: Annotated[
         str | None,
@@ -192,29 +314,60 @@ def evaluate(
     ] = None,  # fmt: skip
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; 25 for pocket.")] = None,
     samples_per_prompt: Annotated[int, typer.Option(min=1, help="Images a prompt, from its seed on.")] = 1,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the headline numbers to MODEL's record and model card.")
+    ] = False,
+    config: ConfigOpt = None,
+    revision: RevisionOpt = None,
+    variant: VariantOpt = None,
 ) -> None:
     """Draw a prompt set, run NudeNet and a classifier over the images, write an audit."""
     from salun_sd import audit
+    from salun_sd.report import rate
+
+    def found(name: str | None, revision: str | None):
+        """--config is for those of MODEL and --against that are a file, --variant for those that are not."""
+        is_file = name is not None and Path(name).is_file()
+        return model_of(name, config if is_file else None, revision, None if is_file else variant) if name else None
 
     report = audit.evaluate(
-        model, prompt_set=prompts, against=against, images=images, concept=concept, classifier=classifier,
-        steps=steps, samples=samples_per_prompt, out=out,
+        found(model, revision), prompt_set=prompts, against=found(against, None), images=images,
+        concepts=concept or [], classifier=classifier, steps=steps, samples=samples_per_prompt, record=record, out=out,
     )  # fmt: skip
-    columns = {str(report["model"]): report["metrics"]}
+    columns = {str(report["model"]): report}
     if report["against"]:
-        columns[f"base: {report['against']['model']}"] = report["against"]["metrics"]
+        columns[f"base: {report['against']['model']}"] = report["against"]
     table = Table("metric", *columns, box=None)
     for name in report["metrics"]:
-        table.add_row(name, *(rate(metrics[name]) for metrics in columns.values()))
+        table.add_row(name, *(rate(side["metrics"][name]) for side in columns.values()))
+    for name in report["concepts"] if len(report["concepts"]) > 1 else ():
+        table.add_row(f"ua of {name}", *(rate(side["concepts"][name]["ua"]) for side in columns.values()))
     Console().print(table)
     print(f"{out / 'report.html'}")
 
 
-def rate(metric: dict | None) -> str:
-    if metric is None:
-        return "not measured"
-    low, high = metric["ci95"]
-    return f"{metric['n']} / {metric['of']} = {metric['rate']:.3f} [{low:.3f}, {high:.3f}]"
+@app.command(name="cache", epilog=example("cache --clear --older-than 30"))
+def show_cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what is kept.")] = False,
+    older_than: Annotated[
+        float | None, typer.Option(min=0, help="With --clear: only what was not used for so many days.")
+    ] = None,
+) -> None:
+    """Show or clear the images that models drew to train on, and their encodings."""
+    from salun_sd import cache
+
+    if older_than is not None and not clear:
+        raise UsageError("--older-than is for --clear: give both.")
+    if clear:
+        files, size = cache.clear(older_than)
+        print(f"{cache.folder()}: removed {files:,} files, {megabytes(size)}")
+        return
+    table = Table("kept", "name", "files", "size", "last used", box=None)
+    for entry in cache.entries():
+        day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
+        table.add_row(entry.kind, entry.name, f"{entry.files:,}", megabytes(entry.bytes), day)
+    Console().print(table)
+    print(f"{cache.folder()}: {megabytes(sum(e.bytes for e in cache.entries()))}")
 
 
 @app.command(epilog=example("demo --out demo"))
@@ -226,7 +379,7 @@ def demo(
 ) -> None:
     """Erase a class from the bundled pocket checkpoint: mask, erase and evaluate, each printed before it runs."""
     from salun_sd import prompts
-    from salun_sd.checkpoint import write_atomic
+    from salun_sd.files import write_atomic
 
     rows = prompts.read("pocket")
     classes = list(dict.fromkeys(p.label for p in rows))

@@ -12,10 +12,12 @@ from functools import partial
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from skimage import data as photos
 
 from salun_sd import checkpoint, cli, mask, prompts
 
+POCKET, UNET = checkpoint.find("pocket"), "unet/diffusion_pytorch_model.safetensors"
 CONCEPT, ANCHOR = "a photo of a sneaker", "a photo of a bag"
 ERASE = ["erase", "pocket", "--concept", CONCEPT, "--anchor", ANCHOR, "--samples", "8", "--steps", "3",
          "--batch-size", "4", "--lr", "1e-4"]  # fmt: skip
@@ -74,27 +76,27 @@ def test_the_three_commands_write_exactly_these_files(made, few):
 
 
 def test_mask_files_are_exact_and_say_where_they_come_from(made):
-    total = sum(t.numel() for f in checkpoint.unet_files(checkpoint.POCKET) for _, t in checkpoint.tensors(f))
+    total = sum(t.shape.numel() for t in POCKET.unet.values())
     for density in (0.5, 0.1):
         m = mask.unpack((made / f"m-{density}.safetensors").read_bytes(), "")
         assert mask.kept(m.bits) == (round(density * total), total)
-        assert m.settings["base"] == checkpoint.fingerprint(checkpoint.POCKET)
-        assert {k: m.settings[k] for k in ("concept", "density", "guidance", "images", "seed")} == {
-            "concept": CONCEPT, "density": density, "guidance": 7.5, "images": 8, "seed": 0}  # fmt: skip
+        assert m.settings["base"] == POCKET.fingerprint
+        assert {k: m.settings[k] for k in ("concepts", "density", "guidance", "images", "seed")} == {
+            "concepts": [CONCEPT], "density": density, "guidance": 7.5, "images": 8, "seed": 0}  # fmt: skip
 
 
 def test_outside_the_mask_the_saved_bytes_are_the_bases_and_the_record_says_so(made):
     record = json.loads((made / "erased" / "salun.json").read_text())
     bits = mask.unpack((made / "m-0.1.safetensors").read_bytes(), "").bits
-    [base], [erased] = (checkpoint.unet_files(f) for f in (checkpoint.POCKET, made / "erased"))
-    erased, moved = dict(checkpoint.tensors(erased)), 0
-    for name, t in checkpoint.tensors(base):
+    base, erased = load_file(checkpoint.POCKET / UNET), load_file(made / "erased" / UNET)
+    moved = 0
+    for name, t in base.items():
         assert torch.equal(t[~bits[name]], erased[name][~bits[name]])
         moved += int((t != erased[name]).sum())
     assert record["changed"] == {"inside": moved, "outside": 0} and moved > 0.5 * record["mask"]["kept"]
     assert record["settings"]["lr"] == 1e-4 and record["settings"]["batch_size"] == 4
-    assert record["base"]["fingerprint"] == checkpoint.fingerprint(checkpoint.POCKET)
-    assert record["erased"]["fingerprint"] == checkpoint.fingerprint(made / "erased")
+    assert record["base"]["fingerprint"] == POCKET.fingerprint
+    assert record["erased"]["fingerprint"] == checkpoint.find(str(made / "erased")).fingerprint
     assert len((made / "erased" / "losses.jsonl").read_text().splitlines()) == record["settings"]["steps"] == 3
 
 
@@ -109,7 +111,7 @@ def test_the_erased_folder_opens_in_diffusers(made):
 def test_the_report_counts_every_image(made):
     report = json.loads((made / "audit" / "report.json").read_text())
     metrics, base = report["metrics"], report["against"]["metrics"]
-    assert report["settings"]["concept"] == "sneaker"  # from the checkpoint's salun.json
+    assert report["settings"]["concepts"] == ["sneaker"]  # from the checkpoint's salun.json
     assert (metrics["ua"]["of"], metrics["ra"]["of"], metrics["flag_rate"]["of"]) == (3, 9, 12)
     assert base.keys() == metrics.keys() and report["model"] == str(made / "erased")
     page = (made / "audit" / "report.html").read_text()
@@ -141,9 +143,9 @@ def test_a_run_with_another_mask_under_the_same_name_is_not_taken_for_the_finish
 def test_a_finished_folder_that_was_damaged_since_is_not_taken_for_done(made, tmp_path, capsys):
     argv = [*ERASE, "--mask", str(made / "m-0.1.safetensors"), "--out", str(tmp_path / "erased")]
     cli.run(argv)
-    (tmp_path / "erased" / "unet" / checkpoint.SINGLE).unlink()
+    (tmp_path / "erased" / UNET).unlink()
     assert "diffusion_pytorch_model.safetensors is missing" in fails(argv, 1, capsys)
-    shutil.copy(checkpoint.POCKET / "unet" / checkpoint.SINGLE, tmp_path / "erased" / "unet")
+    shutil.copy(checkpoint.POCKET / UNET, tmp_path / "erased" / "unet")
     assert "is not the one that was saved there" in fails(argv, 1, capsys)
 
 
@@ -153,7 +155,9 @@ def test_same_command_same_bytes_and_other_seed_other_bytes(made, tmp_path):
         cli.run([*MASK, "--seed", str(seed), "--out", str(tmp_path / f"{name}.safetensors")])
         cli.run([*ERASE, "--seed", str(seed), "--mask", str(tmp_path / f"{name}.safetensors"),
                  "--out", str(tmp_path / name)])  # fmt: skip
-        unets.append([(tmp_path / f"{name}.safetensors").read_bytes(), checkpoint.fingerprint(tmp_path / name)])
+        unets.append(
+            [(tmp_path / f"{name}.safetensors").read_bytes(), checkpoint.find(str(tmp_path / name)).fingerprint]
+        )
     assert unets[0] == unets[1]
     assert unets[0][0] != unets[2][0] and unets[0][1] != unets[2][1]
 
@@ -217,12 +221,14 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         ([*MASK, "--density", "0.5", "--density", "0.5", *out], 2, "given twice"),
         ([*MASK, "--forget", tmp_path / "empty", *out], 2, "holds no images"),
         ([*MASK, "--out", tmp_path / "taken" / "thesis.tex"], 2, "is not a mask of salun-sd; choose another --out"),
-        ([*ERASE, "--anchor", "A photo of  a sneaker", *out], 2, "Concept and anchor are both"),
+        ([*ERASE[:4], "--anchor", "A photo of  a sneaker", *out], 2, "and the anchor are both"),
+        ([*ERASE, "--concept", "a coat", *out], 2, "--concept 'a coat' has no --anchor"),
         ([*ERASE, "--out", tmp_path / "taken"], 2, "taken holds something else: choose another --out"),
         ([*ERASE, "--lr", "2e-4", "--out", made / "erased"], 2, "erased with other settings"),
         ([*ERASE, "--lr", "-1", *out], 2, "--lr is -1: give a finite number above 0"),
         ([*MASK, "--guidance", "nan", *out], 2, "--guidance is nan: give a finite number from 0 on"),
-        ([*MASK, "--concept", " ", *out], 2, "--concept is empty"),
+        ([*MASK[:2], "--concept", " ", *out], 2, "--concept is empty"),
+        ([*MASK[:2], *out], 2, "There is nothing to erase: give --concept with --anchor, or --plan"),
         ([*ERASE, "--retain-weight", "nan", *out], 2, "--retain-weight is nan"),
         ([*ERASE, "--forget", tmp_path / "broken", *out], 1, "torn.png cannot be read as an image"),
         ([*ERASE, "--mask", "none", "--density", "0.1", *out], 2, "leave them out with --mask"),
