@@ -30,7 +30,7 @@ class Checkpoint:
     config: Path  # the folder with the configs, tokenizers and scheduler; for a folder, itself
     family: Family
     variant: str | None = None  # of the files in a folder, such as fp16
-    revision: str | None = None  # of a hub id
+    revision: str | None = None  # of a hub id, the commit
 
     @property
     def is_file(self) -> bool:
@@ -51,14 +51,18 @@ class Checkpoint:
         """The tensors of each component under diffusers' names. Raises SalunError for a damaged or missing file."""
         if not self.is_file:
             return {part: _of_files(part_files(self.path, part, self.variant), part) for part in self.family.parts}
-        names = {part: _names(self.config, part) for part in self.family.parts}
-        pieces = layout.original_layout(self.family.key, names)
+        shapes = {part: _shapes(self.config, part) for part in self.family.parts}
+        pieces = layout.original_layout(self.family.key, {part: list(names) for part, names in shapes.items()})
         parts: dict[str, Tensors] = {part: {} for part in self.family.parts}
         for (part, name), (key, which) in layout.inverse(pieces).items():
             if key not in self.original:
                 raise SalunError(f"{self.name} has no {key}: it is not whole, or --config is of another model.")
             source = self.original[key]
             shape, dtype = layout.taken(pieces[key], which, source.shape, source.dtype)
+            if torch.Size(shape) != shapes[part][name]:
+                raise SalunError(
+                    f"{key} of {self.name} has another shape than its config says: --config is of another model."
+                )
             read = partial(_take, pieces[key], which, source)
             parts[part][name] = Lazy(dtype, torch.Size(shape), read)
         return parts
@@ -70,12 +74,14 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the UNet's tensors, the same for a folder and a single file of the same weights."""
-        return fingerprint(self.unet)
+        return tensors.fingerprint(self.unet)
 
     @cached_property
     def identity(self) -> str:
         """SHA-256 over everything that an image depends on: all weights, configs, tokenizers and the scheduler."""
-        whole = hashlib.sha256("".join(fingerprint(self.parts[part]) for part in self.family.parts[1:]).encode())
+        whole = hashlib.sha256(
+            "".join(tensors.fingerprint(self.parts[part]) for part in self.family.parts[1:]).encode()
+        )
         whole.update(self.fingerprint.encode())
         for file in sorted(p for p in self.config.glob("*/*") if p.suffix in CONFIGS and ".index." not in p.name):
             if file.parent.name in self._components:
@@ -155,6 +161,7 @@ def find(
         raise UsageError(f"Model file {model} was not found.")
     else:
         path = _from_hub(model, revision, variant)
+        revision = path.name  # the commit that it was
     found = Checkpoint(model, path, path, families.of_folder(path, model), variant, revision)
     return _checked(found)
 
@@ -212,7 +219,8 @@ def _from_hub(model: str, revision: str | None, variant: str | None) -> Path:
 
 
 def first_line(e: Exception) -> str:
-    return str(e).strip().partition("\n")[0].rstrip(".") or type(e).__name__
+    """The first sentence of what a library says."""
+    return re.split(r"\n|\. ", str(e).strip())[0].rstrip(".") or type(e).__name__
 
 
 def _checked(found: Checkpoint) -> Checkpoint:
@@ -229,11 +237,13 @@ def part_files(folder: Path, part: str, variant: str | None) -> list[Path]:
     index = folder / part / f"{stem}.safetensors.index{dotted}.json"
     names = [f"{stem}{dotted}.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     files = [folder / part / name for name in names]
     for file in files:
         if not file.is_file():
-            raise SalunError(f"{file} is missing: weights have to be in safetensors, as diffusers saves them.")
+            there = sorted(p.name for p in (folder / part).glob(f"{stem}*.safetensors"))
+            hint = f"there is {', '.join(there)}, see --variant" if there else "weights have to be in safetensors"
+            raise SalunError(f"{file} is missing: {hint}.")
     return files
 
 
@@ -242,8 +252,8 @@ def _of_files(files: list[Path], part: str) -> Tensors:
     return {own: t for name, t in found.items() if (own := layout.canonical(part, name)) is not None}
 
 
-def _names(config: Path, part: str) -> list[str]:
-    """The names of a part's weights, from its config alone."""
+def _shapes(config: Path, part: str) -> dict[str, torch.Size]:
+    """The names and shapes of a part's weights, from its config alone."""
     import diffusers
     import transformers
     from accelerate import init_empty_weights
@@ -256,21 +266,11 @@ def _names(config: Path, part: str) -> list[str]:
         else:
             kind = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
             model = kind.from_config(settings)
-    return [own for name, _ in model.named_parameters() if (own := layout.canonical(part, name)) is not None]
+    return {layout.canonical(part, name): p.shape for name, p in model.named_parameters()}
 
 
 def _take(piece: layout.Piece, which: int, source: Lazy) -> torch.Tensor:
     return layout.take(piece, which, source.read())
-
-
-def fingerprint(weights: Tensors) -> str:
-    """SHA-256 over tensors as saved: name, dtype, shape and bytes of each, in the order of names."""
-    whole = hashlib.sha256()
-    for name in sorted(weights):
-        t = weights[name].read()
-        whole.update(name.encode() + b" ")
-        whole.update(hashlib.sha256(f"{t.dtype} {list(t.shape)} ".encode() + tensors.raw(t)).digest())
-    return whole.hexdigest()
 
 
 def device() -> str:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from salun_sd import __version__, generate, patch, prompts, provenance, save, sources
+from salun_sd import __version__, generate, patch, prompts, provenance, save, sources, tensors
 from salun_sd import erase as erasing
 from salun_sd import mask as masks
-from salun_sd.checkpoint import Checkpoint, fingerprint
+from salun_sd.checkpoint import Checkpoint
 from salun_sd.diffusion import Condition, Examples, Schedule
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.examples import Base, encode, forget_items, retain_items, spread
@@ -180,7 +180,7 @@ def erase(
             "schema": 2,
             "command": command,
             "base": provenance.of_base(model),
-            "erased": {"fingerprint": fingerprint(erased)},
+            "erased": {"fingerprint": tensors.fingerprint(erased)},
             "concepts": settings["concepts"],
             "settings": settings,
             "inputs": inputs,

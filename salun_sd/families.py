@@ -49,7 +49,7 @@ def of_folder(folder: Path, name: str) -> Family:
     index = folder / "model_index.json"
     if not index.is_file():
         found = _class_of(folder / "config.json")
-        what = f"it is a {found} alone" if found else "it has no model_index.json"
+        what = f"it is one part of it, {found}" if found else "it has no model_index.json"
         raise UsageError(f"{name} is not a Stable Diffusion pipeline folder: {what}.")
     pipeline = _class_of(index)
     if pipeline is None:

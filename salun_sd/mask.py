@@ -70,9 +70,10 @@ def select(saliency: dict[str, torch.Tensor], threshold: float, count: int) -> B
 
 
 def random_bits(shapes: dict[str, torch.Size], density: float, seed: int) -> Bits:
-    """A control: exactly round(density x total) weights chosen at random over the whole UNet."""
+    """A control: exactly round(density x total) weights chosen at random over the whole UNet, drawn in the order of
+    their names: that of a file is another in each form of a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    scores = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    scores = {name: torch.rand(shapes[name], generator=generator) for name in sorted(shapes)}
     count = keep_count(density, sum(s.numel() for s in scores.values()))
     return select(scores, thresholds(scores, [count])[0], count)
 

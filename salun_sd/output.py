@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from salun_sd import patch, provenance, save, tensors
-from salun_sd.checkpoint import Checkpoint, fingerprint
+from salun_sd.checkpoint import Checkpoint
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.files import new_file, new_folder
 from salun_sd.patch import Patch
@@ -38,7 +38,7 @@ def written(base: Checkpoint, made: Patch, form: str, place: Path, revert: bool 
             provenance.write_folder(made.record, place)
         saved = Checkpoint(str(place), place, place, base.family).unet
     wanted = made.record["base" if revert else "erased"]["fingerprint"]
-    if fingerprint(saved) != wanted:
+    if tensors.fingerprint(saved) != wanted:
         raise SalunError("What was read back from the disk is not what was written, so nothing was kept; report it.")
 
 
@@ -61,7 +61,7 @@ def finished(out: Path, form: str, base: Checkpoint, settings: dict, inputs: dic
         unet = patch.merged(base.unet, patch.read(out))
     else:
         unet = Checkpoint(str(out), out, out if out.is_dir() else base.config, base.family).unet
-    if fingerprint(unet) != record["erased"]["fingerprint"]:
+    if tensors.fingerprint(unet) != record["erased"]["fingerprint"]:
         raise SalunError(f"The UNet in {out} is not the one that was saved there: remove {out} and run again.")
     print(f"{out} was already made from these inputs with these settings; nothing to do.", file=sys.stderr)
     return record
@@ -76,7 +76,7 @@ def apply(model: Checkpoint, file: Path, *, form: str, revert: bool, out: Path) 
     if out.exists() and not (form == "diffusers" and out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists: choose another --out, or remove it.")
     made = patch.read(file)
-    patch.check(made, model.unet, model.name, model.fingerprint, revert)
+    patch.check(made, file, model.unet, model.name, model.fingerprint, revert)
     with new_folder(out) if form == "diffusers" else new_file(out) as partial:
         written(model, made, form, partial, revert)
     return made.record

@@ -87,23 +87,37 @@ def read(file: Path) -> Patch:
     return Patch(found, record)
 
 
-def check(patch: Patch, weights: Tensors, name: str, fingerprint: str, revert: bool) -> None:
+def check(patch: Patch, file: Path, weights: Tensors, name: str, fingerprint: str, revert: bool) -> None:
     """Raise SalunError unless the weights are those that the patch is for: the base's, or the erased to revert."""
     base, erased = patch.record["base"], patch.record["erased"]["fingerprint"]
     if revert and not patch.is_reversible:
         raise SalunError("The patch does not hold the base's values: it was made without --reversible.")
-    if fingerprint == (erased if revert else base["fingerprint"]):
-        for key, t in patch.tensors.items():
-            kind, _, parameter = key.partition("/")
-            if parameter not in weights or (kind != "mask" and t.dtype != weights[parameter].dtype):
-                raise SalunError(f"The patch is damaged: its {parameter} is not of {name}.")
+    before, after = (erased, base["fingerprint"]) if revert else (base["fingerprint"], erased)
+    if fingerprint == before:
+        values = "old" if revert else "new"
+        if not _fits(patch, weights) or tensors.fingerprint(merged(weights, patch, values)) != after:
+            raise SalunError(f"{file} is damaged: it does not make of {name} what it says. Fetch it again.")
         return
-    if fingerprint == (base["fingerprint"] if revert else erased):
+    if fingerprint == after:
         state = "is the base already: there is nothing to revert" if revert else "has this patch already"
         raise SalunError(f"{name} {state}.")
     wanted = f"what it made of {base['model']}" if revert else base["model"]
-    print_of = (erased if revert else base["fingerprint"])[:12]
-    raise SalunError(f"The patch is for {wanted} (UNet {print_of}), not for {name} (UNet {fingerprint[:12]}).")
+    raise SalunError(f"The patch is for {wanted} (UNet {before[:12]}), not for {name} (UNet {fingerprint[:12]}).")
+
+
+def _fits(patch: Patch, weights: Tensors) -> bool:
+    """Whether each of the mask's ones has its values, of a parameter and a dtype that the UNet has."""
+    for key, mask in patch.tensors.items():
+        kind, _, name = key.partition("/")
+        if kind != "mask":
+            continue
+        values = [patch.tensors[f"{k}/{name}"] for k in ("new", "old") if f"{k}/{name}" in patch.tensors]
+        if name not in weights or mask.bytes != -(-weights[name].shape.numel() // 8):
+            return False
+        ones = int(unpacked_bits(mask.read(), weights[name].shape).sum())
+        if any(v.shape != (ones,) or v.dtype != weights[name].dtype for v in values):
+            return False
+    return True
 
 
 def changes(base: Tensors, other: Tensors, bits: Bits) -> dict[str, int]:

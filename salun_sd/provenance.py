@@ -5,7 +5,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from salun_sd import tensors
@@ -30,17 +30,15 @@ def of_base(base: Checkpoint) -> dict:
 
 def license_of(base: Checkpoint) -> str | None:
     """The licence that the base's own header or model card names: an erased checkpoint inherits it."""
-    if found := base.header.get("modelspec.license"):
-        return found
+    if base.is_file:
+        return base.header.get("modelspec.license")
     try:
-        card = base.config / "README.md"
-        if not base.is_file and card.is_file():
-            return ModelCard.load(card).data.license
-        if not base.is_file and not Path(base.name).exists() and "/" in base.name:
-            return ModelCard.load(base.name).data.license  # a hub id: its card may not be among the files yet
+        card = base.path / "README.md"
+        if not card.is_file() and base.revision:  # of a hub id, whose card is not among the pipeline's files
+            card = hf_hub_download(base.name, "README.md", revision=base.revision)
+        return ModelCard.load(card).data.license
     except Exception:  # no card, no network, front matter that is no YAML: then nothing is known
-        pass
-    return None
+        return None
 
 
 def title(record: dict) -> str:
@@ -82,10 +80,13 @@ def model_card(record: dict) -> str:
     """The README.md of an erased checkpoint, in Markdown with the hub's front matter."""
     name = record["base"]["model"]
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
+    license = record["base"]["license"]
+    is_identifier = license is None or re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license)  # as the hub has them
     data = ModelCardData(
         base_model=name if is_hub_id else None,
         library_name="diffusers",
-        license=record["base"]["license"],
+        license=license if is_identifier else "other",
+        license_name=None if is_identifier else one_line(license),
         pipeline_tag="text-to-image",
         tags=["stable-diffusion", "concept-erasure", "machine-unlearning", "salun"],
     )

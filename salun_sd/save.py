@@ -27,8 +27,9 @@ def folder(base: Checkpoint, unet: Tensors, out: Path) -> None:
     for part in [key for key in index if (base.config / key).is_dir()]:
         files = sorted(p for p in (base.config / part).iterdir() if p.is_file())
         weights = [p for p in files if p.suffix not in CONFIGS or ".index." in p.name]
-        if base.is_file and weights and part not in base.family.parts:
-            index[part] = [None, None]  # the single file has no such weights: a safety checker, say
+        if base.is_file and part not in base.family.parts and (base.config / part / "config.json").is_file():
+            index[part] = [None, None]  # a model that the single file has not: the safety checker
+            index["requires_safety_checker"] = False
             continue
         (out / part).mkdir()
         for file in files:
@@ -75,7 +76,7 @@ def _copy_weights(base: Checkpoint, part: str, weights: list[Path], out: Path) -
         chosen = [p for p in chosen if dotted in p.name]
     else:
         dotted, chosen = "", [p for p in chosen if p.name.count(".") == 1 or ".index.json" in p.name]
-    for file in chosen:
+    for file in chosen or weights:  # a safety checker may be there as a pickle alone
         is_shard = "-of-" in file.name  # the index goes on to call it by its name
         shutil.copy(file, out / (file.name if is_shard or not dotted else file.name.replace(dotted, "")))
 

@@ -1,5 +1,6 @@
 """Files of tensors, read and written one tensor at a time: a checkpoint is never in memory as a whole."""
 
+import hashlib
 import json
 import pickle
 import re
@@ -70,7 +71,7 @@ def _tensor(file: Path, name: str) -> torch.Tensor:
 
 
 def _damaged(file: Path, e: Exception) -> SalunError:
-    reason = str(e).strip().partition("\n")[0].rstrip(".")
+    reason = str(e).strip().partition("\n")[0].rstrip(".") or "it ends too early"
     return SalunError(f"{file} is truncated or damaged ({reason}): fetch or save it again.")
 
 
@@ -78,22 +79,22 @@ def _pickled(file: Path) -> Tensors:
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as e:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(e))
-        if not asked:
-            raise _damaged(file, e) from e
-        raise SalunError(
-            f"{file} is a pickle that would run code: it asks for {asked[1]}, so it was not opened. "
-            "Take the model as .safetensors."
-        ) from e
-    except (RuntimeError, EOFError, ValueError, KeyError) as e:
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(e)):
+            reason = f"is a pickle that would run code: it asks for {asked[1]}"
+        else:
+            reason = "is a pickle of more than weights, or damaged"
+        raise SalunError(f"{file} {reason}, so it was not opened. Take the model as .safetensors.") from e
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
         raise _damaged(file, e) from e
     while isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict):
-        raise SalunError(f"{file} holds no weights by name, but a {type(loaded).__name__}.")
-    return {
-        name: Lazy(t.dtype, t.shape, t.contiguous) for name, t in loaded.items() if isinstance(t, torch.Tensor)
-    }  # fmt: skip
+    named = {k: t for k, t in loaded.items() if isinstance(k, str)} if isinstance(loaded, dict) else {}
+    found = {k: Lazy(t.dtype, t.shape, t.contiguous) for k, t in named.items() if isinstance(t, torch.Tensor)}
+    if not found:
+        raise SalunError(f"{file} holds no weights by name.")
+    return found
 
 
 def write(file: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
@@ -131,3 +132,13 @@ def given(t: torch.Tensor) -> Lazy:
 def size(tensors: Tensors) -> int:
     """Bytes of the values."""
     return sum(t.bytes for t in tensors.values())
+
+
+def fingerprint(tensors: Tensors) -> str:
+    """SHA-256 over tensors as saved: name, dtype, shape and bytes of each, in the order of names."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].read()
+        whole.update(name.encode() + b" ")
+        whole.update(hashlib.sha256(f"{t.dtype} {list(t.shape)} ".encode() + raw(t)).digest())
+    return whole.hexdigest()

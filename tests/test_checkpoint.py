@@ -58,7 +58,7 @@ def test_what_is_no_stable_diffusion_pipeline_is_named(tmp_path, folder):
         found(tmp_path / "notes.txt")
     with pytest.raises(UsageError, match="has no model_index.json"):
         found(tmp_path)
-    with pytest.raises(UsageError, match="it is a AutoencoderKL alone"):
+    with pytest.raises(UsageError, match="it is one part of it, AutoencoderKL"):
         found(folder / "vae")
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(UsageError, match="is a FluxPipeline; salun-sd edits Stable Diffusion 1.x, 2.x and SDXL base"):

@@ -8,11 +8,11 @@ import pytest
 import typer
 
 import salun_sd
-from salun_sd import cli, prompts
+from salun_sd import cli, plan, prompts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ["mask", "erase", "evaluate", "demo"]
+COMMANDS = ["mask", "erase", "apply", "evaluate", "cache", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,7 +28,7 @@ def test_every_command_is_documented():
 
 
 def test_every_command_line_in_the_docs_parses():
-    lines = re.findall(r"salun-sd (?:mask|erase|evaluate|demo) [^`\n]*", README.replace("\\\n", " "))
+    lines = re.findall(r"salun-sd (?:mask|erase|apply|evaluate|cache|demo) [^`\n]*", README.replace("\\\n", " "))
     lines = [line for line in lines if "[OPTIONS]" not in line and "--help" not in line]
     assert lines
     group = typer.main.get_command(cli.app)
@@ -41,5 +41,5 @@ def test_the_file_tree_and_the_prompt_sets_are_complete():
     for path in Path(salun_sd.__file__).parent.glob("*.py"):
         if not path.name.startswith("__"):
             assert re.search(rf"^  {re.escape(path.name)} ", README, re.MULTILINE), path.name
-    for name in prompts.builtin():
+    for name in prompts.builtin() + plan.builtin():
         assert f"`{name}`" in README
