@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from salun_sd import cli, prompts, report
+from salun_sd import cli, demo, prompts, report
 
 HERE = Path(__file__).parent
 
@@ -62,13 +62,13 @@ def main(
     for concept, anchor, d in sorted(runs, key=lambda run: run[0] != first):  # the first class at every density first
         here = out / concept.replace(" ", "-")
         mask, erased, audit = here / f"mask-{d:g}.safetensors", here / f"erased-{d:g}", here / f"audit-{d:g}"
-        asked, to_forget = cli.asked_for(rows, concept), ["--concept", cli.photo_of(concept), "--samples", "200"]
+        asked, to_forget = demo.asked_for(rows, concept), ["--concept", demo.photo_of(concept), "--samples", "200"]
         here.mkdir(parents=True, exist_ok=True)
         (here / "prompts.csv").write_text(prompts.write(asked))
         if not mask.exists():
             cli.run(["mask", "pocket", *to_forget, "--density", f"{d:g}", "--out", str(mask)])
-        cli.run(["erase", "pocket", *to_forget, "--anchor", cli.photo_of(anchor), "--mask", str(mask),
-                 *cli.POCKET_TRAINING, "--out", str(erased)])  # fmt: skip
+        cli.run(["erase", "pocket", *to_forget, "--anchor", demo.photo_of(anchor), "--mask", str(mask),
+                 *demo.POCKET_TRAINING, "--out", str(erased)])  # fmt: skip
         cli.run(["evaluate", str(erased), "--prompts", str(here / "prompts.csv"), "--out", str(audit)])
         after = json.loads((audit / "report.json").read_text())["metrics"]
         of_case = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
@@ -93,7 +93,7 @@ def write_table(table: list[str], of_base: dict) -> None:
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
 {date.today()}, {cpu()}, Python {platform.python_version()}; `erase` with
-`--samples 200 {shlex.join(cli.POCKET_TRAINING)}`.
+`--samples 200 {shlex.join(demo.POCKET_TRAINING)}`.
 
 UA: share of the concept's 100 prompts whose image is not classified as it. RA: share of 180 prompts of the other
 classes classified as what they ask for; beside it the base on the same prompts and seeds. Brackets: 95 % Wilson

@@ -37,6 +37,8 @@ def evaluate(
     known = provenance.read(model.path) if model else None
     if record and known is None:
         raise UsageError("--record is for a checkpoint that salun-sd erased: MODEL carries no record of that.")
+    if record and model.fingerprint != known["erased"]["fingerprint"]:
+        raise SalunError(f"The UNet of {model.name} is not the one that its record names: it was changed since.")
     rows = prompts.read(prompt_set)
     classes = list(dict.fromkeys(p.label for p in rows if p.label))
     concepts = _concepts(concepts, classes, known)
@@ -59,6 +61,12 @@ def evaluate(
     if record:
         provenance.add_audit(model.path, report.headline_metrics(made))
     return made
+
+
+def revision_of_base(model: Checkpoint | None, base: str) -> str | None:
+    """The commit of the hub id `base` that a checkpoint of ours was erased from, if it was from that."""
+    known = provenance.read(model.path) if model else None
+    return known["base"]["revision"] if known and known["base"]["model"] == base else None
 
 
 def _concepts(given: list[str], classes: list[str], record: dict | None) -> list[str]:

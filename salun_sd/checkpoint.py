@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import re
+import sys
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ POCKET = Path(__file__).parent / "pocket"
 SAMPLING = "sampling.json"
 FILES = (".safetensors", *tensors.PICKLES)
 CONFIGS = {".json", ".txt", ".model"}  # of a pipeline folder, what is not weights
+CONFIG_PATTERNS = [f"{folder}*{suffix}" for folder in ("", "*/") for suffix in sorted(CONFIGS)]
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,10 @@ def find(
     else:
         path = _from_hub(model, revision, variant)
         revision = path.name  # the commit that it was
-    found = Checkpoint(model, path, path, families.of_folder(path, model), variant, revision)
-    return _checked(found)
+    if variant and not any(path.glob(f"unet/*.{variant}*")):
+        print(f"{model} has no {variant} UNet; its plain files are read.", file=sys.stderr)
+        variant = None
+    return _checked(Checkpoint(model, path, path, families.of_folder(path, model), variant, revision))
 
 
 def _single_file(name: str, file: Path, config: str | None, revision: str | None, variant: str | None) -> Checkpoint:
@@ -174,12 +178,28 @@ def _single_file(name: str, file: Path, config: str | None, revision: str | None
     content, metadata = tensors.read(file)
     if "salun_sd" in metadata and "modelspec.architecture" not in metadata:
         raise UsageError(f"{name} is a mask or a patch of salun-sd: give the checkpoint that it was made for.")
-    family = families.of_tensors(content, name)
+    family, said = families.of_tensors(content, name), _said_prediction(content, metadata)
+    if family is families.SD2 and not config and not said:
+        raise UsageError(
+            f"{name} is {family.name}, and does not say whether it predicts the noise (2.x base, 512 pixels) or v (768 "
+            "pixels): give a pipeline folder or hub id of its kind with --config."
+        )
     folder = Path(config) if config and Path(config).is_dir() else _config_from_hub(name, config, content)
     of_config = families.of_folder(folder, str(folder))
     if of_config != family:
         raise UsageError(f"{name} is {family.name}, but its config, {folder}, is of {of_config.name}: see --config.")
-    return _checked(Checkpoint(name, file, folder, family))
+    found = _checked(Checkpoint(name, file, folder, family))
+    if said and said != found.prediction_type:
+        other = found.prediction_type
+        raise UsageError(f"{name} says that it predicts {said}, but its config, {folder}, {other}: see --config.")
+    return found
+
+
+def _said_prediction(content: Tensors, header: dict[str, str]) -> str | None:
+    """What a single file says of its prediction type; most say nothing."""
+    if families.V_MARK in content or header.get("modelspec.architecture", "").endswith("-v"):
+        return "v_prediction"
+    return {"v": "v_prediction", "epsilon": "epsilon"}.get(header.get("modelspec.prediction_type", ""))
 
 
 def _config_from_hub(name: str, config: str | None, content: Tensors) -> Path:
@@ -189,7 +209,7 @@ def _config_from_hub(name: str, config: str | None, content: Tensors) -> Path:
 
     repo = config or fetch_diffusers_config(content)["pretrained_model_name_or_path"]
     try:
-        return Path(snapshot_download(repo, allow_patterns=[f"*{s}" for s in CONFIGS] + [f"*/*{s}" for s in CONFIGS]))
+        return Path(snapshot_download(repo, allow_patterns=CONFIG_PATTERNS))
     except Exception as e:  # of the network, of the hub, of the name: many types
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise
@@ -206,9 +226,15 @@ def _from_hub(model: str, revision: str | None, variant: str | None) -> Path:
             "org/name."
         )
     from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
 
-    try:
-        return Path(DiffusionPipeline.download(model, revision=revision, variant=variant, use_safetensors=True))
+    try:  # the configs first: what is not for us is refused before its weights are fetched
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=CONFIG_PATTERNS))
+        if (folder / "model_index.json").is_file():
+            families.of_folder(folder, model)
+        return Path(DiffusionPipeline.download(model, revision=folder.name, variant=variant, use_safetensors=True))
+    except UsageError:
+        raise
     except Exception as e:
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise
@@ -227,13 +253,20 @@ def _checked(found: Checkpoint) -> Checkpoint:
     odd = {t.dtype for t in found.unet.values()} - {torch.float32, torch.float16, torch.bfloat16}
     if odd:
         raise UsageError(f"The UNet of {found.name} is in {odd.pop()}; salun-sd edits float32, float16 and bfloat16.")
+    vae = families.config(found.config, "vae", found.name)
+    if found.prediction_type not in ("epsilon", "v_prediction") or found.scheduler.startswith("EDM"):
+        what = f"{found.scheduler} with prediction type {found.prediction_type}"
+        raise UsageError(f"{found.name} was trained for {what}; salun-sd edits models that predict epsilon or v.")
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        raise UsageError(f"{found.name} has a VAE with shifted latents, as Playground; {families.SUPPORTED}.")
     return found
 
 
 def part_files(folder: Path, part: str, variant: str | None) -> list[Path]:
     """The safetensors files of a pipeline's part, one or sharded, in a fixed order. Raises SalunError if missing."""
     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-    dotted = f".{variant}" if variant else ""
+    has_variant = variant and any((folder / part).glob(f"{stem}.*{variant}*"))  # some parts come in one form only
+    dotted = f".{variant}" if has_variant else ""
     index = folder / part / f"{stem}.safetensors.index{dotted}.json"
     names = [f"{stem}{dotted}.safetensors"]
     if index.is_file():
@@ -290,13 +323,16 @@ def load(model: Checkpoint, *, unet: bool = True, encoders: bool = True):
     diffusers.logging.disable_progress_bar()  # a bar for each file read is noise beside ours
     transformers.logging.disable_progress_bar()
     left_out = [] if unet else ["unet"]
-    if model.family.pipeline == "StableDiffusionPipeline":
+    settings: dict = {"local_files_only": True}
+    if model.family is families.SDXL:
+        settings["add_watermarker"] = False  # it marks images where a package happens to be installed
+    else:
         left_out += ["safety_checker"]
     if not encoders:
         left_out += [part for part in model.family.parts if part != "unet"]
     elif not any((model.config / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise SalunError(f"{model.name} has no vocabulary in {model.config / 'tokenizer'}: fetch or save it again.")
-    settings = {**dict.fromkeys(left_out), "local_files_only": True}
+    settings |= dict.fromkeys(left_out)
     kind = getattr(diffusers, model.family.pipeline)
     try:
         if model.is_file:

@@ -62,6 +62,11 @@ class AnchorFrom(str, Enum):
     base = "base"
 
 
+class Whole(str, Enum):
+    diffusers = "diffusers"
+    single_file = "single-file"
+
+
 class Form(str, Enum):
     diffusers = "diffusers"
     single_file = "single-file"
@@ -127,20 +132,9 @@ def model_of(name: str, config: str | None, revision: str | None, variant: str |
     return found
 
 
-def concepts_of(plan_name: str | None, concepts: list[str] | None, anchors: list[str] | None, forget: str | None):
-    """What must go and its anchors, from the plan or from the options; and what the plan says of prompts to retain."""
-    from salun_sd import plan
-
-    if plan_name and (concepts or anchors):
-        raise UsageError("--plan and --concept cannot go together: write the concepts into the plan.")
-    read = plan.read(plan_name) if plan_name else plan.Plan(plan.of_pairs(concepts or [], anchors), None, {})
-    if not read.concepts:
-        raise UsageError("There is nothing to erase: give --concept with --anchor, or --plan.")
-    if forget and len(read.concepts) > 1:
-        raise UsageError("--forget is for one concept: in a plan, write images = ... under each [[concept]].")
-    if forget:
-        read = read._replace(concepts=(read.concepts[0]._replace(images=forget),))
-    return read.concepts, read.retain_prompts
+def is_typed(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, and not in a plan or a default."""
+    return ctx.get_parameter_source(name).name == "COMMANDLINE"
 
 
 @app.command(epilog=example("mask pocket --concept 'a photo of a sneaker'", "--samples 100 --out mask.safetensors"))
@@ -170,8 +164,9 @@ def mask(
     """Find the UNet weights that matter to a concept (gradient saliency)."""
     from salun_sd import edit
     from salun_sd.mask import kept, kept_per_block
+    from salun_sd.plan import of_options
 
-    concepts, _ = concepts_of(plan, concept, None, forget)
+    concepts, _ = of_options(plan, concept, None, forget)
     made = edit.mask(
         model_of(model, config, revision, variant), concepts, samples=samples, densities=density or [0.5],
         guidance=guidance, seed=seed, batch_size=batch_size, resolution=resolution, out=out,
@@ -205,12 +200,8 @@ def erase(
     mask: Annotated[
         str | None, typer.Option(help="Mask file, random:D or none (the controls). Default: computed first.")
     ] = None,
-    density: Annotated[
-        float | None, typer.Option(help="Share of weights to keep where the mask is computed. Default: 0.5.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="As in `mask`, where the mask is computed. Default: 7.5.")
-    ] = None,
+    density: Annotated[float, typer.Option(help="Share of weights to keep where the mask is computed.")] = 0.5,
+    guidance: Annotated[float, typer.Option(help="As in `mask`, where the mask is computed.")] = 7.5,
     forget: ForgetOpt = None,
     retain: Annotated[
         str | None, typer.Option(help="Images to keep: a folder, or a data set as org/name:column!=value.")
@@ -245,17 +236,21 @@ def erase(
 ) -> None:
     """Fine-tune only the masked weights so that the concept becomes the anchor."""
     from salun_sd import edit, output
+    from salun_sd.plan import of_options
 
-    of_plan = {"density", "guidance"} & (ctx.default_map or {}).keys()
-    if mask and not of_plan and (density is not None or guidance is not None):
+    if mask and (is_typed(ctx, "density") or is_typed(ctx, "guidance")):
         raise UsageError("--density and --guidance are for a mask that erase computes: leave them out with --mask.")
-    concepts, kept = concepts_of(plan, concept, anchor or [], forget)
+    concepts, kept = of_options(plan, concept, anchor or [], forget)
+    if is_typed(ctx, "retain"):
+        kept = None
+    elif is_typed(ctx, "retain_prompts"):
+        retain, retain_caption = (None, None) if plan else (retain, retain_caption)
     record = edit.erase(
-        model_of(model, config, revision, variant), concepts, mask=mask, density=0.5 if density is None else density,
-        guidance=7.5 if guidance is None else guidance, retain=retain, retain_caption=retain_caption,
-        retain_prompts=retain_prompts or kept, samples=samples, resolution=resolution, retain_weight=retain_weight,
-        lr=lr, steps=steps, batch_size=batch_size, anchor_from=anchor_from.value, sample_every=sample_every, seed=seed,
-        form=form.value, reversible=reversible, out=out, command=shlex.join(["salun-sd", *ctx.obj]),
+        model_of(model, config, revision, variant), concepts, mask=mask, density=density, guidance=guidance,
+        retain=retain, retain_caption=retain_caption, retain_prompts=retain_prompts or kept, samples=samples,
+        resolution=resolution, retain_weight=retain_weight, lr=lr, steps=steps, batch_size=batch_size,
+        anchor_from=anchor_from.value, sample_every=sample_every, seed=seed, form=form.value, reversible=reversible,
+        out=out, command=shlex.join(["salun-sd", *ctx.obj]),
     )  # fmt: skip
     changed, m = record["changed"], record["mask"]
     print(f"changed {changed['inside']:,} of {m['kept']:,} weights inside the mask, {changed['outside']} outside")
@@ -274,7 +269,9 @@ def apply(
     model: ModelArg,
     patch: Annotated[Path, typer.Argument(help="File that `erase --format patch` wrote.", show_default=False)],
     out: Annotated[Path, typer.Option(help="New folder, or .safetensors file.")],
-    form: FormOpt = Form.diffusers,
+    form: Annotated[
+        Whole, typer.Option("--format", help="A pipeline folder, or one file for A1111 and ComfyUI.")
+    ] = Whole.diffusers,
     revert: Annotated[
         bool, typer.Option("--revert", help="MODEL is the erased one: give the base back. Needs a reversible patch.")
     ] = False,
@@ -325,13 +322,18 @@ def evaluate(
     from salun_sd import audit
     from salun_sd.report import rate
 
-    def found(name: str | None, revision: str | None):
-        """--config is for those of MODEL and --against that are a file, --variant for those that are not."""
-        is_file = name is not None and Path(name).is_file()
-        return model_of(name, config if is_file else None, revision, None if is_file else variant) if name else None
+    are_files = [Path(name).is_file() for name in (model, against) if name]
+    if (config and not any(are_files)) or (variant and all(are_files)) or (revision and not model):
+        raise UsageError("--config is for a single file, --revision and --variant for a MODEL that is none.")
 
+    def found(name: str, revision: str | None):
+        is_file = Path(name).is_file()
+        return model_of(name, config if is_file else None, revision, None if is_file else variant)
+
+    erased = found(model, revision) if model else None
+    base = found(against, audit.revision_of_base(erased, against)) if against else None
     report = audit.evaluate(
-        found(model, revision), prompt_set=prompts, against=found(against, None), images=images,
+        erased, prompt_set=prompts, against=base, images=images,
         concepts=concept or [], classifier=classifier, steps=steps, samples=samples_per_prompt, record=record, out=out,
     )  # fmt: skip
     columns = {str(report["model"]): report}
@@ -378,42 +380,11 @@ def demo(
     density: Annotated[float, typer.Option(help="Share of weights to keep in the mask.")] = 0.5,
 ) -> None:
     """Erase a class from the bundled pocket checkpoint: mask, erase and evaluate, each printed before it runs."""
-    from salun_sd import prompts
-    from salun_sd.files import write_atomic
+    from salun_sd.demo import commands
 
-    rows = prompts.read("pocket")
-    classes = list(dict.fromkeys(p.label for p in rows))
-    for name in (concept, anchor):
-        if name not in classes:
-            raise UsageError(f"The pocket checkpoint knows no {name}; it knows {', '.join(classes)}.")
-    if concept == anchor:
-        raise UsageError(f"Concept and anchor are both {concept}: the anchor has to be something else.")
-    asked = prompts.write(asked_for(rows, concept))
-    if (out / "prompts.csv").exists() and (out / "prompts.csv").read_text() != asked:
-        raise UsageError(f"{out} holds a demo of another concept: choose another --out, or remove it.")
-    write_atomic(out / "prompts.csv", asked)
-    mask_file, erased = str(out / f"mask-{density:g}.safetensors"), str(out / "erased")
-    to_forget = ["--concept", photo_of(concept), "--samples", "200"]
-    for line in (
-        ["mask", "pocket", *to_forget, "--density", f"{density:g}", "--out", mask_file],
-        ["erase", "pocket", *to_forget, "--anchor", photo_of(anchor), "--mask", mask_file, *POCKET_TRAINING,
-         "--out", erased],
-        ["evaluate", erased, "--prompts", str(out / "prompts.csv"), "--against", "pocket", "--out", str(out / "audit")],
-    ):  # fmt: skip
+    for line in commands(concept, anchor, density, out):
         print(f"\n$ {shlex.join(['salun-sd', *line])}", flush=True)
         run(line)
-
-
-POCKET_TRAINING = "--retain-prompts pocket --retain-weight 2 --steps 60 --batch-size 32 --lr 1e-4".split()
-
-
-def photo_of(name: str) -> str:
-    return f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def asked_for(rows: list, concept: str) -> list:
-    """The prompts of `pocket` that judge an erasure: all hundred of the concept, twenty of each other class."""
-    return [p for i, p in enumerate(rows) if p.label == concept or i % 5 == 0]
 
 
 def run(argv: list[str]) -> None:

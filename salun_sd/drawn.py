@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from tqdm import tqdm
 
 from salun_sd import cache, generate
 from salun_sd.checkpoint import Checkpoint
 from salun_sd.prompts import Prompt
-from salun_sd.sources import Item
+from salun_sd.sources import Item, file_bytes
 
 
 def drawn_images(base: Checkpoint, pipeline: Callable, rows: list[tuple[str, float]], what: str) -> list[Item]:
@@ -33,4 +34,4 @@ def drawn_images(base: Checkpoint, pipeline: Callable, rows: list[tuple[str, flo
         for _ in tqdm(drawing, total=len(wanted), desc=f"draw {what}", unit="image"):
             pass
     files = [folder / generate.file_of(p, 0) for p in wanted]
-    return [Item(str(f), p.text, None, f.read_bytes) for f, p in zip(files, wanted, strict=True)]
+    return [Item(str(f), p.text, None, partial(file_bytes, f)) for f, p in zip(files, wanted, strict=True)]

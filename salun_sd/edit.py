@@ -136,11 +136,17 @@ def erase(
     kept = kept_prompts(retain_prompts, concepts, model.sampling[1])
     images = [sources.items(c.images) if c.images else None for c in concepts]
     kept_images = sources.items(retain) if retain else None
+    if kept_images and not retain_caption and len({c.anchor for c in concepts}) > 1:
+        if bare := next((item.name for item in kept_images if item.caption is None), None):
+            raise UsageError(f"{bare} has no caption, and there are several anchors: give --retain-caption.")
+    if form == "single-file":
+        save.single_file(model, model.unet)  # a UNet that has no place there is refused before it is trained
     count = sum(len(own) if own else samples for own in images)
     settings = {
         "model": model.name, "concepts": [c.record() for c in concepts], "mask": mask,
         "density": None if given else density, "guidance": None if given else guidance, "retain": retain,
-        "retain_caption": retain_caption, "retain_prompts": retain_prompts, "samples": samples, "resolution": size,
+        "retain_caption": retain_caption, "samples": samples, "resolution": size,
+        "retain_prompts": retain_prompts if isinstance(retain_prompts, str | None) else list(retain_prompts),
         "retain_weight": retain_weight, "lr": lr, "steps": steps or -(-count // batch_size), "batch_size": batch_size,
         "anchor_from": anchor_from, "sample_every": sample_every, "seed": seed, "format": form,
         "reversible": reversible,
@@ -156,7 +162,7 @@ def erase(
         return done
 
     with new_folder(out if form == "diffusers" else provenance.run_folder(out)) as beside:
-        base = Base(model, size)
+        base = Base(model, size, draws_later=sample_every > 0)
         groups = forget_items(base, concepts, images, samples)
         caption = retain_caption or concepts[0].anchor
         retained, _ = encode(base, retain_items(base, kept_images, caption, kept, samples), [])
@@ -195,7 +201,7 @@ def erase(
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory(),
             "versions": provenance.versions(),
-            "audit": None,
+            "audits": {},
         }  # fmt: skip
         made = made._replace(record=record)
         if form == "diffusers":
@@ -244,7 +250,7 @@ def _train(
     drawn from `texts`."""
     names = ("steps", "batch_size", "lr", "retain_weight", "anchor_from", "seed")
     every = settings["sample_every"]
-    pipeline = base.trainable(whole=every > 0)
+    pipeline = base.trainable()
     if every:
         _write_strip(base, texts, folder / "samples" / "step-00000.png")
     loop = erasing.erase(
@@ -263,7 +269,10 @@ def _train(
 def _write_strip(base: Base, texts: list[str], file: Path) -> None:
     """One row of images, from seeds that neither training images nor a prompt set use."""
     steps, guidance = base.model.sampling
-    images = generate.sample(base.pipeline(), [(text, 2**31 + i) for i, text in enumerate(texts)], guidance, steps)
+    rows, size = [(text, 2**31 + i) for i, text in enumerate(texts)], generate.images_per_pass(base.pipeline())
+    images = []
+    for start in range(0, len(rows), size):
+        images += generate.sample(base.pipeline(), rows[start : start + size], guidance, steps)
     width, height = images[0].size
     strip = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):

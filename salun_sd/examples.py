@@ -23,8 +23,8 @@ from salun_sd.sources import Item
 class Base:
     """A checkpoint that is about to be edited, loaded as far as it is needed."""
 
-    def __init__(self, model: Checkpoint, resolution: int | None):
-        self.model, self.resolution = model, resolution or model.image_size
+    def __init__(self, model: Checkpoint, resolution: int, draws_later: bool = False):
+        self.model, self.resolution, self.draws_later = model, resolution, draws_later
         self._pipeline = None
 
     def pipeline(self):
@@ -39,9 +39,9 @@ class Base:
             return checkpoint.load(self.model, unet=False)
         return self._pipeline
 
-    def trainable(self, whole: bool = False):
-        """A pipeline with the UNet and the scheduler; VAE and text encoders have left memory, unless `whole`."""
-        if whole:
+    def trainable(self):
+        """A pipeline with the UNet and the scheduler; VAE and text encoders have left memory, unless it draws later."""
+        if self.draws_later:
             return self.pipeline()
         if self._pipeline is None:
             self._pipeline = checkpoint.load(self.model, encoders=False)
@@ -62,7 +62,7 @@ def forget_items(
         rows = [(text, guidance) for text in spread(c.prompts(), samples)]
         return drawn_images(base.model, base.pipeline, rows, "forget images")
 
-    return [captioned(own, c.prompt) if own else drawn(c) for c, own in zip(concepts, images, strict=True)]
+    return [sources.captioned(own, c.prompt) if own else drawn(c) for c, own in zip(concepts, images, strict=True)]
 
 
 def retain_items(
@@ -71,13 +71,8 @@ def retain_items(
     """D_r: images with their captions, or else `caption`; or images that the base draws, spread evenly over the kept
     prompts and their guidance scales."""
     if images:
-        return captioned(images, caption)
+        return sources.captioned(images, caption)
     return drawn_images(base.model, base.pipeline, spread(kept, samples), "retain images")
-
-
-def captioned(items: list[Item], prompt: str) -> list[Item]:
-    captions = sources.captioned(items, prompt)
-    return [item._replace(caption=text) for item, text in zip(items, captions, strict=True)]
 
 
 def spread(choices, count: int) -> list:

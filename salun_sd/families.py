@@ -32,6 +32,7 @@ SDXL = Family(
 )  # fmt: skip
 
 UNET = "model.diffusion_model."
+V_MARK = "v_pred"  # an empty tensor of this name in a single file says that it predicts v
 # What a file of tensors is if a name in it matches, the first that does; only then are the families asked.
 OTHERS = [
     (r"lora_|\.lora|\.hada_|\.lokr_", "a LoRA, which only adds to a model: give the checkpoint that it belongs to"),

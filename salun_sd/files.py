@@ -23,6 +23,9 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -43,6 +46,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         os.replace(partial, out)
+    except OSError as e:
+        e.filename = e.filename or str(out)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

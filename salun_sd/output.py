@@ -70,8 +70,6 @@ def finished(out: Path, form: str, base: Checkpoint, settings: dict, inputs: dic
 def apply(model: Checkpoint, file: Path, *, form: str, revert: bool, out: Path) -> dict:
     """Write the checkpoint that a patch makes of its base, or, to revert, the base again; gives back the patch's
     record. Nothing is loaded: tensors pass through one at a time."""
-    if form == "patch":
-        raise UsageError("--format patch is what you have: give diffusers or single-file.")
     check_place(out, form)
     if out.exists() and not (form == "diffusers" and out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists: choose another --out, or remove it.")

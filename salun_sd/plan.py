@@ -43,14 +43,12 @@ SETTINGS = {
     "retain_weight": NUMBER, "resolution": WHOLE, "seed": WHOLE, "anchor_from": ANCHOR_FROM,
 }  # fmt: skip
 
-NO_ANCHOR = "-"  # where there is none to speak of
-
 
 class Concept(NamedTuple):
     """What must go, and what stands in its place."""
 
     prompt: str  # c
-    anchor: str  # c'
+    anchor: str | None  # c'; None for a mask, which has none
     synonyms: tuple[str, ...] = ()  # further prompts of the same concept
     images: str | None = None  # forget images, a folder or a data set; None: the base draws them
 
@@ -128,6 +126,24 @@ def read(name_or_path: str) -> Plan:
     return Plan(tuple(concepts), kept, settings)
 
 
+def of_options(
+    plan: str | None, concepts: list[str] | None, anchors: list[str] | None, forget: str | None
+) -> tuple[tuple[Concept, ...], tuple[str, ...] | str | None]:  # fmt: skip
+    """What must go, from a plan or from the options of a command, and the plan's prompts to retain.
+
+    Raises UsageError where they do not go together, or say nothing.
+    """
+    if plan and (concepts or anchors):
+        raise UsageError("--plan and --concept cannot go together: write the concepts into the plan.")
+    found = read(plan) if plan else Plan(of_pairs(concepts or [], anchors), None, {})
+    if not found.concepts:
+        raise UsageError("There is nothing to erase: give --concept with --anchor, or --plan.")
+    if forget and len(found.concepts) > 1:
+        raise UsageError("--forget is for one concept: in a plan, write images = ... under each [[concept]].")
+    given = found.concepts if not forget else (found.concepts[0]._replace(images=forget),)
+    return given, found.retain_prompts
+
+
 def of_pairs(concepts: list[str], anchors: list[str] | None) -> tuple[Concept, ...]:
     """The n-th --concept with the n-th --anchor; none of both is no concept. A mask has no anchors: None.
 
@@ -135,7 +151,7 @@ def of_pairs(concepts: list[str], anchors: list[str] | None) -> tuple[Concept, .
     anchor are the same up to case and spaces.
     """
     if anchors is None:
-        anchors = [NO_ANCHOR] * len(concepts)
+        anchors = [None] * len(concepts)
     if len(concepts) > len(anchors):
         raise UsageError(f"--concept {concepts[len(anchors)]!r} has no --anchor: give one for each --concept.")
     if len(anchors) > len(concepts):
@@ -163,13 +179,13 @@ def _check(concepts: Iterable[Concept], name: Callable[[int, str], str], error: 
     """Raises `error` unless every text says something, no concept is its own anchor and none is there twice."""
     seen = set()
     for n, concept in enumerate(concepts):
-        if not concept.anchor.strip():
+        if concept.anchor is not None and not concept.anchor.strip():
             raise error(f"{name(n, 'anchor')} is empty: say what stands in the concept's place, as a prompt.")
         for i, text in enumerate(concept.prompts()):
             key = f"synonym {i}" if i else "prompt"
             if not text.strip():
                 raise error(f"{name(n, key)} is empty: say what must go, as a prompt.")
-            if _plain(text) == _plain(concept.anchor):
+            if _plain(text) == _plain(concept.anchor or ""):
                 raise error(f"{name(n, key)} and the anchor are both {text!r}: the anchor has to be something else.")
             if _plain(text) in seen:
                 raise error(f"{name(n, key)} is {text!r}, which is there already: give it once.")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,22 +24,40 @@ def versions() -> dict[str, str]:
 
 
 def of_base(base: Checkpoint) -> dict:
-    """What a record says of the base."""
-    return {"model": base.name, "revision": base.revision, "variant": base.variant, "family": base.family.name,
-            "fingerprint": base.fingerprint, "license": license_of(base), "header": base.header}  # fmt: skip
+    """What a record says of the base; if that was erased before, with its own record."""
+    return {
+        "model": base.name,
+        "revision": base.revision,
+        "variant": base.variant,
+        "family": base.family.name,
+        "fingerprint": base.fingerprint,
+        "license": license_of(base),
+        "header": base.header,
+        "record": None if base.is_file else read(base.path),  # a file has it in its header
+    }
 
 
-def license_of(base: Checkpoint) -> str | None:
-    """The licence that the base's own header or model card names: an erased checkpoint inherits it."""
+def license_of(base: Checkpoint) -> dict[str, str]:
+    """The licence that the base's own header or model card names, in the hub's keys: an erased checkpoint inherits it.
+    Says so where none is found."""
+    found: dict = {}
     if base.is_file:
-        return base.header.get("modelspec.license")
-    try:
-        card = base.path / "README.md"
-        if not card.is_file() and base.revision:  # of a hub id, whose card is not among the pipeline's files
-            card = hf_hub_download(base.name, "README.md", revision=base.revision)
-        return ModelCard.load(card).data.license
-    except Exception:  # no card, no network, front matter that is no YAML: then nothing is known
-        return None
+        found = {"license": base.header.get("modelspec.license")}
+    else:
+        try:
+            card = base.path / "README.md"
+            if not card.is_file() and base.revision:  # of a hub id, whose card is not among the pipeline's files
+                card = hf_hub_download(base.name, "README.md", revision=base.revision)
+            found = ModelCard.load(card).data.to_dict()
+        except Exception:  # no card, no network, front matter that is no YAML: then nothing is known
+            pass
+    keys = ("license", "license_name", "license_link")
+    license = {k: one_line(found[k]) for k in keys if isinstance(found.get(k), str)}
+    if not license:
+        print(f"No licence is known of {base.name}: see to it before you publish.", file=sys.stderr)
+    elif not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license.get("license", "")):  # not of the hub's list
+        license = {"license_name": license.get("license", "unknown")} | license | {"license": "other"}
+    return license
 
 
 def title(record: dict) -> str:
@@ -57,7 +76,8 @@ def metadata(record: dict, base: Checkpoint) -> dict[str, str]:
     kind = ARCHITECTURES.get(base.family.key)
     if kind is None:
         kind = "stable-diffusion-v2-768-v" if prediction == "v_prediction" else "stable-diffusion-v2-512"
-    inherited = {k: v for k, v in base.header.items() if k != "modelspec.hash_sha256"}  # that of other bytes
+    of_other_bytes = ("hash", "date", "thumbnail")
+    inherited = {k: v for k, v in base.header.items() if not any(word in k for word in of_other_bytes)}
     spec = {
         "sai_model_spec": "1.0.1",
         "architecture": kind,
@@ -67,7 +87,9 @@ def metadata(record: dict, base: Checkpoint) -> dict[str, str]:
         "prediction_type": "v" if prediction == "v_prediction" else "epsilon",
         "description": f"{title(record)}: concept erasure with SalUn (arXiv 2310.12508), by salun-sd.",
         "merged_from": one_line(record["base"]["model"]),
-    } | ({"license": record["base"]["license"]} if record["base"]["license"] else {})
+    }
+    if license := record["base"]["license"]:
+        spec["license"] = license.get("license_name", license["license"])
     return {
         "format": "pt",
         **inherited,
@@ -80,15 +102,12 @@ def model_card(record: dict) -> str:
     """The README.md of an erased checkpoint, in Markdown with the hub's front matter."""
     name = record["base"]["model"]
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
-    license = record["base"]["license"]
-    is_identifier = license is None or re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license)  # as the hub has them
     data = ModelCardData(
         base_model=name if is_hub_id else None,
         library_name="diffusers",
-        license=license if is_identifier else "other",
-        license_name=None if is_identifier else one_line(license),
         pipeline_tag="text-to-image",
         tags=["stable-diffusion", "concept-erasure", "machine-unlearning", "salun"],
+        **record["base"]["license"],
     )
     templates = Environment(loader=PackageLoader("salun_sd", ""), undefined=StrictUndefined, keep_trailing_newline=True)
     templates.filters["text"] = _as_text
@@ -130,14 +149,15 @@ def write_folder(record: dict, folder: Path) -> None:
 
 
 def add_audit(model: Path, audit: dict) -> None:
-    """Write an audit's headline numbers into the record of an erased folder or single file, and into its card.
+    """Write an audit's headline numbers into the record of an erased folder or single file, and into its card, one
+    audit for each prompt set.
 
     A file is written anew with a longer header: beside its place, streamed, and renamed into it.
     """
     record = read(model)
     if record is None:
         raise SalunError(f"{model} has no record of salun-sd to add an audit to: it was not erased by it.")
-    record["audit"] = audit
+    record["audits"] = record.get("audits", {}) | {audit["prompts"]: audit}
     if model.is_dir():
         write_folder(record, model)
         return

@@ -9,10 +9,10 @@ import torch
 
 from salun_sd import layout, tensors
 from salun_sd.checkpoint import CONFIGS, SAMPLING, Checkpoint, part_files
-from salun_sd.families import UNET
+from salun_sd.errors import SalunError
+from salun_sd.families import UNET, V_MARK
 from salun_sd.tensors import Lazy, Tensors
 
-FORMS = ("diffusers", "single-file", "patch")
 EMA = "model_ema."
 
 
@@ -89,7 +89,9 @@ def single_file(base: Checkpoint, unet: Tensors) -> Tensors:
     pieces = layout.original_layout(base.family.key, {part: list(names) for part, names in parts.items()})
     made = {key: _made(piece, parts[piece.part]) for key, piece in pieces.items()}
     if not base.is_file:
-        return made
+        # How A1111 and ComfyUI tell an SDXL that predicts v from the usual one
+        marked = base.family.key == "sdxl" and base.prediction_type == "v_prediction"
+        return made | ({V_MARK: tensors.given(torch.empty(0))} if marked else {})
     return {
         key: made[key] if key.startswith(UNET) and key in made else t
         for key, t in base.original.items()
@@ -108,9 +110,10 @@ def _make(piece: layout.Piece, sources: list[Lazy]) -> torch.Tensor:
 
 
 def sizes(base: Checkpoint, patch: Tensors) -> dict[str, int]:
-    """Bytes of tensors in each form: the three parts that matter of a pipeline folder, a single file, a patch."""
-    return {
-        "diffusers": sum(tensors.size(part) for part in base.parts.values()),
-        "single-file": tensors.size(single_file(base, base.unet)),
-        "patch": tensors.size(patch),
-    }
+    """Bytes of tensors in each form that the checkpoint can take: a pipeline folder's UNet, VAE and text encoders, a
+    single file, a patch."""
+    found = {"diffusers": sum(tensors.size(part) for part in base.parts.values()), "patch": tensors.size(patch)}
+    try:
+        return found | {"single-file": tensors.size(single_file(base, base.unet))}
+    except SalunError:  # a UNet with a tensor that the original layout has no place for
+        return found

@@ -40,7 +40,7 @@ def items(spec: str) -> list[Item]:
     if (folder := Path(spec)).is_dir():
         if files := _images_in(folder):
             captions = _captions(folder, files)
-            return [Item(str(f), captions.get(f.name), None, partial(_file_bytes, f)) for f in files]
+            return [Item(str(f), captions.get(f.name), None, partial(file_bytes, f)) for f in files]
         if not any(f.suffix in (".parquet", ".arrow") for f in folder.rglob("*")):
             raise UsageError(f"Image folder {spec} holds no images: give one with .png, .jpg or other image files.")
         return _rows(spec)
@@ -51,15 +51,17 @@ def items(spec: str) -> list[Item]:
     return _rows(name, *(word.strip() for word in condition))
 
 
-def captioned(items: list[Item], prompt: str) -> list[str]:
-    """A caption for each item: its own, or else the prompt with the item's label for "{label}".
+def captioned(items: list[Item], prompt: str) -> list[Item]:
+    """The items, each with a caption: its own, or else the prompt with the item's label for "{label}".
 
     Raises UsageError if the prompt asks for the label of an item that has none.
     """
     for item in items:
         if "{label}" in prompt and item.caption is None and item.label is None:
             raise UsageError(f"{prompt!r} asks for a label, and {item.name} has none: give a prompt without {{label}}.")
-    return [prompt.replace("{label}", i.label or "") if i.caption is None else i.caption for i in items]
+    return [
+        i._replace(caption=prompt.replace("{label}", i.label or "")) if i.caption is None else i for i in items
+    ]  # fmt: skip
 
 
 def digest(items: list[Item]) -> str:
@@ -75,7 +77,7 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in known)
 
 
-def _file_bytes(file: Path) -> bytes:
+def file_bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as e:
@@ -151,7 +153,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict]]:
 
 def _text(file: Path) -> str:
     try:
-        return _file_bytes(file).decode("utf-8-sig")
+        return file_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise SalunError(f"{file} is no UTF-8 text: save it as UTF-8.") from e
 
@@ -252,5 +254,5 @@ def _row_bytes(rows, index: int, column: str, name: str) -> bytes:
     if image.get("bytes"):
         return image["bytes"]
     if image.get("path"):
-        return _file_bytes(Path(image["path"]))
+        return file_bytes(Path(image["path"]))
     raise SalunError(f"{name} holds no image.")

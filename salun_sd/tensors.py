@@ -76,6 +76,7 @@ def _damaged(file: Path, e: Exception) -> SalunError:
 
 
 def _pickled(file: Path) -> Tensors:
+    file.open("rb").close()  # what cannot be opened is no damaged file
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as e:
@@ -84,9 +85,7 @@ def _pickled(file: Path) -> Tensors:
         else:
             reason = "is a pickle of more than weights, or damaged"
         raise SalunError(f"{file} {reason}, so it was not opened. Take the model as .safetensors.") from e
-    except FileNotFoundError:
-        raise
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
+    except Exception as e:  # of broken bytes: RuntimeError, EOFError, IndexError, struct.error and others
         raise _damaged(file, e) from e
     while isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -72,13 +73,22 @@ def test_several_concepts_are_one_mask_one_run_and_each_is_reported_by_itself(ti
 
 
 def test_a_recorded_audit_is_in_the_record_and_in_the_card(tiny, two):
-    audit, report = record_of(two / "erased")["audit"], json.loads((two / "audit" / "report.json").read_text())
+    [audit] = record_of(two / "erased")["audits"].values()
+    report = json.loads((two / "audit" / "report.json").read_text())
     ra = report["metrics"]["ra"]
     assert audit["metrics"]["ra"].startswith(f"{ra['n']} / {ra['of']} = ") and audit["images"] == 20
     card = ModelCard.load(two / "erased" / "README.md")
     assert audit["metrics"]["ua of coat"] in card.text and card.data.pipeline_tag == "text-to-image"
-    lines = [line for line in card.text.splitlines() if line.startswith("| ")]
-    assert len({line.count("|") for line in lines if "/ 20" in line or "flag_rate" in line}) == 1  # a whole table
+    table = card.text[card.text.index("| metric |") :].split("\n\n")[0].splitlines()  # lines on end, or it is no table
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["ua", "ra", "flag\\_rate", "ua of sneaker", "ua of coat"]
+    assert len({line.count("|") for line in table}) == 1 and table[1] == "| --- | --- | --- |"
+
+
+def test_an_audit_of_weights_that_changed_since_is_not_recorded(tiny, two, tmp_path, capsys):
+    shutil.copytree(two / "erased", tmp_path / "erased")
+    shutil.copytree(f"{tiny}/unet", tmp_path / "erased" / "unet", dirs_exist_ok=True)
+    argv = ["evaluate", tmp_path / "erased", "--prompts", "pocket", "--record", "--out", tmp_path / "a"]
+    assert "is not the one that its record names" in fails(argv, 1, capsys)
 
 
 def test_a_recorded_audit_of_a_single_file_leaves_its_tensors_alone(tiny, tmp_path):
@@ -89,8 +99,8 @@ def test_a_recorded_audit_of_a_single_file_leaves_its_tensors_alone(tiny, tmp_pa
     cli.run(["evaluate", str(file), "--config", tiny, "--prompts", str(tmp_path / "few.csv"),
              "--steps", "1", "--record", "--out", str(tmp_path / "audit")])  # fmt: skip
     assert checkpoint.find(str(file), config=tiny).fingerprint == before
-    audit = json.loads(tensors.read(file)[1]["salun_sd"])["audit"]
-    assert audit["images"] == 2 and audit == record_of(tmp_path / "erased.run")["audit"]
+    audits = json.loads(tensors.read(file)[1]["salun_sd"])["audits"]
+    assert audits[str(tmp_path / "few.csv")]["images"] == 2 and audits == record_of(tmp_path / "erased.run")["audits"]
 
 
 def test_an_audit_is_not_recorded_where_there_is_no_record(tiny, tmp_path, capsys):
@@ -116,16 +126,35 @@ def test_a_plan_is_the_same_run_as_its_options_and_typed_options_come_first(tiny
     assert not (tmp_path / "x").exists()
 
 
-def test_a_plan_with_synonyms_and_retain_prompts(tiny, tmp_path):
+def test_a_plan_with_synonyms_and_retain_prompts(tiny, tmp_path, photo_folder, capsys):
     (tmp_path / "plan.toml").write_text(
         '[[concept]]\nprompt = "a photo of a sneaker"\nsynonyms = ["a sneaker"]\nanchor = "a photo of a bag"\n'
         '[retain]\nprompts = ["a photo of a coat", "a photo of a dress"]\n[settings]\nsamples = 4\n'
     )
-    cli.run(["erase", tiny, "--plan", str(tmp_path / "plan.toml"), "--mask", "none", *SETTINGS,
-             "--out", str(tmp_path / "erased")])  # fmt: skip
+    argv = ["erase", tiny, "--plan", str(tmp_path / "plan.toml"), "--mask", "none", *SETTINGS,
+            "--out", str(tmp_path / "erased")]  # fmt: skip
+    cli.run(argv)
+    capsys.readouterr()
+    cli.run(argv)
+    assert "nothing to do" in capsys.readouterr().err
     record = record_of(tmp_path / "erased")
     assert record["concepts"][0]["synonyms"] == ["a sneaker"] and record["images"] == {"forget": 4, "retain": 4}
     assert "a photo of a dress" in record["data"]["retain"]
+    cli.run([*argv[:-1], str(tmp_path / "other"), "--retain", str(photo_folder)])  # typed: comes before the plan's
+    assert record_of(tmp_path / "other")["images"]["retain"] == 3
+
+
+def test_strips_are_drawn_where_the_mask_is_computed_first(tiny, tmp_path):
+    argv = ["erase", tiny, *ERASE[:4], "--samples", "2", *SETTINGS, "--sample-every", "2", "--out", str(tmp_path / "e")]
+    cli.run(argv)
+    assert [f.name for f in sorted((tmp_path / "e" / "samples").iterdir())] == ["step-00000.png", "step-00002.png"]
+
+
+def test_an_erasure_of_an_erased_checkpoint_knows_both(tiny, two, tmp_path):
+    cli.run(["erase", str(two / "erased"), *ERASE[:4], "--mask", "none", "--samples", "2", *SETTINGS,
+             "--out", str(tmp_path / "again")])  # fmt: skip
+    before = record_of(tmp_path / "again")["base"]["record"]
+    assert [c["prompt"] for c in before["concepts"]] == [TWO[1], TWO[5]]
 
 
 def test_captions_are_read_and_another_caption_is_another_run(tiny, tmp_path, photo_folder, capsys):
@@ -233,6 +262,7 @@ def test_options_that_do_not_go_together_are_named(tiny, tmp_path, photo_folder,
         (["erase", tiny, *ERASE, "--retain-caption", "x", *out], "--retain-caption is for the images of --retain"),
         (["erase", tiny, *ERASE, "--resolution", "33", *out], "give a multiple of 8"),
         (["erase", tiny, *ERASE, "--plan", "nowhere", *out], "There is no plan or file nowhere"),
+        (["erase", tiny, *TWO, "--retain", str(photo_folder), *out], "give --retain-caption"),
         (["erase", tiny, *TWO[:2], *out], "--concept 'a photo of a sneaker' has no --anchor"),
     ]:
         assert said in fails(argv, 2, capsys), argv

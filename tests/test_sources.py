@@ -8,13 +8,18 @@ import pytest
 from PIL import Image
 from skimage import data as photos
 
+from salun_sd import sources
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.images import read_image
-from salun_sd.sources import Item, captioned, digest, items
+from salun_sd.sources import Item, digest, items
 
 NAMES = ["tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck",
          "gas pump", "golf ball", "parachute"]  # fmt: skip
 LABELS = [4, 0, 6, 4, 9, 6, 1, 4]
+
+
+def captioned(items, prompt):
+    return [item.caption for item in sources.captioned(items, prompt)]
 
 
 def encoded(shift: int, kind: str = "JPEG") -> bytes:
