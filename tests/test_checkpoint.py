@@ -11,6 +11,7 @@ from salun_sd.errors import SalunError, UsageError
 from salun_sd.mask import kept, random_bits
 from salun_sd.tensors import given
 
+COMMIT = "0123456789" * 4  # as the hub names a snapshot
 INDEX, SINGLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -73,9 +74,9 @@ def test_a_hub_id_is_found_in_the_hubs_cache_and_a_missing_one_is_named(tmp_path
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repo = tmp_path / "hub" / "models--someone--tiny-sd"
-    shutil.copytree(folder, repo / "snapshots" / "0123456789" * 4)
+    shutil.copytree(folder, repo / "snapshots" / COMMIT)
     (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0123456789" * 4)
+    (repo / "refs" / "main").write_text(COMMIT)
     assert found("someone/tiny-sd").fingerprint == found("pocket").fingerprint
     with pytest.raises(UsageError, match="someone/else is no folder here, and the hub did not give it"):
         found("someone/else")
