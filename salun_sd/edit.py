@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from salun_sd import __version__, generate, patch, prompts, provenance, save, sources, tensors
+from salun_sd import __version__, generate, patch, prompts, provenance, save, sources
 from salun_sd import erase as erasing
 from salun_sd import mask as masks
 from salun_sd.checkpoint import Checkpoint
 from salun_sd.diffusion import Condition, Examples, Schedule
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.examples import Base, encode, forget_items, retain_items, spread
-from salun_sd.files import new_file, new_folder, write_atomic
+from salun_sd.files import new_folder, write_atomic
 from salun_sd.mask import Mask
-from salun_sd.output import check_place, finished, peak_memory, written
+from salun_sd.output import check_place, deliver, finished, peak_memory, proof
 from salun_sd.plan import Concept
 from salun_sd.saliency import Saliency
 
@@ -117,7 +117,8 @@ def erase(
     resolution: int | None, retain_weight: float, lr: float, steps: int | None, batch_size: int, anchor_from: str,
     sample_every: int, seed: int, form: str, reversible: bool, out: Path, command: str,
 ) -> dict:  # fmt: skip
-    """Erase the concepts and write the checkpoint `out` in a form (save.FORMS); gives back the record that it carries.
+    """Erase the concepts and write the checkpoint `out` in a form, "diffusers", "single-file" or "patch"; gives back
+    the record that it carries.
 
     Where an earlier run left the same checkpoint from the same inputs, gives back its record.
     """
@@ -177,16 +178,9 @@ def erase(
         unet = _train(base, chosen, forgotten, anchors, torch.tensor(which), retained, texts, settings, beside)
         made = patch.of_training(unet, chosen.bits, model.unet, reversible)
         del unet, base, forgotten, retained
-        erased = patch.merged(model.unet, made)
-        changed = patch.changes(model.unet, erased, chosen.bits)
-        if changed["outside"]:
-            raise SalunError(f"{changed['outside']} weights outside the mask changed, so nothing was kept; report it.")
-        kept_weights, total = masks.kept(chosen.bits)
         record = {
             "schema": 2,
             "command": command,
-            "base": provenance.of_base(model),
-            "erased": {"fingerprint": tensors.fingerprint(erased)},
             "concepts": settings["concepts"],
             "settings": settings,
             "inputs": inputs,
@@ -195,22 +189,11 @@ def erase(
                 "forget": "; ".join(c.images or f"drawn by the base, {samples} for {c.prompt!r}" for c in concepts),
                 "retain": retain or f"drawn by the base from {_said(retain_prompts)}",
             },
-            "mask": {**chosen.settings, "kept": kept_weights, "of": total},
-            "changed": changed,
-            "sizes": save.sizes(model, made.tensors),
+            **proof(model, made, chosen),
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory(),
-            "versions": provenance.versions(),
-            "audits": {},
         }  # fmt: skip
-        made = made._replace(record=record)
-        if form == "diffusers":
-            (beside / "mask.safetensors").write_bytes(masks.pack(chosen))
-            written(model, made, form, beside)
-        else:
-            provenance.write_folder(record, beside)
-            with new_file(out) as partial:
-                written(model, made, form, partial)
+        deliver(model, made._replace(record=record), chosen, form, out, beside)
     return record
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
+from salun_sd import mask as masks
 from salun_sd import patch, provenance, save, tensors
 from salun_sd.checkpoint import Checkpoint
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.files import new_file, new_folder
+from salun_sd.mask import Mask
 from salun_sd.patch import Patch
 
 
@@ -19,6 +21,36 @@ def check_place(out: Path, form: str) -> None:
         raise UsageError(f"--out {out} looks like a file, and a diffusers checkpoint is a folder: see --format.")
     if form != "diffusers" and out.suffix != ".safetensors":
         raise UsageError(f"--out {out} has to end in .safetensors for --format {form}.")
+
+
+def proof(base: Checkpoint, made: Patch, mask: Mask) -> dict:
+    """What an erasure changed, counted against the base's own bytes, for the record. Raises SalunError if one weight
+    outside the mask differs."""
+    erased = patch.merged(base.unet, made)
+    changed = patch.changes(base.unet, erased, mask.bits)
+    if changed["outside"]:
+        raise SalunError(f"{changed['outside']} weights outside the mask changed, so nothing was kept; report it.")
+    kept, total = masks.kept(mask.bits)
+    return {
+        "base": provenance.of_base(base),
+        "erased": {"fingerprint": tensors.fingerprint(erased)},
+        "mask": {**mask.settings, "kept": kept, "of": total},
+        "changed": changed,
+        "sizes": save.sizes(base, made.tensors),
+        "versions": provenance.versions(),
+        "audits": {},
+    }
+
+
+def deliver(base: Checkpoint, made: Patch, mask: Mask, form: str, out: Path, beside: Path) -> None:
+    """Write `out` in its form; `beside` is the folder that is `out` in the making or, for a file, goes with it."""
+    if form == "diffusers":
+        (beside / "mask.safetensors").write_bytes(masks.pack(mask))
+        written(base, made, form, beside)
+    else:
+        provenance.write_folder(made.record, beside)
+        with new_file(out) as partial:
+            written(base, made, form, partial)
 
 
 def written(base: Checkpoint, made: Patch, form: str, place: Path, revert: bool = False) -> None:

@@ -80,7 +80,8 @@ def test_a_recorded_audit_is_in_the_record_and_in_the_card(tiny, two):
     card = ModelCard.load(two / "erased" / "README.md")
     assert audit["metrics"]["ua of coat"] in card.text and card.data.pipeline_tag == "text-to-image"
     table = card.text[card.text.index("| metric |") :].split("\n\n")[0].splitlines()  # lines on end, or it is no table
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["ua", "ra", "flag\\_rate", "ua of sneaker", "ua of coat"]
+    named = [line.split("|")[1].strip() for line in table[2:]]
+    assert named == ["ua", "ra", "flag\\_rate", "ua of sneaker", "ua of coat"]
     assert len({line.count("|") for line in table}) == 1 and table[1] == "| --- | --- | --- |"
 
 
