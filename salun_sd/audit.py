@@ -59,7 +59,7 @@ def evaluate(
     write_atomic(out / "report.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / "report.html", report.html(made, run, base))
     if record:
-        provenance.add_audit(model.path, report.headline_metrics(made))
+        provenance.add_audit(model.path, report.headline_metrics(made) | {"sampling": settings["sampling"]})
     return made
 
 

@@ -184,7 +184,10 @@ def _single_file(name: str, file: Path, config: str | None, revision: str | None
             f"{name} is {family.name}, and does not say whether it predicts the noise (2.x base, 512 pixels) or v (768 "
             "pixels): give a pipeline folder or hub id of its kind with --config."
         )
-    folder = Path(config) if config and Path(config).is_dir() else _config_from_hub(name, config, content)
+    if config == "pocket" or (not config and _is_of_pocket(metadata)):
+        folder = POCKET
+    else:
+        folder = Path(config) if config and Path(config).is_dir() else _config_from_hub(name, config, content)
     of_config = families.of_folder(folder, str(folder))
     if of_config != family:
         raise UsageError(f"{name} is {family.name}, but its config, {folder}, is of {of_config.name}: see --config.")
@@ -193,6 +196,14 @@ def _single_file(name: str, file: Path, config: str | None, revision: str | None
         other = found.prediction_type
         raise UsageError(f"{name} says that it predicts {said}, but its config, {folder}, {other}: see --config.")
     return found
+
+
+def _is_of_pocket(header: dict[str, str]) -> bool:
+    """Whether a single file of ours was erased from the bundled checkpoint, whose config no hub has."""
+    try:
+        return json.loads(header["salun_sd"])["base"]["model"] == "pocket"
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _said_prediction(content: Tensors, header: dict[str, str]) -> str | None:

@@ -98,7 +98,7 @@ PlanOpt = Annotated[
     str | None,
     typer.Option(
         help="Concepts, anchors and settings from a TOML file, or `nudity` or `imagenette-church`; "
-        "options that are typed come first.",
+        "settings that are typed come first.",
         callback=settings_of, is_eager=True,
     ),
 ]  # fmt: skip

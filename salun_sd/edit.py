@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -73,12 +74,14 @@ def mask(
 def _check_replaceable(path: Path) -> None:
     """A mask may be made anew in its place, and that is said; any other file is not ours to replace."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path.parent} cannot be written: choose another --out.")
     if path.exists():
-        print(f"{path} is there already; the mask is made anew in its place.", file=sys.stderr)
         try:
             masks.unpack(path.read_bytes(), str(path))
         except (SalunError, OSError) as e:
             raise UsageError(f"{path} exists and is not a mask of salun-sd; choose another --out.") from e
+        print(f"{path} is there already; the mask is made anew in its place.", file=sys.stderr)
 
 
 def _checked_size(model: Checkpoint, resolution: int | None) -> int:
@@ -133,13 +136,15 @@ def erase(
     masks.keep_count(density, sys.maxsize)
     size = _checked_size(model, resolution)
     check_place(out, form)
-    given = _given_mask(mask, model, seed)
+    given = _given_mask(mask, model, concepts, seed)
     kept = kept_prompts(retain_prompts, concepts, model.sampling[1])
     images = [sources.items(c.images) if c.images else None for c in concepts]
     kept_images = sources.items(retain) if retain else None
     if kept_images and not retain_caption and len({c.anchor for c in concepts}) > 1:
         if bare := next((item.name for item in kept_images if item.caption is None), None):
             raise UsageError(f"{bare} has no caption, and there are several anchors: give --retain-caption.")
+    for own, prompt in [*zip(images, (c.prompt for c in concepts), strict=True), (kept_images, retain_caption or "")]:
+        sources.captioned(own or [], prompt)  # a label that is not there is said before anything is drawn
     if form == "single-file":
         save.single_file(model, model.unet)  # a UNet that has no place there is refused before it is trained
     count = sum(len(own) if own else samples for own in images)
@@ -203,7 +208,7 @@ def _said(retain_prompts: str | Sequence[str] | None) -> str:
     return retain_prompts if isinstance(retain_prompts, str) else ", ".join(map(repr, retain_prompts))
 
 
-def _given_mask(spec: str | None, model: Checkpoint, seed: int) -> Mask | None:
+def _given_mask(spec: str | None, model: Checkpoint, concepts: Sequence[Concept], seed: int) -> Mask | None:
     """The mask that --mask asks for: a file, checked against the UNet, random:D, or none; None where it is to be
     computed."""
     if spec is None:
@@ -222,6 +227,9 @@ def _given_mask(spec: str | None, model: Checkpoint, seed: int) -> Mask | None:
         raise UsageError(f"Mask {spec} was not found: give a file that salun-sd mask wrote, random:0.5, or none.")
     stored = masks.unpack(Path(spec).read_bytes(), spec)
     masks.check(stored, shapes, model.fingerprint)
+    made_for = stored.settings.get("concepts", [])
+    if {c.prompt for c in concepts} - set(made_for):
+        print(f"{spec} was made for {', '.join(map(repr, made_for))}, not for these concepts.", file=sys.stderr)
     return stored
 
 

@@ -20,7 +20,13 @@ def read_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         with Image.open(io.BytesIO(source) if encoded else source) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I"):  # 16-bit grayscale, which PIL would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                values = np.asarray(image)
+                if values.min() < 0 or values.max() > 0xFFFF:
+                    raise ValueError("its values have more than 16 bits")
+                is_8_bit = image.mode == "I" and values.max() <= 0xFF
+                image = Image.fromarray((values if is_8_bit else values >> 8).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("its values are floating-point numbers, whose white is not known")
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")

@@ -1,7 +1,9 @@
 """Files of tensors, read and written one tensor at a time: a checkpoint is never in memory as a whole."""
 
+import ctypes
 import hashlib
 import json
+import mmap
 import pickle
 import re
 import zipfile
@@ -77,8 +79,9 @@ def _damaged(file: Path, e: Exception) -> SalunError:
 
 def _pickled(file: Path) -> Tensors:
     file.open("rb").close()  # what cannot be opened is no damaged file
+    mapped = zipfile.is_zipfile(file)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
         if asked := re.search(r"GLOBAL ([\w.]+)", str(e)):
             reason = f"is a pickle that would run code: it asks for {asked[1]}"
@@ -90,10 +93,23 @@ def _pickled(file: Path) -> Tensors:
     while isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     named = {k: t for k, t in loaded.items() if isinstance(k, str)} if isinstance(loaded, dict) else {}
-    found = {k: Lazy(t.dtype, t.shape, t.contiguous) for k, t in named.items() if isinstance(t, torch.Tensor)}
+    found = {
+        k: Lazy(t.dtype, t.shape, partial(_copied, t) if mapped else t.contiguous)
+        for k, t in named.items() if isinstance(t, torch.Tensor)
+    }  # fmt: skip
     if not found:
         raise SalunError(f"{file} holds no weights by name.")
     return found
+
+
+def _copied(t: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that is mapped from a file; the pages that it was read from leave memory again."""
+    values = t.clone(memory_format=torch.contiguous_format)
+    if hasattr(mmap, "MADV_DONTNEED"):
+        start = t.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = t.data_ptr() + t.untyped_storage().nbytes() - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+    return values
 
 
 def write(file: Path, tensors: Tensors, metadata: dict[str, str]) -> None:

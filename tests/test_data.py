@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from models import write_pipeline
@@ -84,3 +85,13 @@ def test_sdxl_is_told_the_pooled_embedding_and_nothing_for_no_prompt(tmp_path):
     _, nothing, _, pooled_nothing = pipeline.encode_prompt("a sneaker", device="cpu", do_classifier_free_guidance=True)
     assert torch.equal(told["context"][1:], nothing) and torch.equal(told["text_embeds"][1:], pooled_nothing)
     assert told["context"][0].any() and not told["context"][1].any()
+
+
+def test_images_whose_white_is_not_known_are_refused_not_blackened(tmp_path):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.full((8, 8), 2**20, np.int32)).save(tmp_path / "wide.tiff")
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "narrow.tiff")
+    for name in ("float", "wide"):
+        with pytest.raises(SalunError, match=f"{name}.tiff cannot be read as an image: its values"):
+            read_image(tmp_path / f"{name}.tiff")
+    assert read_image(tmp_path / "narrow.tiff").getpixel((0, 0)) == (200, 200, 200)
