@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from salun_sd.errors import SalunError
 
 KINDS = ("drawn", "encoded")  # the folders of the cache; nothing outside them is ever deleted
+ABOUT = ".about"  # in an entry: one line for its reader
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -25,6 +26,7 @@ class Entry(NamedTuple):
     name: str
     files: int
     bytes: int
+    about: str  # what its maker says of it
     used: float  # newest mtime of the folder and what is in it; `held` sets the folder's
 
 
@@ -35,9 +37,9 @@ def folder() -> Path:
 
 
 @contextmanager
-def held(kind: str, key: str) -> Iterator[Path]:
+def held(kind: str, key: str, about: str = "") -> Iterator[Path]:
     """The folder <cache>/<kind>/<key>, made if need be, for this process alone until the end; where another process
-    holds it, says so and waits. May be nested, for the same key too.
+    holds it, says so and waits. May be nested, for the same key too. `about` is shown with the entry.
 
     Raises SalunError where the cache cannot be written; a full disk is an OSError, as anywhere.
     """
@@ -53,6 +55,7 @@ def held(kind: str, key: str) -> Iterator[Path]:
                 print(f"Another run is using {entry}; waiting for it.", file=sys.stderr)
                 hold.enter_context(lock.acquire(poll_interval=0.2))
             entry.mkdir(exist_ok=True)  # under the lock: `clear` may have removed it while this run waited
+            (entry / ABOUT).write_text(about, encoding="utf-8")
             os.utime(entry)
         except OSError as e:
             if e.errno in FULL_DISK:
@@ -107,7 +110,7 @@ def _folders() -> Iterator[Path]:
 def _measured(place: Path) -> Entry:
     files, size, used = 0, 0, 0.0
     for parent, _, names in os.walk(place):
-        for name in (".", *names):
+        for name in {".", *names} - {ABOUT}:
             try:
                 stat = os.lstat(os.path.join(parent, name))
             except FileNotFoundError:
@@ -115,4 +118,6 @@ def _measured(place: Path) -> Entry:
             used = max(used, stat.st_mtime)
             if name != ".":
                 files, size = files + 1, size + stat.st_size
-    return Entry(place.parent.name, place.name, files, size, used)
+    about = place / ABOUT
+    said = about.read_text(encoding="utf-8", errors="replace") if about.is_file() else ""
+    return Entry(place.parent.name, place.name, files, size, said, used)

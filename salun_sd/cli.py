@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from salun_sd.errors import SalunError, UsageError
 
@@ -46,6 +47,17 @@ def _in_words(e: BaseException) -> tuple[str, int]:
     return "Interrupted. Nothing is half-written; the same command keeps the images that are drawn.", 130
 
 
+class OneOfEach(TyperCommand):
+    """An option that takes one value is given once: a second would silently stand in for the first."""
+
+    def parse_args(self, ctx, args):
+        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        for param in given:
+            if given.count(param) > 1 and param.param_type_name == "option" and not param.multiple:
+                raise UsageError(f"{param.opts[0]} is given twice: give it once.")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None, help="Erase a concept from a Stable Diffusion checkpoint with SalUn, and prove it.",
@@ -55,6 +67,23 @@ app = typer.Typer(
 def example(*lines: str) -> str:
     """The end of a command's help: a runnable command, kept in its lines (the backspace tells the formatter so)."""
     return "Example:\n\n\b\n" + " \\\n  ".join(["salun-sd " + lines[0], *lines[1:]])
+
+
+def said_version(wanted: bool) -> None:
+    if wanted:
+        from salun_sd import __version__
+
+        print(f"salun-sd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=said_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 class AnchorFrom(str, Enum):
@@ -137,7 +166,10 @@ def is_typed(ctx: typer.Context, name: str) -> bool:
     return ctx.get_parameter_source(name).name == "COMMANDLINE"
 
 
-@app.command(epilog=example("mask pocket --concept 'a photo of a sneaker'", "--samples 100 --out mask.safetensors"))
+@app.command(
+    cls=OneOfEach,
+    epilog=example("mask pocket --concept 'a photo of a sneaker'", "--samples 100 --out mask.safetensors"),
+)
 def mask(
     model: ModelArg,
     concept: ConceptOpt = None,
@@ -182,11 +214,12 @@ def mask(
 
 
 @app.command(
+    cls=OneOfEach,
     epilog=example(
         "erase pocket --concept 'a photo of a sneaker'",
         "--anchor 'a photo of a bag' --retain-prompts pocket --samples 100",
         "--steps 100 --batch-size 32 --lr 1e-4 --out erased",
-    )
+    ),
 )
 def erase(
     ctx: typer.Context,
@@ -264,7 +297,9 @@ def megabytes(n: int) -> str:
     return f"{n / 1e6:,.1f} MB"
 
 
-@app.command(epilog=example("apply pocket sneaker.safetensors --format single-file --out erased.safetensors"))
+@app.command(
+    cls=OneOfEach, epilog=example("apply pocket sneaker.safetensors --format single-file --out erased.safetensors")
+)
 def apply(
     model: ModelArg,
     patch: Annotated[Path, typer.Argument(help="File that `erase --format patch` wrote.", show_default=False)],
@@ -289,7 +324,7 @@ def apply(
     print(f"{out}: the {what} UNet {record[what]['fingerprint'][:12]}, {megabytes(output.size_on_disk(out))}")
 
 
-@app.command(epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
+@app.command(cls=OneOfEach, epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
 def evaluate(
     prompts: Annotated[str, typer.Option(help="Prompt set, by name or CSV.")],
     out: Annotated[Path, typer.Option(help="Folder for the audit; run again to go on where it stopped.")],
@@ -348,7 +383,7 @@ def evaluate(
     print(f"{out / 'report.html'}")
 
 
-@app.command(name="cache", epilog=example("cache --clear --older-than 30"))
+@app.command(cls=OneOfEach, name="cache", epilog=example("cache --clear --older-than 30"))
 def show_cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove what is kept.")] = False,
     older_than: Annotated[
@@ -364,15 +399,15 @@ def show_cache(
         files, size = cache.clear(older_than)
         print(f"{cache.folder()}: removed {files:,} files, {megabytes(size)}")
         return
-    table = Table("kept", "name", "files", "size", "last used", box=None)
+    table = Table("kept", "of", "files", "size", "last used", "folder", box=None)
     for entry in cache.entries():
         day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
-        table.add_row(entry.kind, entry.name, f"{entry.files:,}", megabytes(entry.bytes), day)
+        table.add_row(entry.kind, escape(entry.about), f"{entry.files:,}", megabytes(entry.bytes), day, entry.name)
     Console().print(table)
     print(f"{cache.folder()}: {megabytes(sum(e.bytes for e in cache.entries()))}")
 
 
-@app.command(epilog=example("demo --out demo"))
+@app.command(cls=OneOfEach, epilog=example("demo --out demo"))
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the mask, the erased checkpoint and the audit.")],
     concept: Annotated[str, typer.Option(help="Class of the pocket checkpoint to erase.")] = "sneaker",
@@ -397,7 +432,8 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> None:
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # they warn of torchvision and casts that nothing here depends on
+    # They warn of torchvision and casts that nothing here depends on, the hub of each try that we give the end of.
+    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     run(sys.argv[1:])
 

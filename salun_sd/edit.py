@@ -21,10 +21,12 @@ from salun_sd.diffusion import Condition, Examples, Schedule
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.examples import Base, encode, forget_items, retain_items, spread
 from salun_sd.files import new_folder, write_atomic
+from salun_sd.images import read_image
 from salun_sd.mask import Mask
 from salun_sd.output import check_place, deliver, finished, peak_memory, proof
 from salun_sd.plan import Concept
 from salun_sd.saliency import Saliency
+from salun_sd.sources import Item
 
 
 def make_masks(
@@ -62,7 +64,7 @@ def mask(
     for density, path in zip(densities, paths, strict=True):
         masks.keep_count(density, sys.maxsize)  # outside (0, 1]: say so before a checkpoint is loaded
         _check_replaceable(path)
-    images = [sources.items(c.images) if c.images else None for c in concepts]
+    images = [_images(c.images, c.prompt) for c in concepts]
     items = [item for group in forget_items(base, concepts, images, samples) for item in group]
     forget, row = encode(base, items, [""])
     made = make_masks(base, forget, forget.rows([row[""]]), concepts, densities, guidance, seed, batch_size)
@@ -71,8 +73,20 @@ def mask(
     return list(zip(paths, made, strict=True))
 
 
+def _images(spec: str | None, prompt: str) -> list[Item] | None:
+    """The images that a spec names; one that cannot be read or lacks the label that its prompt asks for is said now,
+    before anything is drawn."""
+    if spec is None:
+        return None
+    for item in sources.captioned(found := sources.items(spec), prompt):
+        read_image(item.read(), item.name)
+    return found
+
+
 def _check_replaceable(path: Path) -> None:
     """A mask may be made anew in its place, and that is said; any other file is not ours to replace."""
+    if path.suffix != ".safetensors":
+        raise UsageError(f"--out {path} has to end in .safetensors.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path.parent} cannot be written: choose another --out.")
@@ -138,13 +152,11 @@ def erase(
     check_place(out, form)
     given = _given_mask(mask, model, concepts, seed)
     kept = kept_prompts(retain_prompts, concepts, model.sampling[1])
-    images = [sources.items(c.images) if c.images else None for c in concepts]
-    kept_images = sources.items(retain) if retain else None
+    images = [_images(c.images, c.prompt) for c in concepts]
+    kept_images = _images(retain, retain_caption or "")
     if kept_images and not retain_caption and len({c.anchor for c in concepts}) > 1:
         if bare := next((item.name for item in kept_images if item.caption is None), None):
             raise UsageError(f"{bare} has no caption, and there are several anchors: give --retain-caption.")
-    for own, prompt in [*zip(images, (c.prompt for c in concepts), strict=True), (kept_images, retain_caption or "")]:
-        sources.captioned(own or [], prompt)  # a label that is not there is said before anything is drawn
     if form == "single-file":
         save.single_file(model, model.unet)  # a UNet that has no place there is refused before it is trained
     count = sum(len(own) if own else samples for own in images)

@@ -89,7 +89,8 @@ def encode(base: Base, items: list[Item], texts: Iterable[str]) -> tuple[Example
     """
     wanted = list(dict.fromkeys([*texts, *(item.caption for item in items)]))
     key = f"{base.model.identity} {base.resolution} {sources.digest(items)}"
-    with cache.held("encoded", hashlib.sha256(key.encode()).hexdigest()[:16]) as folder:
+    about = f"{len(items)} images at {base.resolution} pixels, by {base.model.name}"
+    with cache.held("encoded", hashlib.sha256(key.encode()).hexdigest()[:16], about) as folder:
         file = folder / "encoded.safetensors"
         known, found = _read(file)
         if missing := [text for text in wanted if text not in known]:

@@ -1,11 +1,14 @@
 """Output that is whole or not there: written beside its place and renamed into it."""
 
+import errno
 import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from salun_sd.errors import SalunError
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -43,9 +46,14 @@ def new_folder(out: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
+        try:
+            if out.exists():
+                out.rmdir()
+            os.replace(partial, out)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise SalunError(f"{out} was filled by another run meanwhile: what this one made was not kept.") from e
     except OSError as e:
         e.filename = e.filename or str(out)
         raise

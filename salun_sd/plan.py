@@ -19,8 +19,11 @@ FOLDER = prompt_sets.FOLDER
 TEXT = "a text in quotes, not an empty one"
 TEXTS = "a list of texts in quotes"
 PROMPTS = "a list of prompts, or the name or CSV file of a prompt set"
-NUMBER = "a number"
-WHOLE = "a whole number"
+SHARE = "a number above 0, 1 at most"
+RATE = "a number above 0"
+NUMBER = "a number from 0 on"
+COUNT = "a whole number from 1 on"
+SEED = "a whole number from 0 to 2147483647"
 ANCHOR_FROM = '"current" or "base"'
 TABLE = "a table"
 TABLES = "written [[concept]], in two brackets, once for each concept"
@@ -29,8 +32,11 @@ CHECKS: dict[str, Callable[[object], bool]] = {
     TEXT: lambda v: isinstance(v, str) and bool(v.strip()),
     TEXTS: lambda v: isinstance(v, list) and all(map(CHECKS[TEXT], v)),
     PROMPTS: lambda v: CHECKS[TEXT](v) or (CHECKS[TEXTS](v) and v != []),
-    NUMBER: lambda v: isinstance(v, float) or CHECKS[WHOLE](v),
-    WHOLE: lambda v: isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**63,
+    SHARE: lambda v: type(v) in (int, float) and 0 < v <= 1,
+    RATE: lambda v: type(v) in (int, float) and 0 < v < 1e300,
+    NUMBER: lambda v: type(v) in (int, float) and 0 <= v < 1e300,
+    COUNT: lambda v: type(v) is int and 1 <= v < 2**31,
+    SEED: lambda v: type(v) is int and 0 <= v < 2**31,
     ANCHOR_FROM: lambda v: v in ("current", "base"),
     TABLE: lambda v: isinstance(v, dict),
     TABLES: lambda v: isinstance(v, list) and all(map(CHECKS[TABLE], v)),
@@ -39,8 +45,8 @@ FILE = {"concept": TABLES, "retain": TABLE, "settings": TABLE}
 CONCEPT = {"prompt": TEXT, "anchor": TEXT, "synonyms": TEXTS, "images": TEXT}
 RETAIN = {"prompts": PROMPTS, "images": TEXT, "caption": TEXT}
 SETTINGS = {
-    "samples": WHOLE, "density": NUMBER, "guidance": NUMBER, "lr": NUMBER, "steps": WHOLE, "batch_size": WHOLE,
-    "retain_weight": NUMBER, "resolution": WHOLE, "seed": WHOLE, "anchor_from": ANCHOR_FROM,
+    "samples": COUNT, "density": SHARE, "guidance": NUMBER, "lr": RATE, "steps": COUNT, "batch_size": COUNT,
+    "retain_weight": NUMBER, "resolution": COUNT, "seed": SEED, "anchor_from": ANCHOR_FROM,
 }  # fmt: skip
 
 
@@ -75,7 +81,7 @@ def builtin() -> list[str]:
 
 
 def read(name_or_path: str) -> Plan:
-    """A plan by name or from a TOML file; numbers are of the right type, their ranges are the commands' to check.
+    """A plan by name or from a TOML file; numbers are of the right type and in their range.
 
     `images` and a prompt set that lie beside the file come back with its folder in front; a built-in prompt set, the id
     of a data set or any other path is left as it stands.
@@ -171,7 +177,7 @@ def _known(table: dict, kinds: dict[str, str], where: str, prefix: str) -> dict:
             raise SalunError(f"{where}: {prefix}{key} is not known; known are {known}.")
         if not CHECKS[kinds[key]](value):
             raise SalunError(f"{where}: {prefix}{key} has to be {kinds[key]}; it is {value!r}.")
-        values[key] = float(value) if kinds[key] == NUMBER else value
+        values[key] = float(value) if kinds[key] in (SHARE, RATE, NUMBER) else value
     return values
 
 

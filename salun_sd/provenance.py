@@ -102,9 +102,10 @@ def model_card(record: dict) -> str:
     """The README.md of an erased checkpoint, in Markdown with the hub's front matter."""
     name = record["base"]["model"]
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
+    is_patch = record["settings"]["format"] == "patch"
     data = ModelCardData(
         base_model=name if is_hub_id else None,
-        library_name="diffusers",
+        library_name=None if is_patch else "diffusers",
         pipeline_tag="text-to-image",
         tags=["stable-diffusion", "concept-erasure", "machine-unlearning", "salun"],
         **record["base"]["license"],

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -80,6 +81,41 @@ def test_a_hub_id_is_found_in_the_hubs_cache_and_a_missing_one_is_named(tmp_path
     assert found("someone/tiny-sd").fingerprint == found("pocket").fingerprint
     with pytest.raises(UsageError, match="someone/else is no folder here, and the hub did not give it"):
         found("someone/else")
+
+
+def test_what_a_file_or_a_folder_says_of_its_prediction_is_heeded(tmp_path):
+    v, epsilon = (
+        models.write_pipeline(tmp_path / kind, "sd2", prediction=kind) for kind in ("v_prediction", "epsilon")
+    )
+    file = models.write_single_file(v, tmp_path / "m.safetensors")
+    with pytest.raises(UsageError, match="does not say whether it predicts the noise .* give .* --config"):
+        checkpoint.find(str(file))
+    assert checkpoint.find(str(file), config=str(epsilon)).prediction_type == "epsilon"  # the person knows
+    for said in ({"modelspec.prediction_type": "v"}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}):
+        save_file(load_file(file), file, said)
+        assert checkpoint.find(str(file), config=str(v)).prediction_type == "v_prediction"
+        with pytest.raises(UsageError, match="says that it predicts v_prediction, but its config, .*, epsilon"):
+            checkpoint.find(str(file), config=str(epsilon))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "was trained for EDMEulerScheduler"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type sample; salun-sd edits"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4}, "has a VAE with shifted latents"),
+    ],
+)
+def test_a_model_trained_for_something_else_is_refused(folder, part, change, said):
+    file = folder / part
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UsageError, match=said):
+        found(folder)
+
+
+def test_a_variant_that_is_not_there_is_said_and_the_plain_files_are_read(folder, capsys):
+    assert checkpoint.find(str(folder), variant="fp16").fingerprint == found(folder).fingerprint
+    assert "has no fp16 UNet; its plain files are read" in capsys.readouterr().err
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_files(folder):

@@ -204,22 +204,22 @@ def test_a_folder_of_images_some_other_program_made(made, few, tmp_path, capsys)
 
 
 def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
-    out = ["--out", tmp_path / "out"]
+    out, saved = ["--out", tmp_path / "out"], ["--out", tmp_path / "out.safetensors"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.safetensors").write_bytes((made / "m-0.1.safetensors").read_bytes()[:-1])
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("")
-    (tmp_path / "broken").mkdir()
+    shutil.copytree(made / "audit" / "images", tmp_path / "broken")
     (tmp_path / "broken" / "torn.png").write_bytes(b"\x89PNG")
     (tmp_path / "short.csv").write_text("case_number,prompt\n0,a\n")
     (tmp_path / "odd.csv").write_text("case_number,prompt,evaluation_seed,evaluation_guidance\n0,a,x,7\n")
     masked = [*ERASE, *out, "--mask"]
     for argv, code, said in [
         (["mask", "nowhere", "--concept", CONCEPT, *out], 2, "Model nowhere was not found"),
-        ([*MASK, "--density", "1.5", *out], 2, "Density 1.5 is outside (0, 1]"),
-        ([*MASK, "--density", "0", *out], 2, "Density 0 is outside (0, 1]"),
+        ([*MASK, "--density", "1.5", *saved], 2, "Density 1.5 is outside (0, 1]"),
+        ([*MASK, "--density", "0", *saved], 2, "Density 0 is outside (0, 1]"),
         ([*MASK, "--density", "0.5", "--density", "0.5", *out], 2, "given twice"),
-        ([*MASK, "--forget", tmp_path / "empty", *out], 2, "holds no images"),
+        ([*MASK, "--forget", tmp_path / "empty", *saved], 2, "holds no images"),
         ([*MASK, "--out", tmp_path / "taken" / "thesis.tex"], 2, "is not a mask of salun-sd; choose another --out"),
         ([*ERASE[:4], "--anchor", "A photo of  a sneaker", *out], 2, "and the anchor are both"),
         ([*ERASE, "--concept", "a coat", *out], 2, "--concept 'a coat' has no --anchor"),
@@ -231,6 +231,9 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         ([*MASK[:2], *out], 2, "There is nothing to erase: give --concept with --anchor, or --plan"),
         ([*ERASE, "--retain-weight", "nan", *out], 2, "--retain-weight is nan"),
         ([*ERASE, "--forget", tmp_path / "broken", *out], 1, "torn.png cannot be read as an image"),
+        ([*ERASE, "--retain", tmp_path / "broken", "--samples", "9999", *out], 1, "torn.png cannot be read"),
+        ([*ERASE, "--forget", "here", "--forget", "there", *out], 2, "--forget is given twice: give it once"),
+        ([*MASK, "--out", tmp_path / "mask"], 2, "has to end in .safetensors"),
         ([*ERASE, "--mask", "none", "--density", "0.1", *out], 2, "leave them out with --mask"),
         (["mask", tmp_path / "taken", "--concept", CONCEPT, *out], 2, "is not a Stable Diffusion pipeline folder"),
         (["evaluate", "pocket", "--prompts", tmp_path / "short.csv", *out], 1, "has no column evaluation_seed"),
@@ -255,8 +258,22 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         (["demo", "--concept", "bag", *out], 2, "Concept and anchor are both bag"),
     ]:  # fmt: skip
         assert said in fails(argv, code, capsys), argv
-        assert not (tmp_path / "out").exists(), argv
+        assert not [p for p in tmp_path.iterdir() if p.stem == "out"], argv
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def test_a_mask_of_other_concepts_is_taken_and_said(made, tmp_path, capsys):
+    argv = ["erase", "pocket", "--concept", "a photo of a coat", *ERASE[4:], "--mask", made / "m-0.1.safetensors"]
+    cli.run([str(a) for a in (*argv, "--out", tmp_path / "out")])
+    assert "m-0.1.safetensors was made for 'a photo of a sneaker', not for these concepts" in capsys.readouterr().err
+
+
+def test_a_file_that_was_erased_from_pocket_opens_without_a_config(tmp_path):
+    file = str(tmp_path / "out.safetensors")
+    cli.run([*ERASE, "--mask", "random:0.1", "--format", "single-file", "--out", file])
+    found = checkpoint.find(file)
+    assert found.config == checkpoint.POCKET and found.fingerprint != POCKET.fingerprint
+    assert checkpoint.find(file, config="pocket").identity == found.identity
 
 
 def spawn(argv, **kwargs):

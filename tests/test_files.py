@@ -4,6 +4,7 @@ import os
 import pytest
 
 from salun_sd import files
+from salun_sd.errors import SalunError
 
 
 def test_a_new_folder_is_whole_or_not_there(tmp_path):
@@ -26,3 +27,11 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         files.write_atomic(tmp_path / "file", b"data")
     assert raised.value.errno == errno.EISDIR
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_of_two_that_make_one_folder_the_second_says_so_and_leaves_the_first(tmp_path):
+    with pytest.raises(SalunError, match="out was filled by another run meanwhile"):
+        with files.new_folder(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "first").write_text("")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "first"]

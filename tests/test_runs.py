@@ -211,6 +211,7 @@ def test_the_cache_is_shown_cleared_and_named_when_it_cannot_be_written(tiny, ow
     cli.run(["cache"])
     shown = capsys.readouterr().out
     assert shown.count("encoded") == 2 and "drawn" in shown and str(own_cache) in shown
+    assert "2 images at 32 pixels, by" in " ".join(shown.split())
     cli.run(["cache", "--clear"])
     assert "removed 6 files" in capsys.readouterr().out and not list(own_cache.rglob("*.png"))
     assert "--older-than is for --clear" in fails(["cache", "--older-than", "3"], 2, capsys)
