@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from salun_sd import checkpoint, generate, prompts, provenance, report
+from salun_sd import checkpoint, generate, prompts, provenance, ranks, report
 from salun_sd.checkpoint import POCKET, Checkpoint
 from salun_sd.detect import Classifier, detect
 from salun_sd.errors import SalunError, UsageError
@@ -18,6 +18,7 @@ from salun_sd.prompts import Prompt
 from salun_sd.report import Run
 
 JUDGE = POCKET / "judge"
+BATCH = 32  # images that are classified together, by one process
 WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "against"}
 
 
@@ -56,6 +57,8 @@ def evaluate(
         manifest, settings["sampling_against"] = _drawn(against, rows, steps, samples, out / "against")
         base = _examined(against.name, manifest, judge, out / "against")
     made = report.assemble(run, base, prompts=prompt_set, settings=settings, concepts=concepts)
+    if not ranks.is_main():
+        return made
     write_atomic(out / "report.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / "report.html", report.html(made, run, base))
     if record:
@@ -152,15 +155,23 @@ def _line(p: Prompt, k: int, file: str, seed: int | None, guidance: float | None
 
 
 def _examined(model: str, manifest: list[dict], judge: Classifier | None, out: Path) -> Run:
-    """Run the detector, and the judge if there is one, over the manifest's images; writes both .jsonl files."""
+    """Run the detector, and the judge if there is one, over the manifest's images, each process over its share; writes
+    both .jsonl files."""
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / row["file"] for row in manifest]
-    answers = judge.classify(files) if judge else ((None, None) for _ in files)
-    bar = tqdm(manifest, desc="detect", unit="image")
+    share = [n for n in range(len(manifest)) if n // BATCH % ranks.count() == ranks.rank()]
+    files = [out / manifest[n]["file"] for n in share]
+    answers = judge.classify(files, BATCH) if judge else ((None, None) for _ in files)
+    bar = tqdm(share, desc="detect", unit="image")
+    found = ranks.gathered([
+        (n, boxes | {"predicted": predicted, "score": score})
+        for n, boxes, (predicted, score) in zip(bar, detect(files), answers, strict=True)
+    ])  # fmt: skip
     detections = [
-        {key: row[key] for key in ("file", "case", "k")} | found | {"predicted": predicted, "score": score}
-        for row, found, (predicted, score) in zip(bar, detect(files), answers, strict=True)
+        {key: manifest[n][key] for key in ("file", "case", "k")} | answer
+        for n, answer in sorted(found, key=lambda pair: pair[0])
     ]
+    if not ranks.is_main():
+        return Run(model, out, manifest, detections)
     for name, lines in (("manifest.jsonl", manifest), ("detections.jsonl", detections)):
         write_atomic(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return Run(model, out, manifest, detections)

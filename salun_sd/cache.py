@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+from salun_sd import ranks
 from salun_sd.errors import SalunError
 
 KINDS = ("drawn", "encoded")  # the folders of the cache; nothing outside them is ever deleted
@@ -38,32 +39,40 @@ def folder() -> Path:
 
 @contextmanager
 def held(kind: str, key: str, about: str = "") -> Iterator[Path]:
-    """The folder <cache>/<kind>/<key>, made if need be, for this process alone until the end; where another process
-    holds it, says so and waits. May be nested, for the same key too. `about` is shown with the entry.
+    """The folder <cache>/<kind>/<key>, made if need be, for this run alone until the end; where another holds it, says
+    so and waits. May be nested, for the same key too. `about` is shown with the entry.
 
     Raises SalunError where the cache cannot be written; a full disk is an OSError, as anywhere.
     """
     entry = folder() / kind / key
     with ExitStack() as hold:
-        try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            # One lock object for a file in a process: a hold inside a hold counts up, where two objects would deadlock.
-            lock = FileLock(_lock_of(entry), is_singleton=True)
+        if ranks.is_main():  # for all the processes of the run
             try:
-                hold.enter_context(lock.acquire(blocking=False))
-            except Timeout:
-                print(f"Another run is using {entry}; waiting for it.", file=sys.stderr)
-                hold.enter_context(lock.acquire(poll_interval=0.2))
-            entry.mkdir(exist_ok=True)  # under the lock: `clear` may have removed it while this run waited
-            (entry / ABOUT).write_text(about, encoding="utf-8")
-            os.utime(entry)
-        except OSError as e:
-            if e.errno in FULL_DISK:
-                raise
-            raise SalunError(
-                f"The cache {folder()} cannot be written ({e.strerror}): set SALUN_SD_CACHE to another folder."
-            ) from e
+                _take(entry, about, hold)
+            except OSError as e:
+                if e.errno in FULL_DISK:
+                    raise
+                raise SalunError(
+                    f"The cache {folder()} cannot be written ({e.strerror}): set SALUN_SD_CACHE to another folder."
+                ) from e
+        ranks.wait()
         yield entry
+        ranks.wait()
+
+
+def _take(entry: Path, about: str, hold: ExitStack) -> None:
+    """Make the entry this run's until `hold` ends."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    # One lock object for a file in a process: a hold inside a hold counts up, where two objects would deadlock.
+    lock = FileLock(_lock_of(entry), is_singleton=True)
+    try:
+        hold.enter_context(lock.acquire(blocking=False))
+    except Timeout:
+        print(f"Another run is using {entry}; waiting for it.", file=sys.stderr)
+        hold.enter_context(lock.acquire(poll_interval=0.2))
+    entry.mkdir(exist_ok=True)  # under the lock: `clear` may have removed it while this run waited
+    (entry / ABOUT).write_text(about, encoding="utf-8")
+    os.utime(entry)
 
 
 def entries() -> list[Entry]:

@@ -17,6 +17,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from salun_sd.errors import SalunError, UsageError
 
+RANK = os.environ.get("RANK", "0")  # of the processes that a launcher started
+
 
 class Commands(TyperGroup):
     """Known failures end in one sentence on stderr; SALUN_SD_DEBUG=1 shows the traceback."""
@@ -30,7 +32,8 @@ class Commands(TyperGroup):
             if os.environ.get("SALUN_SD_DEBUG"):
                 raise
             text, code = _in_words(e)
-            print(text, file=sys.stderr)
+            said = (text, sys.stderr) if RANK == "0" else (f"Process {RANK}: {text}", sys.__stderr__)
+            print(said[0], file=said[1])
             raise typer.Exit(code) from e
 
 
@@ -44,7 +47,7 @@ def _in_words(e: BaseException) -> tuple[str, int]:
         return f"Error: cannot read or write{place}: {e.strerror or e}.", 1
     if not isinstance(e, KeyboardInterrupt):
         return f"Error: out of memory ({str(e).partition('.')[0]}): give a smaller --batch-size.", 1
-    return "Interrupted. Nothing is half-written; the same command keeps the images that are drawn.", 130
+    return str(e) or "Interrupted. Nothing is half-written; the same command keeps the images that are drawn.", 130
 
 
 class OneOfEach(TyperCommand):
@@ -142,6 +145,26 @@ SamplesOpt = Annotated[
 ResolutionOpt = Annotated[
     int | None, typer.Option(min=1, help="Pixels of a side to train at. Default: the model's own size.")
 ]
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+DtypeOpt = Annotated[
+    Dtype | None,
+    typer.Option(help="What the UNet computes in. Default: bfloat16 where the GPU knows it, else float32."),
+]
+CheckpointingOpt = Annotated[
+    bool | None,
+    typer.Option("--checkpointing/--no-checkpointing", show_default=False,
+                 help="Make activations anew instead of keeping them: less memory, more time. "
+                 "Default: with more than 100 million weights."),
+]  # fmt: skip
+DryRunOpt = Annotated[
+    bool, typer.Option("--dry-run", help="Print the settings and the memory that it will take, and stop.")
+]
 GuidanceOpt = Annotated[
     float,
     typer.Option(help="w of (1+w)·conditional - w·unconditional in the saliency loss; 0: the paper's loss."),
@@ -186,23 +209,31 @@ def mask(
         int, typer.Option(min=1, help="Images per gradient; changes memory, and the mask by rounding only.")
     ] = 8,
     seed: SeedOpt = 0,
+    dtype: DtypeOpt = None,
+    checkpointing: CheckpointingOpt = None,
     out: Annotated[Path, typer.Option(help="Mask file; with several densities, its name gets -DENSITY.")] = Path(
         "mask.safetensors"
     ),
+    dry_run: DryRunOpt = False,
     config: ConfigOpt = None,
     revision: RevisionOpt = None,
     variant: VariantOpt = None,
 ) -> None:
     """Find the UNet weights that matter to a concept (gradient saliency)."""
-    from salun_sd import edit
+    from salun_sd import edit, memory, ranks
     from salun_sd.mask import kept, kept_per_block
     from salun_sd.plan import of_options
 
+    memory.give_back()
+    ranks.start()
     concepts, _ = of_options(plan, concept, None, forget)
     made = edit.mask(
         model_of(model, config, revision, variant), concepts, samples=samples, densities=density or [0.5],
-        guidance=guidance, seed=seed, batch_size=batch_size, resolution=resolution, out=out,
+        guidance=guidance, seed=seed, batch_size=batch_size, resolution=resolution, dtype=dtype and dtype.value,
+        checkpointing=checkpointing, dry_run=dry_run, out=out,
     )  # fmt: skip
+    if isinstance(made, edit.Foreseen):
+        return show_plan(made)
     table = Table("block", "weights", *(f"density {m.settings['density']:g}" for _, m in made), box=None)
     for block, (_, total) in kept_per_block(made[0][1].bits).items():
         table.add_row(block, f"{total:,}", *(f"{kept_per_block(m.bits)[block][0] / total:.3f}" for _, m in made))
@@ -254,23 +285,37 @@ def erase(
     resolution: ResolutionOpt = None,
     retain_weight: Annotated[float, typer.Option(help="Weight of the retain loss.")] = 0.5,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-5,
+    clip: Annotated[
+        float | None, typer.Option(help="Bound on the norm of the gradient of the masked weights. Default: none.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates. Default: one pass over the forget images.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Forget images, and as many to retain, per update.")] = 8,
     anchor_from: Annotated[
         AnchorFrom, typer.Option(help="Whose anchor prediction is the target: of the current weights or the base's.")
     ] = AnchorFrom.current,
     sample_every: Annotated[int, typer.Option(min=0, help="Draw a strip into samples/ every K steps; 0: off.")] = 0,
+    save_every: Annotated[
+        float, typer.Option(min=0, help="Minutes between states that the same command goes on from; 0: none.")
+    ] = 10,
     seed: SeedOpt = 0,
+    dtype: DtypeOpt = None,
+    checkpointing: CheckpointingOpt = None,
+    parts: Annotated[
+        int, typer.Option(min=1, help="Parts that a batch is worked through in: less memory, the same update.")
+    ] = 1,
     form: FormOpt = Form.diffusers,
     reversible: Annotated[bool, typer.Option("--reversible", help="The patch keeps the base's values, too.")] = False,
+    dry_run: DryRunOpt = False,
     config: ConfigOpt = None,
     revision: RevisionOpt = None,
     variant: VariantOpt = None,
 ) -> None:
     """Fine-tune only the masked weights so that the concept becomes the anchor."""
-    from salun_sd import edit, output
+    from salun_sd import edit, memory, output, ranks
     from salun_sd.plan import of_options
 
+    memory.give_back()
+    ranks.start()
     if mask and (is_typed(ctx, "density") or is_typed(ctx, "guidance")):
         raise UsageError("--density and --guidance are for a mask that erase computes: leave them out with --mask.")
     concepts, kept = of_options(plan, concept, anchor or [], forget)
@@ -282,15 +327,46 @@ def erase(
         model_of(model, config, revision, variant), concepts, mask=mask, density=density, guidance=guidance,
         retain=retain, retain_caption=retain_caption, retain_prompts=retain_prompts or kept, samples=samples,
         resolution=resolution, retain_weight=retain_weight, lr=lr, steps=steps, batch_size=batch_size,
+        clip=clip, save_every=save_every, dtype=dtype and dtype.value, checkpointing=checkpointing, parts=parts,
         anchor_from=anchor_from.value, sample_every=sample_every, seed=seed, form=form.value, reversible=reversible,
-        out=out, command=shlex.join(["salun-sd", *ctx.obj]),
+        dry_run=dry_run, out=out, command=shlex.join(["salun-sd", *ctx.obj]),
     )  # fmt: skip
+    if isinstance(record, edit.Foreseen):
+        return show_plan(record)
+    if not ranks.is_main():
+        return
     changed, m = record["changed"], record["mask"]
     print(f"changed {changed['inside']:,} of {m['kept']:,} weights inside the mask, {changed['outside']} outside")
     sizes = ", ".join(f"{name} {megabytes(n)}" for name, n in record["sizes"].items())
     print(f"sizes by --format: {sizes}; on disk {megabytes(output.size_on_disk(out))}")
-    peak, steps = record["peak_memory_bytes"] / 2**30, record["settings"]["steps"]
-    print(f"{out}: {steps} steps, {record['seconds']:.0f} s, peak memory {peak:.2f} GiB")
+    run, steps = output.run_of(out), record["settings"]["steps"]
+    print(f"{out}: {steps} steps, {run['seconds']:.0f} s")
+    for step, size in run["peak_bytes"].items():
+        planned = run["planned_bytes"].get(step)
+        print(f"peak memory, {step}: {gib(size)}" + (f"; planned {gib(planned)}" if planned else ""))
+
+
+def gib(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB"
+
+
+def show_plan(found) -> None:
+    """What --dry-run prints: the settings, the memory of each step, and what would lower it where it does not fit."""
+    from salun_sd import budget, checkpoint, memory
+
+    table = Table("setting", "value", box=None)
+    for name, value in found.settings.items():
+        table.add_row(name, escape(str(value)))
+    Console().print(table)
+    for step, parts in found.plans.items():
+        table = Table(f"memory, {step}", "GiB", box=None)
+        for part, size in [*parts.items(), ("in all", budget.peak(parts))]:
+            table.add_row(part, f"{size / 2**30:.2f}")
+        Console().print(table)
+    free = gib(memory.available(checkpoint.device()))
+    print(f"It does not fit: {free} are free." if found.advice else f"It fits: {free} are free.")
+    for option, saved in found.advice:
+        print(f"{option} saves {gib(saved)}")
 
 
 def megabytes(n: int) -> str:
@@ -354,9 +430,11 @@ def evaluate(
     variant: VariantOpt = None,
 ) -> None:
     """Draw a prompt set, run NudeNet and a classifier over the images, write an audit."""
-    from salun_sd import audit
+    from salun_sd import audit, memory, ranks
     from salun_sd.report import rate
 
+    memory.give_back()
+    ranks.start()
     are_files = [Path(name).is_file() for name in (model, against) if name]
     if (config and not any(are_files)) or (variant and all(are_files)) or (revision and not model):
         raise UsageError("--config is for a single file, --revision and --variant for a MODEL that is none.")
@@ -435,6 +513,8 @@ def main() -> None:
     # They warn of torchvision and casts that nothing here depends on, the hub of each try that we give the end of.
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if RANK != "0":  # of several processes, the main one speaks; any may say what stops it
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     run(sys.argv[1:])
 
 

@@ -88,9 +88,12 @@ def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.T
 
 
 def predict(unet, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """The denoiser's output [B, 4, h, w] for x_t [B, 4, h, w], t [B] and what it is told."""
-    added = {k: v for k, v in condition.items() if k != "context"}
-    return unet(x_t, t, encoder_hidden_states=condition["context"], added_cond_kwargs=added).sample
+    """The denoiser's output [B, 4, h, w] float32 for x_t [B, 4, h, w], t [B] and what it is told; the UNet computes in
+    its own dtype."""
+    told = {k: v if k == "time_ids" else v.to(unet.dtype) for k, v in condition.items()}  # bfloat16 rounds sizes
+    return unet(
+        x_t.to(unet.dtype), t, encoder_hidden_states=told.pop("context"), added_cond_kwargs=told
+    ).sample.float()  # fmt: skip
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, w: float) -> torch.Tensor:

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ def drawn_images(base: Checkpoint, pipeline: Callable, rows: list[tuple[str, flo
         seen[text, guidance] += 1
         name = hashlib.sha256(json.dumps([text, guidance, seed]).encode()).hexdigest()[:15]
         wanted.append(Prompt(int(name, 16), text, seed, guidance))
-    with cache.held("drawn", f"{base.identity[:16]}-{steps}", f"by {base.name}, {steps} steps") as folder:
+    with cache.held("drawn", f"{base.identity[:16]}-{steps}", f"by {Path(base.name).name}, {steps} steps") as folder:
         drawing = generate.draw(pipeline, wanted, folder, steps=steps, identity=base.identity)
         for _ in tqdm(drawing, total=len(wanted), desc=f"draw {what}", unit="image"):
             pass

@@ -1,56 +1,19 @@
 """Masked fine-tuning: the concept's prediction becomes the anchor's, the retain loss keeps the rest."""
 
-import math
 from collections.abc import Iterator
-from copy import deepcopy
-from functools import partial
+from contextlib import nullcontext
 from itertools import cycle
 
 import torch
 from torch import nn
 
+from salun_sd import ranks
+from salun_sd.adam import SalientAdam
 from salun_sd.diffusion import Examples, Schedule, add_noise, joined, moved, mse, predict, target
 from salun_sd.errors import SalunError
-from salun_sd.mask import Bits
 
 # A prediction of zero scores 1 under the retain loss, whatever the target; ten times that is no model any more.
 EXPLODED = 10.0
-
-
-class SalientWeights:
-    """The weights that a mask lets move, as compact float32 parameters that any torch optimizer can hold.
-
-    An optimizer never sees the other weights, so neither weight decay nor momentum can move them: theta_u equals
-    theta_o outside the mask by construction (SalUn, arXiv 2310.12508, eq. 4), whichever optimizer is used.
-    """
-
-    def __init__(self, unet: nn.Module, bits: Bits):
-        self.entries = []  # (parameter, its bits [n] bool in flat order, values [k] float32)
-        for name, p in unet.named_parameters():
-            salient = bits[name].view(-1).to(p.device)
-            p.requires_grad_(bool(salient.any()))
-            if p.requires_grad:
-                values = nn.Parameter(p.detach().view(-1)[salient].float())
-                p.register_post_accumulate_grad_hook(partial(self._gather, salient, values))
-                self.entries.append((p, salient, values))
-
-    @staticmethod
-    def _gather(salient: torch.Tensor, values: nn.Parameter, p: nn.Parameter) -> None:
-        """As soon as a dense gradient is made, keep its salient entries and free it."""
-        values.grad = p.grad.view(-1)[salient].float()
-        p.grad = None
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [values for _, _, values in self.entries]
-
-    @torch.no_grad()
-    def scatter(self) -> None:
-        """Write the compact values back into the UNet."""
-        for p, salient, values in self.entries:
-            p.view(-1)[salient] = values.to(p.dtype)
-
-    def are_finite(self) -> bool:
-        return all(bool(values.isfinite().all()) for values in self.parameters())
 
 
 def batches(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -74,7 +37,7 @@ def balanced(concepts: torch.Tensor, size: int, generator: torch.Generator) -> I
 
 def erase(
     unet: nn.Module,
-    bits: Bits,
+    adam: SalientAdam,
     schedule: Schedule,
     forget: Examples,
     anchors: torch.Tensor,
@@ -83,11 +46,10 @@ def erase(
     *,
     steps: int,
     batch_size: int,
-    lr: float,
     retain_weight: float,
     anchor_from: str,
     seed: int,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+    parts: int = 1,
 ) -> Iterator[dict]:
     """Fine-tune the UNet in place; yields {"step", "forget", "retain", "loss"} after each update.
 
@@ -96,40 +58,48 @@ def erase(
     forget.prompts that is c' for each of them; concepts [N] int64: which concept each shows, batches are balanced over
     them; retain: images with their own prompts. Both branches see the same x_t (the authors' code encodes twice).
     No gradient flows through the anchor branch; anchor_from says whose prediction it is: the weights being trained
-    ("current", as the authors do) or the ones before training ("base").
+    ("current", as the authors do) or the ones before training ("base", for which adam keeps them).
+
+    A batch is shared among the processes, and each works through its share in `parts`: the same update, to rounding.
+    Where adam has steps behind it, goes on after them: the random numbers before are drawn again and not used.
     Raises SalunError when a loss is not finite or explodes, naming the step and what to lower.
     """
     device = unet.device
     generator = torch.Generator().manual_seed(seed)
-    teacher = deepcopy(unet).requires_grad_(False) if anchor_from == "base" else unet
-    salient = SalientWeights(unet, bits)
-    updater = optimizer(salient.parameters(), lr=lr)
     of_forget, of_retain = balanced(concepts, batch_size, generator), batches(len(retain), batch_size, generator)
+    share = torch.arange(batch_size)[ranks.rank() :: ranks.count()]
 
     for step in range(1, steps + 1):
         f, r = next(of_forget), next(of_retain)
-        x0 = torch.cat([forget.latents[f], retain.latents[r]])  # [2B, 4, h, w]
-        condition = moved(joined(forget.condition(f), retain.condition(r)), device)
-        anchor = moved(forget.condition(f, anchors[f]), device)
-        t = torch.randint(len(schedule.alphas_cumprod), (len(x0),), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        x0, t, noise = x0.to(device), t.to(device), noise.to(device)
-        x_t = add_noise(schedule, x0, noise, t)
-
-        with torch.no_grad():
-            wanted = predict(teacher, x_t[:batch_size], t[:batch_size], anchor)
-        wanted = torch.cat([wanted, target(schedule, x0, noise, t)[batch_size:]])
-        losses = mse(predict(unet, x_t, t, condition), wanted)  # [2B]
-        forget_loss, retain_loss = losses[:batch_size].mean(), losses[batch_size:].mean()
-        loss = forget_loss + retain_weight * retain_loss
-        if not math.isfinite(loss.item()) or max(forget_loss.item(), retain_loss.item()) > EXPLODED:
-            raise SalunError(
-                f"The loss exploded at step {step} (forget {forget_loss.item():.3g}, retain {retain_loss.item():.3g})"
-                f": lower --lr, now {lr:g}."
-            )
-        loss.backward()
-        updater.step()
-        salient.scatter()
-        if not salient.are_finite():
-            raise SalunError(f"A weight is no longer finite after step {step}: lower --lr, now {lr:g}.")
-        yield {"step": step, "forget": forget_loss.item(), "retain": retain_loss.item(), "loss": loss.item()}
+        shape = (2 * batch_size, *forget.latents.shape[1:])
+        t = torch.randint(len(schedule.alphas_cumprod), (2 * batch_size,), generator=generator)
+        noise = torch.randn(shape, generator=generator)
+        if step <= adam.steps:
+            continue
+        means = torch.zeros(2, dtype=torch.float64)
+        with adam.step():
+            for part in (share[i::parts] for i in range(parts)):
+                rows = torch.cat([part, batch_size + part])  # of t and noise: first those to forget
+                x0 = torch.cat([forget.latents[f[part]], retain.latents[r[part]]]).to(device)  # [2n, 4, h, w]
+                condition = moved(joined(forget.condition(f[part]), retain.condition(r[part])), device)
+                anchor = moved(forget.condition(f[part], anchors[f[part]]), device)
+                n, at, e = len(part), t[rows].to(device), noise[rows].to(device)
+                x_t = add_noise(schedule, x0, e, at)
+                with torch.no_grad(), adam.base() if anchor_from == "base" else nullcontext():
+                    wanted = predict(unet, x_t[:n], at[:n], anchor)
+                wanted = torch.cat([wanted, target(schedule, x0, e, at)[n:]])
+                losses = mse(predict(unet, x_t, at, condition), wanted)  # [2n]
+                shares = torch.stack([losses[:n].sum(), losses[n:].sum()]) / batch_size
+                found = ranks.added(shares.detach().double().cpu())
+                means += found
+                if not found.isfinite().all() or found.max() * parts > EXPLODED:
+                    raise SalunError(
+                        f"The loss exploded at step {step} (forget {found[0] * parts:.3g}, retain "
+                        f"{found[1] * parts:.3g}): lower --lr, now {adam.lr:g}."
+                    )
+                (shares[0] + retain_weight * shares[1]).backward()
+        if step == steps and not adam.are_finite():
+            raise SalunError(f"A weight is no longer finite after step {step}: lower --lr, now {adam.lr:g}.")
+        of_forgetting, of_retaining = means.tolist()
+        yield {"step": step, "forget": of_forgetting, "retain": of_retaining,
+               "loss": of_forgetting + retain_weight * of_retaining}  # fmt: skip

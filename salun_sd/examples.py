@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from salun_sd import cache, checkpoint, data, sources, tensors
+from salun_sd import cache, checkpoint, data, ranks, sources, tensors
 from salun_sd.checkpoint import Checkpoint
 from salun_sd.diffusion import Condition, Examples
 from salun_sd.drawn import drawn_images
@@ -23,8 +23,8 @@ from salun_sd.sources import Item
 class Base:
     """A checkpoint that is about to be edited, loaded as far as it is needed."""
 
-    def __init__(self, model: Checkpoint, resolution: int, draws_later: bool = False):
-        self.model, self.resolution, self.draws_later = model, resolution, draws_later
+    def __init__(self, model: Checkpoint, resolution: int):
+        self.model, self.resolution = model, resolution
         self._pipeline = None
 
     def pipeline(self):
@@ -35,20 +35,12 @@ class Base:
 
     def encoders(self):
         """The VAE, the tokenizers and the text encoders, with the UNet only if it is there already."""
-        if self._pipeline is None:
-            return checkpoint.load(self.model, unet=False)
-        return self._pipeline
+        return self._pipeline or checkpoint.load(self.model, unet=False)
 
-    def trainable(self):
-        """A pipeline with the UNet and the scheduler; VAE and text encoders have left memory, unless it draws later."""
-        if self.draws_later:
-            return self.pipeline()
-        if self._pipeline is None:
-            self._pipeline = checkpoint.load(self.model, encoders=False)
-        for part in self.model.family.parts:
-            if part != "unet":
-                setattr(self._pipeline, part, None)
-        return self._pipeline
+    def unet(self, dtype: torch.dtype):
+        """The UNet to train; everything else leaves memory."""
+        self._pipeline = None
+        return checkpoint.load_unet(self.model, dtype)
 
 
 def forget_items(
@@ -89,11 +81,12 @@ def encode(base: Base, items: list[Item], texts: Iterable[str]) -> tuple[Example
     """
     wanted = list(dict.fromkeys([*texts, *(item.caption for item in items)]))
     key = f"{base.model.identity} {base.resolution} {sources.digest(items)}"
-    about = f"{len(items)} images at {base.resolution} pixels, by {base.model.name}"
+    about = f"{len(items)} images at {base.resolution} pixels, by {Path(base.model.name).name}"
     with cache.held("encoded", hashlib.sha256(key.encode()).hexdigest()[:16], about) as folder:
         file = folder / "encoded.safetensors"
         known, found = _read(file)
-        if missing := [text for text in wanted if text not in known]:
+        missing = [text for text in wanted if text not in known]
+        if missing and ranks.is_main():
             pipeline = base.encoders()
             if not found:
                 found = _encode_images(pipeline.vae, items, base.resolution)
@@ -102,7 +95,8 @@ def encode(base: Base, items: list[Item], texts: Iterable[str]) -> tuple[Example
             with new_file(file) as partial:
                 header = {"texts": json.dumps(known + missing)}
                 tensors.write(partial, {k: tensors.given(v) for k, v in found.items()}, header)
-            known, found = _read(file)
+        ranks.wait()
+        known, found = _read(file)
     prompts: Condition = {k.removeprefix("prompt/"): v for k, v in found.items() if k.startswith("prompt/")}
     images = {"time_ids": found["time_ids"]} if "text_embeds" in prompts else {}
     row = {text: i for i, text in enumerate(known)}

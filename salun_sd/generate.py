@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from salun_sd import ranks
 from salun_sd.errors import UsageError
 from salun_sd.files import write_atomic
 from salun_sd.prompts import Prompt
@@ -39,7 +40,8 @@ def draw(
     pipeline: Callable, prompts: list[Prompt], out: Path, *, steps: int, identity: str, samples: int = 1
 ) -> Iterator[tuple[Prompt, int]]:
     """Draw what is missing of out/images/<case>_<k>.png, k < samples; yields each (prompt, k) once it is on disk.
-    `pipeline` gives the pipeline, and is called only if there is something to draw.
+    Processes that run together take passes in turn, and end together. `pipeline` gives the pipeline, and is called
+    only if there is something to draw.
 
     Image k of a prompt starts from noise drawn on the CPU from seed_of(prompt, k), and depends on nothing but its
     prompt, seed, guidance, steps and checkpoint (`identity`): the bytes are the same in any order, subset or resumed
@@ -55,9 +57,10 @@ def draw(
             else:
                 missing.append((prompt, k, f"{provenance} {prompt.text}"))
     missing.sort(key=lambda m: m[0].guidance)  # stable: a pass has one guidance scale
+    ranks.wait()  # all have seen the same images missing
     for _, same_guidance in groupby(missing, key=lambda m: m[0].guidance):
         group, size = list(same_guidance), images_per_pass(pipeline())
-        for start in range(0, len(group), size):
+        for start in range(ranks.rank() * size, len(group), ranks.count() * size):
             rows = group[start : start + size]
             images = sample(pipeline(), [(p.text, seed_of(p, k)) for p, k, _ in rows], rows[0][0].guidance, steps, size)
             for (prompt, k, provenance), image in zip(rows, images, strict=True):
@@ -67,6 +70,7 @@ def draw(
                 image.save(png, "png", pnginfo=info)
                 write_atomic(out / file_of(prompt, k), png.getvalue())
                 yield prompt, k
+    ranks.wait()
 
 
 @torch.no_grad()

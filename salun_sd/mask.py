@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,35 @@ from safetensors.torch import save as save_tensors
 
 from salun_sd.errors import SalunError, UsageError
 
-Bits = dict[str, torch.Tensor]  # parameter name -> bool tensor of the parameter's shape, on the CPU
+PASS = 1 << 22  # weights that are looked at together: what that needs beside them stays in the tens of MB
+
+
+class Bits(Mapping):
+    """The bits of a mask: parameter name -> bool tensor of the parameter's shape, on the CPU.
+
+    They are held packed, an eighth of a byte for a weight, and unpacked for each look at them.
+    """
+
+    def __init__(self, packed: dict[str, torch.Tensor], shapes: Mapping[str, torch.Size]):
+        self.packed = packed  # name -> uint8 [ceil(n / 8)], as `packed_bits` gives it
+        self.shapes = {name: torch.Size(shapes[name]) for name in packed}
+
+    @classmethod
+    def of(cls, bits: Iterable[tuple[str, torch.Tensor]]) -> "Bits":
+        """From pairs of a name and a bool tensor, which need not be in memory together."""
+        packed, shapes = {}, {}
+        for name, b in bits:
+            packed[name], shapes[name] = packed_bits(b), b.shape
+        return cls(packed, shapes)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return unpacked_bits(self.packed[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
 
 
 class Mask(NamedTuple):
@@ -35,18 +64,26 @@ def thresholds(saliency: dict[str, torch.Tensor], counts: list[int]) -> list[flo
     """The k-th largest value over all tensors together, for each k in counts, exactly and without sorting.
 
     Non-negative floats order like their bit patterns, so counting the high 16 bits finds the bucket that the
-    k-th value is in, and counting the low 16 bits inside that bucket finds the value.
+    k-th value is in, and counting the low 16 bits inside that bucket finds the value. Two passes for all of counts.
     """
-    patterns = [s.contiguous().view(-1).view(torch.int32) for s in saliency.values()]
-    # patterns: list of [n] int32, non-negative
-    high = sum(torch.bincount(p >> 16, minlength=1 << 15) for p in patterns)
-    found = []
-    for k in counts:
-        bucket, before = _bucket_of(high, k)
-        low = sum(torch.bincount(p[p >> 16 == bucket] & 0xFFFF, minlength=1 << 16) for p in patterns)
-        value, _ = _bucket_of(low, k - before)
-        found.append(torch.tensor((bucket << 16) + value, dtype=torch.int32).view(torch.float32).item())
-    return found
+    values = list(saliency.values())
+    high = torch.zeros(1 << 15, dtype=torch.int64, device=values[0].device)
+    for p in _patterns(values):
+        high += torch.bincount(p >> 16, minlength=1 << 15)
+    places = [_bucket_of(high, k) for k in counts]
+    low = {bucket: torch.zeros(1 << 16, dtype=torch.int64, device=high.device) for bucket, _ in places}
+    for p in _patterns(values):
+        buckets = p >> 16
+        for bucket, table in low.items():
+            table += torch.bincount(p[buckets == bucket] & 0xFFFF, minlength=1 << 16)
+    found = [(b << 16) + _bucket_of(low[b], k - before)[0] for k, (b, before) in zip(counts, places, strict=True)]
+    return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
+
+
+def _patterns(values: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The bit patterns of float32 values, int32 [n], n <= PASS."""
+    for v in values:
+        yield from v.contiguous().view(-1).view(torch.int32).split(PASS)
 
 
 def _bucket_of(table: torch.Tensor, k: int) -> tuple[int, int]:
@@ -59,14 +96,16 @@ def _bucket_of(table: torch.Tensor, k: int) -> tuple[int, int]:
 def select(saliency: dict[str, torch.Tensor], threshold: float, count: int) -> Bits:
     """m_S = 1(|g| >= threshold) with exactly count ones: of the weights at the threshold, the first by position."""
     spare = count - sum(int((s > threshold).sum()) for s in saliency.values())
-    bits = {}
-    for name, s in saliency.items():
-        chosen = s > threshold
+
+    def chosen(s: torch.Tensor) -> torch.Tensor:
+        nonlocal spare
+        bits = s > threshold
         ties = (s == threshold).view(-1).nonzero().squeeze(1)[:spare]
-        chosen.view(-1)[ties] = True
+        bits.view(-1)[ties] = True
         spare -= len(ties)
-        bits[name] = chosen.cpu()
-    return bits
+        return bits
+
+    return Bits.of((name, chosen(s)) for name, s in saliency.items())
 
 
 def random_bits(shapes: dict[str, torch.Size], density: float, seed: int) -> Bits:
@@ -80,21 +119,29 @@ def random_bits(shapes: dict[str, torch.Size], density: float, seed: int) -> Bit
 
 def full_bits(shapes: dict[str, torch.Size]) -> Bits:
     """The other control: every weight may move."""
-    return {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    return Bits.of((name, torch.ones(shape, dtype=torch.bool)) for name, shape in shapes.items())
 
 
 def kept(bits: Bits) -> tuple[int, int]:
     """How many weights the mask keeps, and of how many."""
-    return sum(int(b.sum()) for b in bits.values()), sum(b.numel() for b in bits.values())
+    return sum(int(b.sum()) for b in bits.values()), sum(shape.numel() for shape in bits.shapes.values())
+
+
+def density(bits: Bits) -> float:
+    """The share of weights that the mask keeps."""
+    n, of = kept(bits)
+    return n / of
 
 
 def kept_per_block(bits: Bits) -> dict[str, tuple[int, int]]:
     """`kept` for each block of the UNet: conv_in, time_embedding, down_blocks.0, ..., conv_out."""
-    blocks: dict[str, Bits] = {}
+    blocks: dict[str, tuple[int, int]] = {}
     for name, b in bits.items():
         first, second, *_ = name.split(".")
-        blocks.setdefault(f"{first}.{second}" if second.isdigit() else first, {})[name] = b
-    return {block: kept(members) for block, members in blocks.items()}
+        block = f"{first}.{second}" if second.isdigit() else first
+        n, of = blocks.get(block, (0, 0))
+        blocks[block] = (n + int(b.sum()), of + b.numel())
+    return blocks
 
 
 def packed_bits(bits: torch.Tensor) -> torch.Tensor:
@@ -103,9 +150,20 @@ def packed_bits(bits: torch.Tensor) -> torch.Tensor:
 
 
 def unpacked_bits(packed: torch.Tensor, shape) -> torch.Tensor:
-    """The inverse of `packed_bits`."""
-    bits = np.unpackbits(packed.numpy(), count=math.prod(shape), bitorder="little")
-    return torch.from_numpy(bits).view(torch.bool).view(tuple(shape))
+    """The inverse of `packed_bits`, on the device of `packed`."""
+    n = math.prod(shape)
+    if packed.device.type == "cpu":
+        bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=n, bitorder="little"))
+    else:
+        bits = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).view(-1)[:n]
+    return bits.view(torch.bool).view(tuple(shape))
+
+
+def in_passes(packed: torch.Tensor, n: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The bits of n weights in flat order, PASS at a time: where they are, and bool of that length."""
+    for start in range(0, n, PASS):
+        where = slice(start, min(start + PASS, n))
+        yield where, unpacked_bits(packed[start // 8 : -(-where.stop // 8)], (where.stop - start,))
 
 
 def pack(mask: Mask) -> bytes:
@@ -114,9 +172,8 @@ def pack(mask: Mask) -> bytes:
     One metadata key, "salun_sd", holds the settings and the shapes as JSON: safetensors orders several keys at
     random, and the same mask has to be the same bytes.
     """
-    shapes = {name: list(b.shape) for name, b in mask.bits.items()}
-    packed = {name: packed_bits(b) for name, b in mask.bits.items()}
-    return save_tensors(packed, {"salun_sd": json.dumps({**mask.settings, "shapes": shapes})})
+    shapes = {name: list(shape) for name, shape in mask.bits.shapes.items()}
+    return save_tensors(mask.bits.packed, {"salun_sd": json.dumps({**mask.settings, "shapes": shapes})})
 
 
 def unpack(data: bytes, name: str) -> Mask:
@@ -129,7 +186,7 @@ def unpack(data: bytes, name: str) -> Mask:
         sizes = {key: -(-math.prod(shape) // 8) for key, shape in shapes.items()}
         if sizes != {key: t.numel() for key, t in packed.items()}:
             raise ValueError("the header's shapes are not those of the bits")
-        bits = {key: unpacked_bits(packed[key], shape) for key, shape in shapes.items()}
+        bits = Bits({key: packed[key] for key in shapes}, shapes)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
         raise SalunError(f"{name} is not a salun-sd mask, or it is truncated; make it again with: salun-sd mask") from e
     return Mask(bits, settings)
@@ -138,7 +195,7 @@ def unpack(data: bytes, name: str) -> Mask:
 def check(mask: Mask, shapes: dict[str, torch.Size], fingerprint: str) -> None:
     """Raise SalunError unless the mask has exactly this UNet's parameters and was made for these weights."""
     missing, extra = sorted(shapes.keys() - mask.bits.keys()), sorted(mask.bits.keys() - shapes.keys())
-    other = [name for name in shapes.keys() & mask.bits.keys() if shapes[name] != mask.bits[name].shape]
+    other = [name for name in shapes.keys() & mask.bits.keys() if shapes[name] != mask.bits.shapes[name]]
     for what, names in (("lacks", missing), ("has unknown", extra), ("has another shape for", sorted(other))):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

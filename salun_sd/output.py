@@ -1,10 +1,8 @@
 """The end of `erase`, and the work of `apply`: an erased checkpoint in one of its forms, read back before it stands."""
 
-import resource
+import json
 import sys
 from pathlib import Path
-
-import torch
 
 from salun_sd import mask as masks
 from salun_sd import patch, provenance, save, tensors
@@ -116,8 +114,7 @@ def size_on_disk(path: Path) -> int:
     return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def peak_memory() -> int:
-    """Most memory held so far, in bytes: resident, or on the GPU where one is used."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def run_of(out: Path) -> dict:
+    """What the run that wrote `out` took: seconds, and for each step peak_bytes and, where planned, planned_bytes."""
+    folder = out if out.is_dir() else provenance.run_folder(out)
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))

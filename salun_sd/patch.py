@@ -9,7 +9,7 @@ import torch
 
 from salun_sd import tensors
 from salun_sd.errors import SalunError, UsageError
-from salun_sd.mask import Bits, packed_bits, unpacked_bits
+from salun_sd.mask import Bits, unpacked_bits
 from salun_sd.tensors import Lazy, Tensors, given
 
 
@@ -25,26 +25,25 @@ class Patch(NamedTuple):
         return any(key.startswith("old/") for key in self.tensors)
 
 
-def of_training(unet: torch.nn.Module, bits: Bits, base: Tensors, reversible: bool) -> Patch:
-    """The trained values inside the mask, in the dtype of the base's own tensors; the record is still empty.
+def of_training(values: dict[str, torch.Tensor], bits: Bits, base: Tensors, reversible: bool) -> Patch:
+    """The trained values inside the mask, float32 [k] for each parameter with k of them, in the dtype of the base's own
+    tensors; the record is still empty.
 
     Raises SalunError naming a weight that the dtype cannot hold.
     """
     found: Tensors = {}
-    for name, p in unet.named_parameters():
-        if not bits[name].any():
-            continue
-        new = p.detach().cpu()[bits[name]].to(base[name].dtype)
+    for name, trained in values.items():
+        new = trained.to(base[name].dtype)
         if not new.isfinite().all():
             raise SalunError(f"{name} does not fit into {base[name].dtype} any more: lower --lr.")
-        found[f"mask/{name}"], found[f"new/{name}"] = given(packed_bits(bits[name])), given(new)
+        found[f"mask/{name}"], found[f"new/{name}"] = given(bits.packed[name]), given(new)
         if reversible:
-            found[f"old/{name}"] = Lazy(new.dtype, new.shape, partial(_inside, base[name], bits[name]))
+            found[f"old/{name}"] = Lazy(new.dtype, new.shape, partial(_inside, base[name], bits, name))
     return Patch(found, {})
 
 
-def _inside(base: Lazy, bits: torch.Tensor) -> torch.Tensor:
-    return base.read()[bits]
+def _inside(base: Lazy, bits: Bits, name: str) -> torch.Tensor:
+    return base.read()[bits[name]]
 
 
 def merged(weights: Tensors, patch: Patch, which: str = "new") -> Tensors:

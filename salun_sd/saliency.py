@@ -1,11 +1,14 @@
 """The gradient of the forgetting loss over the whole forget set: how much each weight matters to the concept."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
+from salun_sd import ranks
 from salun_sd.diffusion import Condition, Examples, Schedule, add_noise, guide, moved, mse, noise_for, predict, target
 from salun_sd.errors import SalunError
+from salun_sd.memory import roomy
 
 
 def forget_loss(
@@ -25,24 +28,39 @@ def forget_loss(
     return -mse(prediction, target(schedule, x0, noise, t))
 
 
+# Sums of fewer weights than this are kept in double precision, so that the order of the addends, and with it the
+# number of processes, changes no mask: 0.8 GB at most.
+PRECISE = 100_000_000
+
+
 class Saliency:
     """Accumulates the signed gradient of the mean forgetting loss, batch by batch; read it once with `result`.
 
     Gradients are summed signed and made absolute once at the end: |sum of gradients|, not a sum of |gradients|.
     Each image's timestep and noise depend on (seed, its position), so the batch size changes only the rounding.
-    The UNet's weights are never touched.
+    The UNet's weights are never touched. A parameter's gradient is added to its sum as soon as it is made, and freed:
+    the gradients never stand in memory together. Processes that run together take batches in turn.
     """
 
     def __init__(self, unet, schedule: Schedule, empty: Condition, guidance: float, seed: int):
         self.unet, self.schedule, self.empty, self.guidance, self.seed = unet, schedule, empty, guidance, seed
-        self.images = 0
+        named = dict(unet.requires_grad_(True).named_parameters())
+        weights = sum(p.numel() for p in named.values())
+        dtype = torch.float64 if weights < PRECISE else torch.float32
+        home = roomy(unet.device, weights * dtype.itemsize)
+        self.sums = {name: torch.zeros(p.shape, dtype=dtype, device=home) for name, p in named.items()}
+        self._hooks = [p.register_post_accumulate_grad_hook(partial(self._add, self.sums[n])) for n, p in named.items()]
+
+    @staticmethod
+    def _add(total: torch.Tensor, p: torch.Tensor) -> None:
+        total += p.grad.to(total.device)
+        p.grad = None
 
     def accumulate(self, forget: Examples, batch_size: int) -> Iterator[int]:
-        """Go once over the forget set; yields the number of images done so far."""
-        self.unet.requires_grad_(True)
-        self.unet.zero_grad(set_to_none=True)
+        """Go once over the forget set; yields the number of images done so far, by all processes about."""
         device = self.unet.device
-        for start in range(0, len(forget), batch_size):
+        self.images = len(forget)
+        for start in range(ranks.rank() * batch_size, len(forget), ranks.count() * batch_size):
             index = range(start, min(start + batch_size, len(forget)))
             x0 = forget.latents[start : index.stop].to(device)
             condition = moved(forget.condition(torch.arange(start, index.stop)), device)
@@ -52,19 +70,18 @@ class Saliency:
                 self.guidance,
             )  # fmt: skip
             losses.sum().backward()
-            self.images += len(index)
-            yield self.images
+            yield min(len(forget), (start // batch_size + ranks.count() - ranks.rank()) * batch_size)
 
     def result(self) -> dict[str, torch.Tensor]:
         """|gradient of the mean forgetting loss| per weight: name -> float32, the parameter's shape.
 
-        Raises SalunError if a value is not finite. Frees the UNet's gradients.
+        Raises SalunError if a value is not finite.
         """
-        saliency = {}
-        for name, p in self.unet.named_parameters():
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = None
-            saliency[name] = grad.float().abs_().div_(self.images)
-            if not torch.isfinite(saliency[name]).all():
+        for hook in self._hooks:
+            hook.remove()
+        for name in list(self.sums):
+            found = ranks.added(self.sums.pop(name)).div_(self.images).abs_().float()
+            if not torch.isfinite(found).all():
                 raise SalunError(f"The saliency of {name} is not finite: check the forget images and the checkpoint.")
-        return saliency
+            self.sums[name] = found
+        return self.sums

@@ -66,7 +66,7 @@ def test_the_three_commands_write_exactly_these_files(made, few):
         images | tables | {"report.json", "report.html"} | {f"against/{name}" for name in images | tables}
     )
     assert files_in(made / "erased") == {
-        "README.md", "losses.jsonl", "mask.safetensors", "model_index.json", "salun.json", "sampling.json",
+        "README.md", "losses.jsonl", "mask.safetensors", "model_index.json", "run.json", "salun.json", "sampling.json",
         "samples/step-00000.png", "samples/step-00002.png", "scheduler/scheduler_config.json",
         "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",

@@ -6,7 +6,11 @@ from safetensors.torch import save
 
 from salun_sd import mask as masks
 from salun_sd.errors import SalunError, UsageError
-from salun_sd.mask import Mask
+from salun_sd.mask import Bits, Mask
+
+
+def bits_of(**bits):
+    return Bits.of(bits.items())
 
 
 def values(kind: str) -> dict[str, torch.Tensor]:
@@ -64,19 +68,18 @@ def test_controls():
 
 
 def test_kept_per_block():
-    bits = {
+    bits = bits_of(**{
         "conv_in.weight": torch.ones(4).bool(),
         "down_blocks.0.x.weight": torch.zeros(6).bool(),
         "down_blocks.0.y.bias": torch.tensor([True, False]),
         "down_blocks.1.x.bias": torch.ones(1).bool(),
-    }
+    })  # fmt: skip
     assert masks.kept_per_block(bits) == {"conv_in": (4, 4), "down_blocks.0": (1, 8), "down_blocks.1": (1, 1)}
 
 
 def test_pack_has_these_bytes_and_unpack_gives_everything_back():
-    mask = Mask(
-        {"w": torch.tensor([[True, False, False], [True, True, False], [False, False, True]])}, {"density": 0.5}
-    )
+    mask = Mask(bits_of(w=torch.tensor([[True, False, False], [True, True, False], [False, False, True]])),
+                {"density": 0.5})  # fmt: skip
     packed = masks.pack(mask)
     length = int.from_bytes(packed[:8], "little")
     header = json.loads(packed[8 : 8 + length])
@@ -90,12 +93,12 @@ def test_pack_has_these_bytes_and_unpack_gives_everything_back():
 
 def test_round_trip_at_every_length():
     for n in range(1, 40):
-        bits = {"w": torch.rand(n) < 0.5}
+        bits = bits_of(w=torch.rand(n) < 0.5)
         assert torch.equal(masks.unpack(masks.pack(Mask(bits, {})), "file").bits["w"], bits["w"])
 
 
 def test_a_truncated_or_foreign_file_is_named():
-    packed = masks.pack(Mask({"w": torch.ones(100).bool()}, {}))
+    packed = masks.pack(Mask(bits_of(w=torch.ones(100).bool()), {}))
     fewer, more = (
         {"w": torch.zeros(12, dtype=torch.uint8)},
         {"w": torch.zeros(13, dtype=torch.uint8), "x": torch.ones(1)},
@@ -110,7 +113,7 @@ def test_a_truncated_or_foreign_file_is_named():
 
 
 def test_a_mask_of_another_unet_is_refused():
-    mask = Mask({"a": torch.ones(2).bool(), "b": torch.ones(3).bool()}, {"base": "f" * 64})
+    mask = Mask(bits_of(a=torch.ones(2).bool(), b=torch.ones(3).bool()), {"base": "f" * 64})
     shapes = {name: b.shape for name, b in mask.bits.items()}
     masks.check(mask, shapes, "f" * 64)
     with pytest.raises(SalunError, match="fingerprint ffffffffffff, this one is 000000000000"):

@@ -199,7 +199,7 @@ def test_a_second_run_draws_and_encodes_nothing_and_needs_no_vae(tiny, own_cache
 
     monkeypatch.setattr(checkpoint, "load", load)
     cli.run([*argv, "--out", str(tmp_path / "second")])
-    assert loaded == [{"encoders": False}] and drawn == {f: f.stat().st_mtime_ns for f in own_cache.rglob("*.png")}
+    assert loaded == [] and drawn == {f: f.stat().st_mtime_ns for f in own_cache.rglob("*.png")}
     names = ("first", "second")
     assert len({record_of(tmp_path / name)["erased"]["fingerprint"] for name in names}) == 1
 
@@ -211,7 +211,7 @@ def test_the_cache_is_shown_cleared_and_named_when_it_cannot_be_written(tiny, ow
     cli.run(["cache"])
     shown = capsys.readouterr().out
     assert shown.count("encoded") == 2 and "drawn" in shown and str(own_cache) in shown
-    assert "2 images at 32 pixels, by" in " ".join(shown.split())
+    assert "2 images at 32 pixels" in shown
     cli.run(["cache", "--clear"])
     assert "removed 6 files" in capsys.readouterr().out and not list(own_cache.rglob("*.png"))
     assert "--older-than is for --clear" in fails(["cache", "--older-than", "3"], 2, capsys)

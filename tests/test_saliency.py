@@ -44,9 +44,10 @@ def test_sums_signed_gradients_before_the_absolute_value(fresh_unet, schedule, f
     for i in range(len(forget)):
         one = Saliency(fresh_unet, schedule, {"context": contexts["context"][:1]}, 7.5, 0)
         single = replace(forget, latents=forget.latents[: i + 1], which=forget.which[: i + 1])
-        for _ in one.accumulate(single, 1):
-            if one.images <= i:
-                fresh_unet.zero_grad()  # keep the last image's gradient alone
+        for done in one.accumulate(single, 1):
+            if done <= i:
+                for total in one.sums.values():
+                    total.zero_()  # keep the last image's gradient alone
         for name, s in one.result().items():
             separate[name] += s * (i + 1) / len(forget)
     for name in whole:

@@ -1,0 +1,96 @@
+"""What a run of `mask` or `erase` is given, checked before anything is drawn or loaded."""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from salun_sd import mask as masks
+from salun_sd import prompts, sources
+from salun_sd.checkpoint import Checkpoint
+from salun_sd.errors import SalunError, UsageError
+from salun_sd.images import read_image
+from salun_sd.mask import Mask
+from salun_sd.plan import Concept
+from salun_sd.sources import Item
+
+
+def images_of(spec: str | None, prompt: str) -> list[Item] | None:
+    """The images that a spec names; one that cannot be read or lacks the label that its prompt asks for is said now,
+    before anything is drawn."""
+    if spec is None:
+        return None
+    for item in sources.captioned(found := sources.items(spec), prompt):
+        read_image(item.read(), item.name)
+    return found
+
+
+def check_replaceable(path: Path) -> None:
+    """A mask may be made anew in its place, and that is said; any other file is not ours to replace."""
+    if path.suffix != ".safetensors":
+        raise UsageError(f"--out {path} has to end in .safetensors.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path.parent} cannot be written: choose another --out.")
+    if path.exists():
+        try:
+            masks.unpack(path.read_bytes(), str(path))
+        except (SalunError, OSError) as e:
+            raise UsageError(f"{path} exists and is not a mask of salun-sd; choose another --out.") from e
+        print(f"{path} is there already; the mask is made anew in its place.", file=sys.stderr)
+
+
+def checked_size(model: Checkpoint, resolution: int | None) -> int:
+    """Pixels of a side to train at. Raises UsageError where the UNet cannot halve it as often as it must."""
+    least = model.least_size
+    if resolution is not None and (resolution < least or resolution % least):
+        raise UsageError(f"--resolution {resolution} does not fit {model.name}: give a multiple of {least}.")
+    return resolution or model.image_size
+
+
+def check_numbers(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0) or (name == "lr" and value == 0):
+            least = "above 0" if name == "lr" else "from 0 on"
+            raise UsageError(f"--{name.replace('_', '-')} is {value:g}: give a finite number {least}.")
+
+
+def kept_prompts(kept: str | Sequence[str] | None, concepts: Sequence[Concept], guidance: float):
+    """Text and guidance scale of what must stay: the rows of a prompt set, less those whose class a concept names; the
+    texts of a plan; or, without either, the anchors, as the paper does for nudity."""
+    if not isinstance(kept, str):
+        return [(text, guidance) for text in kept or dict.fromkeys(c.anchor for c in concepts)]
+    rows = prompts.read(kept)
+    classes = {p.label for p in rows if p.label}
+    gone = {text: prompts.class_in(text, classes) for c in concepts for text in c.prompts()}
+    for text in [text for text, label in gone.items() if classes and label is None]:
+        print(f"{text!r} names no class of {kept}: none of its prompts is left out for it.", file=sys.stderr)
+    if not (left := [(p.text, p.guidance) for p in rows if not p.label or p.label not in gone.values()]):
+        raise UsageError(f"Every prompt of {kept} asks for what must go: none is left to retain.")
+    return left
+
+
+def given_mask(spec: str | None, model: Checkpoint, concepts: Sequence[Concept], seed: int) -> Mask | None:
+    """The mask that --mask asks for: a file, checked against the UNet, random:D, or none; None where it is to be
+    computed."""
+    if spec is None:
+        return None
+    shapes = {name: t.shape for name, t in model.unet.items()}
+    if spec == "none":
+        return Mask(masks.full_bits(shapes), {"base": model.fingerprint, "kind": "none"})
+    if spec.startswith("random:"):
+        try:
+            density = float(spec.removeprefix("random:"))
+        except ValueError as e:
+            raise UsageError(f"--mask {spec} has no density: write random:0.5, say.") from e
+        bits = masks.random_bits(shapes, density, seed)
+        return Mask(bits, {"base": model.fingerprint, "kind": "random", "density": density, "seed": seed})
+    if not Path(spec).is_file():
+        raise UsageError(f"Mask {spec} was not found: give a file that salun-sd mask wrote, random:0.5, or none.")
+    stored = masks.unpack(Path(spec).read_bytes(), spec)
+    masks.check(stored, shapes, model.fingerprint)
+    made_for = stored.settings.get("concepts", [])
+    if {c.prompt for c in concepts} - set(made_for):
+        print(f"{spec} was made for {', '.join(map(repr, made_for))}, not for these concepts.", file=sys.stderr)
+    return stored

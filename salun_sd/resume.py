@@ -1,0 +1,137 @@
+"""What an erasure has done so far, on disk, so that the same command goes on after a kill or Ctrl-C."""
+
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+
+from salun_sd import ranks, tensors
+from salun_sd.adam import SalientAdam
+from salun_sd.errors import UsageError
+from salun_sd.files import new_file
+from salun_sd.mask import Bits, Mask
+from salun_sd.tensors import Tensors, given
+
+STATE, LOSSES = "state.safetensors", "losses.jsonl"
+
+
+class State(NamedTuple):
+    """Where a run was when it was saved."""
+
+    steps: int
+    mask: Mask
+    adam: Tensors
+
+
+class Progress:
+    """A run's folder `<out>.state`: its state, and the losses and strips that go into the result in the end."""
+
+    def __init__(self, out: Path, run: dict, minutes: float):
+        self.out, self.run, self.minutes = out, json.loads(json.dumps(run)), minutes
+        self.folder, self.saved_at = out.with_name(f"{out.name}.state"), time.monotonic()
+
+    @contextmanager
+    def held(self) -> Iterator[State | None]:
+        """For this run alone; gives the state that an earlier one of the same command left. At the end the folder goes,
+        but where a run ends early and has saved a state.
+
+        Raises UsageError where the state is another command's, or a run that goes on has the folder.
+        """
+        if not ranks.is_main():
+            ranks.wait()
+            yield self._read()
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock").acquire(blocking=False):
+                try:
+                    state = self._read()
+                    ranks.wait()
+                    yield state
+                    self.forget()
+                finally:
+                    if not (self.folder / STATE).is_file():
+                        shutil.rmtree(self.folder, ignore_errors=True)
+        except Timeout as e:
+            raise UsageError(f"Another run is making {self.out}: wait for it, or choose another --out.") from e
+
+    def _read(self) -> State | None:
+        file = self.folder / STATE
+        if not file.is_file():
+            return None
+        found, header = tensors.read(file)
+        said = json.loads(header["salun_sd"])
+        if said["run"] != self.run:
+            raise UsageError(
+                f"{self.folder} is of an erasure with other settings or inputs that was interrupted: repeat its "
+                "command, choose another --out, or remove it."
+            )
+        packed = {name.removeprefix("mask/"): t.read() for name, t in found.items() if name.startswith("mask/")}
+        return State(said["steps"], Mask(Bits(packed, said["shapes"]), said["mask"]), found)
+
+    def save(self, adam: SalientAdam, mask: Mask) -> None:
+        """Write the state anew, whole or not at all."""
+        if not ranks.is_main():
+            return
+        content = {f"mask/{name}": given(packed) for name, packed in mask.bits.packed.items()} | adam.state()
+        said = {"run": self.run, "steps": adam.steps, "mask": mask.settings,
+                "shapes": {name: list(shape) for name, shape in mask.bits.shapes.items()}}  # fmt: skip
+        with new_file(self.folder / STATE) as partial:
+            tensors.write(partial, content, {"salun_sd": json.dumps(said)})
+        self.saved_at = time.monotonic()
+
+    def is_due(self) -> bool:
+        return self.minutes > 0 and time.monotonic() - self.saved_at >= 60 * self.minutes
+
+    def forget(self) -> None:
+        """The state is of no use any more."""
+        (self.folder / STATE).unlink(missing_ok=True)
+
+    @contextmanager
+    def losses(self, start: int) -> Iterator:
+        """The file of losses to go on writing, a line a step; what was written after step `start` is cut off."""
+        if not ranks.is_main():
+            with open("/dev/null", "w") as nowhere:
+                yield nowhere
+            return
+        file = self.folder / LOSSES
+        kept = file.read_text().splitlines(keepends=True)[:start] if start else []
+        with file.open("w", buffering=1) as lines:
+            lines.writelines(kept)
+            yield lines
+
+    def hand_over(self, folder: Path) -> None:
+        """Losses and strips become part of the result."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", f"{STATE}*"))
+
+
+@contextmanager
+def patient() -> Iterator[list]:
+    """Inside, the first Ctrl-C, or a cluster's SIGTERM, is only noted, in the list that this gives; the second Ctrl-C
+    interrupts."""
+    noted: list = []
+
+    def note(number, frame):
+        noted.append(number)
+        print("\nFinishing this step, to save it; Ctrl-C again to stop at once.", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agreed(noted: list) -> bool:
+    """Whether any of the processes was asked to stop: all stop after the same step."""
+    return bool(ranks.added(torch.tensor(float(len(noted)))))

@@ -1,0 +1,105 @@
+"""Two processes that a launcher started against one, on the CPU over gloo; and one of them dying."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from test_runs import tiny  # noqa: F401
+
+from salun_sd import checkpoint, mask, prompts
+
+CONCEPT = ["--concept", "a photo of a sneaker"]
+LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+
+
+def start(processes, folder, argv):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "SALUN_SD_CACHE": str(folder / "cache"), "TQDM_DISABLE": "1"}
+    command = [sys.executable, *(LAUNCH if processes > 1 else []), "-m", "salun_sd", *map(str, argv)]
+    return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):  # noqa: F811
+    """mask, erase and evaluate by one process and by two: {processes: folder}, and what they printed."""
+    folders, said = {n: tmp_path_factory.mktemp(f"by{n}") for n in (1, 2)}, {}
+    few = folders[1] / "few.csv"
+    few.write_text(prompts.write([p for i, p in enumerate(prompts.read("pocket")) if i % 20 == 0]))
+    for n, folder in folders.items():
+        for argv in (
+            ["mask", tiny, *CONCEPT, "--samples", "10", "--batch-size", "4", "--out", "m.safetensors"],
+            ["erase", tiny, *CONCEPT, "--anchor", "a photo of a bag", "--mask", "m.safetensors", "--samples", "10",
+             "--batch-size", "4", "--steps", "3", "--lr", "1e-3", "--out", "erased"],
+            ["evaluate", tiny, "--prompts", few, "--steps", "2", "--out", "audit"],
+        ):  # fmt: skip
+            process = start(n, folder, argv)
+            out, err = process.communicate(timeout=200)
+            assert process.returncode == 0, err[-3000:]
+            said[n, argv[0]] = out
+    return folders, said
+
+
+def test_the_mask_is_the_same(made):
+    folders, _ = made
+    one, two = (mask.unpack((folders[n] / "m.safetensors").read_bytes(), "") for n in (1, 2))
+    assert one == two or one.settings == two.settings and all(torch.equal(one.bits[k], two.bits[k]) for k in one.bits)
+
+
+def test_the_erased_weights_are_the_same_to_rounding_and_nothing_moved_outside(made, tiny):  # noqa: F811
+    folders, _ = made
+    base = checkpoint.find(tiny).unet
+    bits = mask.unpack((folders[1] / "m.safetensors").read_bytes(), "").bits
+    one, two = (checkpoint.find(str(folders[n] / "erased")).unet for n in (1, 2))
+    moved = 0
+    for name, t in base.items():
+        a, b = one[name].read(), two[name].read()
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)  # three updates of 1e-3
+        assert torch.equal(b[~bits[name]], t.read()[~bits[name]])
+        moved += int((b != t.read()).sum())
+    assert moved > 0.9 * mask.kept(bits)[0]
+    rows = {n: [json.loads(line) for line in (folders[n] / "erased" / "losses.jsonl").open()] for n in (1, 2)}
+    assert [r["loss"] for r in rows[2]] == pytest.approx([r["loss"] for r in rows[1]], rel=1e-3)
+
+
+def test_the_audit_is_the_same_to_the_byte(made):
+    folders, _ = made
+    one, two = (
+        {str(p.relative_to(folders[n])): p.read_bytes() for p in (folders[n] / "audit").rglob("*") if p.is_file()}
+        for n in (1, 2)
+    )
+    assert len(one) == 50 + 4 and one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+def test_only_the_main_process_speaks(made):
+    _, said = made
+    for command in ("mask", "evaluate"):
+        assert said[1, command] == said[2, command]
+    assert said[2, "erase"].count("changed ") == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_run(tiny, tmp_path, victim):  # noqa: F811
+    argv = ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--samples", "4", "--batch-size", "4", "--mask", "random:0.1",
+            "--steps", "100000", "--out", "erased"]  # fmt: skip
+    run = start(2, tmp_path, argv)
+    losses, deadline = tmp_path / "erased.state" / "losses.jsonl", time.monotonic() + 120
+    while not (losses.is_file() and losses.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = {
+        p.environ()["RANK"]: p for p in psutil.Process(run.pid).children(recursive=True) if "RANK" in p.environ()
+    }
+    workers[str(victim)].kill()
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers.values())
+
+
+def test_a_batch_too_small_to_share_is_refused(tiny, tmp_path):  # noqa: F811
+    run = start(2, tmp_path, ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--batch-size", "1", "--out", "erased"])
+    _, err = run.communicate(timeout=120)
+    assert run.returncode != 0 and "--batch-size 1 is too small for 1 parts in each of 2 processes" in err

@@ -1,0 +1,84 @@
+"""An erasure that is killed, interrupted or disturbed goes on, and ends with the bytes of an undisturbed one."""
+
+import random
+import signal
+import time
+
+import pytest
+from test_cli import fails, files_in, spawn
+from test_runs import tiny  # noqa: F401
+
+from salun_sd import cli
+
+ERASE = ["--concept", "a photo of a sneaker", "--anchor", "a photo of a bag", "--samples", "4", "--batch-size", "4",
+         "--mask", "random:0.2", "--steps", "30", "--sample-every", "10", "--format", "patch", "--save-every", "1e-9",
+         "--out", "p.safetensors", "--lr", "1e-4"]  # fmt: skip
+STATE = "p.safetensors.state/state.safetensors"  # written after every step, so that kills meet steps and saves alike
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("undisturbed")
+    process = spawn(["erase", tiny, *ERASE], cwd=out)
+    assert "No licence" in process.communicate(timeout=200)[1] and process.returncode == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def until(happens, process=None):
+    deadline = time.monotonic() + 120
+    while not happens() and (process is None or process.poll() is None) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def same(one, two) -> bool:
+    """Patch, card, record, losses and strips; run.json says how long each took."""
+    assert files_in(one) == files_in(two)
+    return all((one / f).read_bytes() == (two / f).read_bytes() for f in files_in(one) if not f.endswith("run.json"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_after_kills_at_any_moment_the_same_command_ends_with_the_same_bytes(tiny, undisturbed, tmp_path, seed):  # noqa: F811
+    moments, state, kills = random.Random(seed), tmp_path / STATE, 0
+    for _ in range(2):
+        process = spawn(["erase", tiny, *ERASE])
+        before = state.stat().st_mtime_ns if state.is_file() else 0
+        until(lambda: state.is_file() and state.stat().st_mtime_ns != before, process)  # noqa: B023
+        time.sleep(moments.uniform(0, 0.5))
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    cli.run(["erase", tiny, *ERASE])
+    assert kills and same(undisturbed, tmp_path)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, undisturbed, tmp_path):  # noqa: F811
+    process, losses = spawn(["erase", tiny, *ERASE]), tmp_path / "p.safetensors.state" / "losses.jsonl"
+    until(lambda: losses.is_file() and losses.stat().st_size, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].strip().splitlines()[-1]
+    assert process.returncode == 130
+    assert said.startswith("Interrupted after step ") and said.endswith("the same command goes on from there.")
+    cli.run(["erase", tiny, *ERASE])
+    assert same(undisturbed, tmp_path)
+
+
+def test_the_state_of_another_run_is_not_taken_and_not_lost(tiny, tmp_path, capsys):  # noqa: F811
+    process, state = spawn(["erase", tiny, *ERASE, "--seed", "5"]), tmp_path / STATE
+    until(state.is_file, process)
+    said = fails(["erase", tiny, *ERASE], 2, capsys)
+    assert "Another run is making p.safetensors: wait for it, or choose another --out" in said
+    process.kill()
+    process.communicate()
+    kept = state.read_bytes()
+    assert "is of an erasure with other settings" in fails(["erase", tiny, *ERASE], 2, capsys)
+    assert state.read_bytes() == kept
+
+
+def test_an_error_that_would_come_again_leaves_no_state(tiny, tmp_path, capsys):  # noqa: F811
+    assert "exploded at step" in fails(["erase", tiny, *ERASE[:-1], "3"], 1, capsys)
+    assert list(tmp_path.iterdir()) == []
