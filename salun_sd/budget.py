@@ -117,7 +117,7 @@ def _unet(config: dict, work: Work) -> nn.Module:
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(config)
-    work.precision.prepare(unet.to(work.dtype))
+    work.precision.prepare(nn.Module.to(unet, work.dtype))  # diffusers' own warns of other models
     if work.checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.eval()
@@ -189,7 +189,7 @@ class Live(TorchDispatchMode):
     def __init__(self, known: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.bytes = self.most = 0
-        self._seen = {id(t.untyped_storage()) for t in known}  #
+        self._seen = {id(t.untyped_storage()) for t in known}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         made = op(*args, **(kwargs or {}))

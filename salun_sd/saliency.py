@@ -6,7 +6,19 @@ from functools import partial
 import torch
 
 from salun_sd import ranks
-from salun_sd.diffusion import Condition, Examples, Schedule, add_noise, guide, moved, mse, noise_for, predict, target
+from salun_sd.diffusion import (
+    Condition,
+    Examples,
+    Schedule,
+    add_noise,
+    guide,
+    joined,
+    moved,
+    mse,
+    noise_for,
+    predict,
+    target,
+)
 from salun_sd.errors import SalunError
 from salun_sd.memory import roomy
 
@@ -21,10 +33,12 @@ def forget_loss(
     x0 and noise [B, 4, h, w], t [B]; empty: the prompt "", one row, in whose place the image's own size and crop stay.
     """
     x_t = add_noise(schedule, x0, noise, t)
-    prediction = predict(unet, x_t, t, condition)
-    if guidance:
+    if guidance:  # in one forward: in two, a parameter's gradient of one would wait for that of the other
         nothing = condition | {k: v.expand_as(condition[k]) for k, v in empty.items()}
-        prediction = guide(prediction, predict(unet, x_t, t, nothing), guidance)
+        both = predict(unet, torch.cat([x_t, x_t]), torch.cat([t, t]), joined(condition, nothing))
+        prediction = guide(*both.chunk(2), guidance)
+    else:
+        prediction = predict(unet, x_t, t, condition)
     return -mse(prediction, target(schedule, x0, noise, t))
 
 

@@ -33,6 +33,12 @@ def fails(argv, code, capsys) -> str:
     return said
 
 
+def erase(option, value, *options) -> list:
+    """ERASE with another value of an option it has, and more options."""
+    at = ERASE.index(option) + 1
+    return [*ERASE[:at], value, *ERASE[at + 1 :], *options]
+
+
 def files_in(folder) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
@@ -163,7 +169,7 @@ def test_same_command_same_bytes_and_other_seed_other_bytes(made, tmp_path):
 
 
 def test_erase_without_a_mask_computes_the_one_that_mask_writes(made, tmp_path):
-    cli.run([*ERASE, "--batch-size", "8", "--density", "0.1", "--out", str(tmp_path / "erased")])
+    cli.run(erase("--batch-size", "8", "--density", "0.1", "--out", str(tmp_path / "erased")))
     assert (tmp_path / "erased" / "mask.safetensors").read_bytes() == (made / "m-0.1.safetensors").read_bytes()
 
 
@@ -208,7 +214,7 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.safetensors").write_bytes((made / "m-0.1.safetensors").read_bytes()[:-1])
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.tex").write_text("")
+    (tmp_path / "taken" / "m.safetensors").write_text("")
     shutil.copytree(made / "audit" / "images", tmp_path / "broken")
     (tmp_path / "broken" / "torn.png").write_bytes(b"\x89PNG")
     (tmp_path / "short.csv").write_text("case_number,prompt\n0,a\n")
@@ -220,18 +226,18 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         ([*MASK, "--density", "0", *saved], 2, "Density 0 is outside (0, 1]"),
         ([*MASK, "--density", "0.5", "--density", "0.5", *out], 2, "given twice"),
         ([*MASK, "--forget", tmp_path / "empty", *saved], 2, "holds no images"),
-        ([*MASK, "--out", tmp_path / "taken" / "thesis.tex"], 2, "is not a mask of salun-sd; choose another --out"),
+        ([*MASK, "--out", tmp_path / "taken" / "m.safetensors"], 2, "is not a mask of salun-sd; choose another --out"),
         ([*ERASE[:4], "--anchor", "A photo of  a sneaker", *out], 2, "and the anchor are both"),
         ([*ERASE, "--concept", "a coat", *out], 2, "--concept 'a coat' has no --anchor"),
         ([*ERASE, "--out", tmp_path / "taken"], 2, "taken holds something else: choose another --out"),
-        ([*ERASE, "--lr", "2e-4", "--out", made / "erased"], 2, "erased with other settings"),
-        ([*ERASE, "--lr", "-1", *out], 2, "--lr is -1: give a finite number above 0"),
+        (erase("--lr", "2e-4", "--out", made / "erased"), 2, "erased with other settings"),
+        (erase("--lr", "-1", *out), 2, "--lr is -1: give a finite number above 0"),
         ([*MASK, "--guidance", "nan", *out], 2, "--guidance is nan: give a finite number from 0 on"),
         ([*MASK[:2], "--concept", " ", *out], 2, "--concept is empty"),
         ([*MASK[:2], *out], 2, "There is nothing to erase: give --concept with --anchor, or --plan"),
         ([*ERASE, "--retain-weight", "nan", *out], 2, "--retain-weight is nan"),
         ([*ERASE, "--forget", tmp_path / "broken", *out], 1, "torn.png cannot be read as an image"),
-        ([*ERASE, "--retain", tmp_path / "broken", "--samples", "9999", *out], 1, "torn.png cannot be read"),
+        (erase("--samples", "9999", "--retain", tmp_path / "broken", *out), 1, "torn.png cannot be read"),
         ([*ERASE, "--forget", "here", "--forget", "there", *out], 2, "--forget is given twice: give it once"),
         ([*MASK, "--out", tmp_path / "mask"], 2, "has to end in .safetensors"),
         ([*ERASE, "--mask", "none", "--density", "0.1", *out], 2, "leave them out with --mask"),
@@ -246,7 +252,7 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         ([*masked, "random:2"], 2, "Density 2 is outside"),
         ([*masked, tmp_path / "cut.safetensors"], 1, "cut.safetensors is not a salun-sd mask, or it is truncated"),
         (["erase", made / "erased", *masked[2:], made / "m-0.1.safetensors"], 1, "The mask was made for a UNet with"),
-        ([*ERASE, "--lr", "1e6", *out], 1, "The loss exploded at step"),
+        (erase("--lr", "1e6", *out), 1, "The loss exploded at step"),
         (["evaluate", "--prompts", "pocket", *out], 2, "Give either a MODEL"),
         (["evaluate", "pocket", "--prompts", "pocket", "--against", "nowhere", *out], 2, "Model nowhere was not found"),
         (["evaluate", "pocket", "--prompts", "nowhere.csv", *out], 2, "no prompt set or file nowhere.csv"),
@@ -291,10 +297,10 @@ def interrupt(process, when) -> str:
 
 
 def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(made, few, tmp_path):
-    process = spawn([*ERASE, "--steps", "1000", "--out", tmp_path / "erased"])
-    said = interrupt(process, lambda: list(tmp_path.glob(".erased.*.partial/losses.jsonl")))
-    assert process.returncode == 130 and said.startswith("Interrupted")
-    assert list(tmp_path.iterdir()) == []
+    process = spawn(erase("--steps", "1000", "--out", tmp_path / "erased"))
+    said = interrupt(process, (tmp_path / "erased.state" / "losses.jsonl").is_file)
+    assert process.returncode == 130 and said.startswith("Interrupted after step")
+    assert [p.name for p in tmp_path.iterdir()] == ["erased.state"]
 
     audit = [
         "evaluate",

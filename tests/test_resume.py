@@ -10,6 +10,8 @@ from test_runs import tiny  # noqa: F401
 
 from salun_sd import cli
 
+pytestmark = pytest.mark.slow  # runs that are killed and begun again
+
 ERASE = ["--concept", "a photo of a sneaker", "--anchor", "a photo of a bag", "--samples", "4", "--batch-size", "4",
          "--mask", "random:0.2", "--steps", "30", "--sample-every", "10", "--format", "patch", "--save-every", "1e-9",
          "--out", "p.safetensors", "--lr", "1e-4"]  # fmt: skip
