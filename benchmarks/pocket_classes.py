@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from salun_sd import cli, demo, prompts, report
+from salun_sd import cli, demo, output, prompts, report
 
 HERE = Path(__file__).parent
 
@@ -74,10 +74,10 @@ def main(
         of_case = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
         before = report.measure(*([lines[p.case] for p in asked] for lines in of_case), [concept])["metrics"]
         record = json.loads((erased / "salun.json").read_text())
-        changed = record["changed"]
+        changed, seconds = record["changed"], output.run_of(erased)["seconds"]
         table.append(
             f"| {concept} → {anchor} | {d:g} | {report.rate(after['ua'])} | {report.rate(after['ra'])} "
-            f"| {report.rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {record['seconds']:.0f} |"
+            f"| {report.rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {seconds:.0f} |"
         )
         if concept == first and d == density[0]:
             some = [p.case for p in asked if p.label == concept][:4]

@@ -1,6 +1,7 @@
 """The commands as a person types them, on the bundled checkpoint."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -266,6 +269,20 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         assert said in fails(argv, code, capsys), argv
         assert not [p for p in tmp_path.iterdir() if p.stem == "out"], argv
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def test_a_dry_run_says_the_settings_and_the_memory_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    argv = [*ERASE, "--density", "0.1", "--out", str(tmp_path / "out"), "--dry-run"]
+    cli.run(argv)
+    said = capsys.readouterr().out
+    for line in (r"batch_size +4", r"memory, mask +GiB", r"salient weights and their moments +0.01", "It fits: "):
+        assert re.search(line, said), line
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=30_000_000))
+    cli.run(argv)
+    said = capsys.readouterr().out
+    assert "It does not fit: 0.03 GiB are free" in said and re.search(r"--\w+.* saves 0\.\d\d GiB", said)
+    cli.run([*MASK, "--out", str(tmp_path / "m.safetensors"), "--dry-run"])
+    assert "sums of the gradients" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
 def test_a_mask_of_other_concepts_is_taken_and_said(made, tmp_path, capsys):
