@@ -90,10 +90,21 @@ def named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def foresee(model: Checkpoint, works: Sequence[Work], settings: dict) -> Foreseen:
-    """The memory plan of a run's steps."""
+def planned(model: Checkpoint, works: Sequence[Work]) -> dict[str, dict[str, int]]:
+    """The memory plan of a run's steps; a step that does not fit the device is named."""
     config, device = families.config(model.config, "unet", model.name), checkpoint.device()
     plans = {work.step: budget.plan(config, work, device) for work in works}
+    for step, parts in plans.items():
+        if not budget.fits(parts, device):
+            print(f"The {step} step takes {budget.peak(parts) / 2**30:.1f} GiB, more than is free: --dry-run says what "
+                  "brings it down.", file=sys.stderr)  # fmt: skip
+    return plans
+
+
+def foresee(model: Checkpoint, works: Sequence[Work], settings: dict) -> Foreseen:
+    """What --dry-run gives."""
+    config, device = families.config(model.config, "unet", model.name), checkpoint.device()
+    plans = planned(model, works)
     most = max(works, key=lambda work: budget.peak(plans[work.step]))
     too_much = not budget.fits(plans[most.step], device)
     return Foreseen(settings, plans, budget.advice(config, most, device) if too_much else [])
@@ -135,17 +146,22 @@ def mask(
         masks.keep_count(density, sys.maxsize)  # outside (0, 1]: say so before a checkpoint is loaded
         check_replaceable(path)
     compute = Compute.of(model, dtype, checkpointing)
+    work = {"step": "mask", "batch": batch_size, "guidance": guidance}
+    works = compute.works(model, base.resolution, work)
     if dry_run:
         settings = {"model": model.name, "concepts": [text for c in concepts for text in c.prompts()],
                     "densities": densities, "guidance": guidance, "batch_size": batch_size, "seed": seed,
                     "resolution": base.resolution, **compute.record()}  # fmt: skip
-        step = {"step": "mask", "batch": batch_size, "guidance": guidance}
-        return foresee(model, compute.works(model, base.resolution, step), settings)
+        return foresee(model, works, settings)
+    plans = planned(model, works) if compute.is_large else {}
     images = [images_of(c.images, c.prompt) for c in concepts]
     items = [item for group in forget_items(base, concepts, images, samples) for item in group]
     forget, row = encode(base, items, [""])
     empty = forget.rows([row[""]])
+    memory.forget_peak()
     made = make_masks(base, compute.load(base), forget, empty, concepts, densities, guidance, seed, batch_size)
+    foreseen = f"; planned {budget.peak(plans['mask']) / 2**30:.2f} GiB" if plans else ""
+    print(f"Peak memory of the mask step: {memory.peak() / 2**30:.2f} GiB{foreseen}.", file=sys.stderr)
     if ranks.is_main():
         for path, each in zip(paths, made, strict=True):
             write_atomic(path, masks.pack(each))
@@ -220,7 +236,7 @@ def erase(
         return done
 
     progress = Progress(out, {"settings": settings, "inputs": inputs}, save_every)
-    plans = foresee(model, works, settings).plans if compute.is_large else {}
+    plans = planned(model, works) if compute.is_large else {}
     peaks = {}
     with progress.held() as state:
         base = Base(model, size)
