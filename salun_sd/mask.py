@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import save as save_tensors
 from salun_sd.errors import SalunError, UsageError
 
 PASS = 1 << 22  # weights that are looked at together: what that needs beside them stays in the tens of MB
+ONES = np.array([byte.bit_count() for byte in range(256)])  # in a byte
 
 
 class Bits(Mapping):
@@ -67,16 +69,19 @@ def thresholds(saliency: dict[str, torch.Tensor], counts: list[int]) -> list[flo
     k-th value is in, and counting the low 16 bits inside that bucket finds the value. Two passes for all of counts.
     """
     values = list(saliency.values())
-    high = torch.zeros(1 << 15, dtype=torch.int64, device=values[0].device)
-    for p in _patterns(values):
-        high += torch.bincount(p >> 16, minlength=1 << 15)
-    places = [_bucket_of(high, k) for k in counts]
-    low = {bucket: torch.zeros(1 << 16, dtype=torch.int64, device=high.device) for bucket, _ in places}
-    for p in _patterns(values):
-        buckets = p >> 16
-        for bucket, table in low.items():
-            table += torch.bincount(p[buckets == bucket] & 0xFFFF, minlength=1 << 16)
-    found = [(b << 16) + _bucket_of(low[b], k - before)[0] for k, (b, before) in zip(counts, places, strict=True)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # torch counts on one core
+        high = sum(threads.map(lambda p: torch.bincount(p >> 16, minlength=1 << 15), _patterns(values)))
+        places = [_bucket_of(high, k) for k in counts]
+
+        def low_of(p: torch.Tensor) -> torch.Tensor:
+            buckets = p >> 16
+            return torch.stack([
+                torch.bincount(p[buckets == bucket] & 0xFFFF, minlength=1 << 16) for bucket, _ in places
+            ])  # fmt: skip
+
+        low = sum(threads.map(low_of, _patterns(values)))  # [len(counts), 65536]
+    found = [(b << 16) + _bucket_of(table, k - before)[0]
+             for k, (b, before), table in zip(counts, places, low, strict=True)]  # fmt: skip
     return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
 
 
@@ -95,17 +100,17 @@ def _bucket_of(table: torch.Tensor, k: int) -> tuple[int, int]:
 
 def select(saliency: dict[str, torch.Tensor], threshold: float, count: int) -> Bits:
     """m_S = 1(|g| >= threshold) with exactly count ones: of the weights at the threshold, the first by position."""
-    spare = count - sum(int((s > threshold).sum()) for s in saliency.values())
-
-    def chosen(s: torch.Tensor) -> torch.Tensor:
-        nonlocal spare
-        bits = s > threshold
-        ties = (s == threshold).view(-1).nonzero().squeeze(1)[:spare]
-        bits.view(-1)[ties] = True
-        spare -= len(ties)
-        return bits
-
-    return Bits.of((name, chosen(s)) for name, s in saliency.items())
+    bits = Bits.of((name, s >= threshold) for name, s in saliency.items())
+    excess = kept(bits)[0] - count
+    for name in reversed(list(bits)):
+        if not excess:
+            break
+        ties = (saliency[name] == threshold).view(-1).nonzero().squeeze(1)[-excess:].cpu()
+        fewer = bits[name]
+        fewer.view(-1)[ties] = False
+        bits.packed[name] = packed_bits(fewer)
+        excess -= len(ties)
+    return bits
 
 
 def random_bits(shapes: dict[str, torch.Size], density: float, seed: int) -> Bits:
@@ -124,7 +129,8 @@ def full_bits(shapes: dict[str, torch.Size]) -> Bits:
 
 def kept(bits: Bits) -> tuple[int, int]:
     """How many weights the mask keeps, and of how many."""
-    return sum(int(b.sum()) for b in bits.values()), sum(shape.numel() for shape in bits.shapes.values())
+    ones = sum(int(ONES[packed.numpy()].sum()) for packed in bits.packed.values())
+    return ones, sum(shape.numel() for shape in bits.shapes.values())
 
 
 def density(bits: Bits) -> float:
