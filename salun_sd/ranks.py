@@ -5,36 +5,42 @@
 
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:  # a command that does not compute does not wait for torch
+    import torch
 
 LONGEST_WAIT = timedelta(hours=12)  # one draws, encodes or writes while the others wait
+_place = {"rank": 0, "count": 1}
 
 
 def start() -> None:
     """Join the other processes, where a launcher has started several: over NCCL with GPUs, over gloo without."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and count() == 1:
+        import torch
         from accelerate import InitProcessGroupKwargs, PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), **InitProcessGroupKwargs(timeout=LONGEST_WAIT).to_kwargs())
+        _place.update(rank=torch.distributed.get_rank(), count=torch.distributed.get_world_size())
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return _place["rank"]
 
 
 def count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return _place["count"]
 
 
 def is_main() -> bool:
     return rank() == 0
 
 
-def added(t: torch.Tensor) -> torch.Tensor:
+def added(t: "torch.Tensor") -> "torch.Tensor":
     """The sum of all processes' tensors, in place of each."""
     if count() > 1:
+        import torch.distributed as dist
+
         on_device = t.cuda() if dist.get_backend() == "nccl" and t.device.type == "cpu" else t
         dist.all_reduce(on_device)
         if on_device is not t:
@@ -45,6 +51,8 @@ def added(t: torch.Tensor) -> torch.Tensor:
 def wait() -> None:
     """Until all processes are here."""
     if count() > 1:
+        import torch.distributed as dist
+
         dist.barrier()
 
 
@@ -52,6 +60,8 @@ def gathered(items: list) -> list:
     """The items of all processes, those of the main one first, for each of them."""
     if count() == 1:
         return items
+    import torch.distributed as dist
+
     lists: list = [None] * count()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]

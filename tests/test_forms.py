@@ -117,7 +117,7 @@ def test_a_command_gives_the_same_weights_in_each_form_and_moves_them_inside_the
     assert mask.kept(bits)[0] / 2 < moved == json.loads((made.folder / "salun.json").read_text())["changed"]["inside"]
     assert all(all_same(t, after[part]) for part, t in before.items())
     base, folder = files_of(made.base), files_of(made.folder)
-    assert folder.keys() == base.keys() | {"README.md", "salun.json", "mask.safetensors", "losses.jsonl"}
+    assert folder.keys() == base.keys() | {"README.md", "salun.json", "mask.safetensors", "losses.jsonl", "run.json"}
     apart = {"unet/diffusion_pytorch_model.safetensors", "model_index.json"}
     assert [name for name in base.keys() - apart if folder[name] != base[name]] == []
 
@@ -215,7 +215,7 @@ def test_a_random_mask_is_the_same_for_each_form_of_the_base(here, tmp_path):
 def test_the_card_names_the_hubs_base_and_inherits_its_licence(patches):
     card = ModelCard.load(provenance.run_folder(patches["hub"]) / "README.md").data
     assert (card.base_model, card.license, card.license_name) == ("someone/tiny", "creativeml-openrail-m", None)
-    assert card.library_name == "diffusers" and "concept-erasure" in card.tags
+    assert card.library_name is None and "concept-erasure" in card.tags  # a patch, which no library loads
     card = ModelCard.load(provenance.run_folder(patches["folder"]) / "README.md").data
     assert (card.base_model, card.license) == (None, None)  # a folder here is no id there
 

@@ -59,4 +59,4 @@ def test_the_maths_knows_no_paths_and_prints_nothing():
 
 
 def test_only_the_command_line_knows_typer():
-    assert {m for m in MODULES if "import typer" in (FOLDER / f"{m}.py").read_text()} == {"cli"}
+    assert {m for m in MODULES if "import typer" in (FOLDER / f"{m}.py").read_text()} == {"cli", "options"}
