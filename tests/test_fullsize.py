@@ -159,7 +159,7 @@ def test_every_form_of_the_true_architecture(here, run, family, prediction):
             peak = run(f"apply {name} -> {form}", COMMAND, *argv)
             share = peak / size_on_disk(model)
             print(f"{'of the size of the ' + name:<32} {share:18.2f}")
-            assert share < 1.2 or name == "ckpt"
+            assert share < 1.2
             of_folder = folder if out.is_file() else ""
             check(out, of_folder)
             if name == "folder":
