@@ -39,7 +39,7 @@ from salun_sd.diffusion import predict
 from salun_sd.edit import LARGE, named
 from salun_sd.erase import erase
 from salun_sd.precision import Precision
-from salun_sd.saliency import PRECISE, Saliency
+from salun_sd.saliency import Saliency, sum_dtype
 from salun_sd.tensors import Lazy
 
 DENSITIES = [0.5, 0.1, 0.01]
@@ -201,7 +201,7 @@ def masks(bench: Bench, cases: list[Case], steps: int) -> Iterator[list]:
         least = (12 if torch.cuda.is_available() else 36) * n  # with a GPU, the sums and their sort are on the host
         theirs = bench.fits(least, reference.time_mask, case, steps, 0.5)
         yield [*_case(case, "reference"), *_cells(theirs, least, 2), "", ""]
-        need = (bytes_ + (8 if n < PRECISE else 4)) * n
+        need = (bytes_ + sum_dtype(n).itemsize) * n
         ours = bench.fits(need, our_mask, case, steps)
         yield [*_case(case), *_cells(ours, need, 2), *_ratios(theirs, ours, least)]
 

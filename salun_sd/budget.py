@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from salun_sd import mask, memory
 from salun_sd.diffusion import Condition, Schedule, mse, predict
 from salun_sd.precision import Precision
-from salun_sd.saliency import PRECISE, forget_loss
+from salun_sd.saliency import forget_loss, sum_dtype
 
 PROGRAM = "the program"
 
@@ -55,7 +55,7 @@ def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]
     count = sum(p.numel() for p in unet.parameters())
     weights = count * work.dtype.itemsize
     if work.step == "mask":
-        dtype = torch.float64 if count < PRECISE else torch.float32
+        dtype = sum_dtype(count)
         parts = {"weights": weights, "sums of the gradients": count * dtype.itemsize}
         if memory.roomy(device, parts["sums of the gradients"] + weights // 2) != device:
             del parts["sums of the gradients"]  # they stay on the host

@@ -103,6 +103,14 @@ def program(
     pass
 
 
+def begin() -> None:
+    """Before a command that computes: memory that is freed goes back, and the other processes are joined."""
+    from salun_sd import memory, ranks
+
+    memory.give_back()
+    ranks.start()
+
+
 def model_of(name: str, config: str | None, revision: str | None, variant: str | None):
     """The checkpoint, found; what was found is printed."""
     from salun_sd import checkpoint
@@ -143,12 +151,11 @@ def mask(
     variant: VariantOpt = None,
 ) -> None:
     """Find the UNet weights that matter to a concept (gradient saliency)."""
-    from salun_sd import edit, memory, ranks
+    from salun_sd import edit
     from salun_sd.mask import kept, kept_per_block
     from salun_sd.plan import of_options
 
-    memory.give_back()
-    ranks.start()
+    begin()
     concepts, _ = of_options(plan, concept, None, forget)
     made = edit.mask(
         model_of(model, config, revision, variant), concepts, samples=samples, densities=density or [0.5],
@@ -234,11 +241,10 @@ def erase(
     variant: VariantOpt = None,
 ) -> None:
     """Fine-tune only the masked weights so that the concept becomes the anchor."""
-    from salun_sd import edit, memory, output, ranks
+    from salun_sd import edit, output, ranks
     from salun_sd.plan import of_options
 
-    memory.give_back()
-    ranks.start()
+    begin()
     if mask and (is_typed(ctx, "density") or is_typed(ctx, "guidance")):
         raise UsageError("--density and --guidance are for a mask that erase computes: leave them out with --mask.")
     concepts, kept = of_options(plan, concept, anchor or [], forget)
@@ -353,11 +359,10 @@ def evaluate(
     variant: VariantOpt = None,
 ) -> None:
     """Draw a prompt set, run NudeNet and a classifier over the images, write an audit."""
-    from salun_sd import audit, memory, ranks
+    from salun_sd import audit
     from salun_sd.report import rate
 
-    memory.give_back()
-    ranks.start()
+    begin()
     are_files = [Path(name).is_file() for name in (model, against) if name]
     if (config and not any(are_files)) or (variant and all(are_files)) or (revision and not model):
         raise UsageError("--config is for a single file, --revision and --variant for a MODEL that is none.")

@@ -91,11 +91,17 @@ def named(dtype: torch.dtype) -> str:
 
 
 def planned(model: Checkpoint, works: Sequence[Work]) -> dict[str, dict[str, int]]:
-    """The memory plan of a run's steps; a step that does not fit the device is named."""
+    """The memory plan of each step."""
     config, device = families.config(model.config, "unet", model.name), checkpoint.device()
-    plans = {work.step: budget.plan(config, work, device) for work in works}
+    return {work.step: budget.plan(config, work, device) for work in works}
+
+
+def announced(model: Checkpoint, works: Sequence[Work], compute: Compute) -> dict[str, dict[str, int]]:
+    """The plan of a run that is about to begin, where the model is large enough to ask; a step that does not fit the
+    device is named."""
+    plans = planned(model, works) if compute.is_large else {}
     for step, parts in plans.items():
-        if not budget.fits(parts, device):
+        if not budget.fits(parts, checkpoint.device()):
             print(f"The {step} step takes {budget.peak(parts) / 2**30:.1f} GiB, more than is free: --dry-run says what "
                   "brings it down.", file=sys.stderr)  # fmt: skip
     return plans
@@ -153,7 +159,7 @@ def mask(
                     "densities": densities, "guidance": guidance, "batch_size": batch_size, "seed": seed,
                     "resolution": base.resolution, **compute.record()}  # fmt: skip
         return foresee(model, works, settings)
-    plans = planned(model, works) if compute.is_large else {}
+    plans = announced(model, works, compute)
     images = [images_of(c.images, c.prompt) for c in concepts]
     items = [item for group in forget_items(base, concepts, images, samples) for item in group]
     forget, row = encode(base, items, [""])
@@ -236,7 +242,7 @@ def erase(
         return done
 
     progress = Progress(out, {"settings": settings, "inputs": inputs}, save_every)
-    plans = planned(model, works) if compute.is_large else {}
+    plans = announced(model, works, compute)
     peaks = {}
     with progress.held() as state:
         base = Base(model, size)

@@ -47,6 +47,11 @@ def forget_loss(
 PRECISE = 100_000_000
 
 
+def sum_dtype(weights: int) -> torch.dtype:
+    """Of the sums of gradients of a UNet with so many weights."""
+    return torch.float64 if weights < PRECISE else torch.float32
+
+
 class Saliency:
     """Accumulates the signed gradient of the mean forgetting loss, batch by batch; read it once with `result`.
 
@@ -60,7 +65,7 @@ class Saliency:
         self.unet, self.schedule, self.empty, self.guidance, self.seed = unet, schedule, empty, guidance, seed
         named = dict(unet.requires_grad_(True).named_parameters())
         weights = sum(p.numel() for p in named.values())
-        dtype = torch.float64 if weights < PRECISE else torch.float32
+        dtype = sum_dtype(weights)
         home = roomy(unet.device, weights * dtype.itemsize)
         self.sums = {name: torch.zeros(p.shape, dtype=dtype, device=home) for name, p in named.items()}
         self._hooks = [p.register_post_accumulate_grad_hook(partial(self._add, self.sums[n])) for n, p in named.items()]
