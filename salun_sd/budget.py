@@ -160,7 +160,7 @@ def _added(p: nn.Parameter, dtype: torch.dtype, device: torch.device) -> int:
 def _taken(p: nn.Parameter, work: Work, device: torch.device) -> int:
     """Bytes that `SalientAdam` makes from a gradient: its salient entries, as they are, in float32, and the root of
     their second moment; and for one pass over the bits, these and what torch finds their places with."""
-    n, k = min(p.numel(), mask.PASS), round(work.density * p.numel())
+    n, k = mask.pass_size(p.numel(), device), round(work.density * p.numel())
     if device.type == "cpu":  # a running count of the bits, and with several threads a copy of them as wide
         places = 8 * n * (2 if torch.get_num_threads() > 1 else 1)
     else:

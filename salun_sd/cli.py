@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from salun_sd import ranks
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.options import (
     MODEL_HELP,
@@ -39,7 +40,7 @@ from salun_sd.options import (
     is_typed,
 )
 
-RANK = os.environ.get("RANK", "0")  # of the processes that a launcher started
+RANK, _ = ranks.launched()
 
 
 class Commands(TyperGroup):
@@ -54,7 +55,7 @@ class Commands(TyperGroup):
             if os.environ.get("SALUN_SD_DEBUG"):
                 raise
             text, code = _in_words(e)
-            said = (text, sys.stderr) if RANK == "0" else (f"Process {RANK}: {text}", sys.__stderr__)
+            said = (text, sys.stderr) if RANK == 0 else (f"Process {RANK}: {text}", sys.__stderr__)
             print(said[0], file=said[1])
             raise typer.Exit(code) from e
 
@@ -105,7 +106,7 @@ def program(
 
 def begin() -> None:
     """Before a command that computes: memory that is freed goes back, and the other processes are joined."""
-    from salun_sd import memory, ranks
+    from salun_sd import memory
 
     memory.give_back()
     ranks.start()
@@ -241,7 +242,7 @@ def erase(
     variant: VariantOpt = None,
 ) -> None:
     """Fine-tune only the masked weights so that the concept becomes the anchor."""
-    from salun_sd import edit, output, ranks
+    from salun_sd import edit, output
     from salun_sd.plan import of_options
 
     begin()
@@ -441,7 +442,7 @@ def main() -> None:
     # They warn of torchvision and casts that nothing here depends on, the hub of each try that we give the end of.
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    if RANK != "0":  # of several processes, the main one speaks; any may say what stops it
+    if RANK != 0:  # of several processes, the main one speaks; any may say what stops it
         sys.stdout = sys.stderr = open(os.devnull, "w")
     run(sys.argv[1:])
 

@@ -197,9 +197,7 @@ def erase(
     if batch_size < parts * ranks.count():
         raise UsageError(f"--batch-size {batch_size} is too small for {parts} parts in each of {ranks.count()} "
                          "processes: give a larger one.")  # fmt: skip
-    check_numbers(guidance=guidance, lr=lr, retain_weight=retain_weight, save_every=save_every)
-    if clip is not None:
-        check_numbers(clip=clip)
+    check_numbers(guidance=guidance, lr=lr, clip=clip, retain_weight=retain_weight, save_every=save_every)
     masks.keep_count(density, sys.maxsize)
     size = checked_size(model, resolution)
     check_place(out, form)

@@ -49,11 +49,16 @@ def checked_size(model: Checkpoint, resolution: int | None) -> int:
     return resolution or model.image_size
 
 
-def check_numbers(**values: float) -> None:
+# Adam moves a weight by about lr at each step, whatever the gradient: no weight of a UNet is as large as 1.
+RANGES = {"lr": ("above 0, at most 1", lambda v: 0 < v <= 1), "clip": ("above 0", lambda v: 0 < v < math.inf)}
+
+
+def check_numbers(**values: float | None) -> None:
+    """Raise UsageError for an option's value that is out of its range; None is one that was not given."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0) or (name == "lr" and value == 0):
-            least = "above 0" if name == "lr" else "from 0 on"
-            raise UsageError(f"--{name.replace('_', '-')} is {value:g}: give a finite number {least}.")
+        words, holds = RANGES.get(name, ("from 0 on", lambda v: 0 <= v < math.inf))
+        if value is not None and not holds(value):
+            raise UsageError(f"--{name.replace('_', '-')} is {value:g}: give a finite number {words}.")
 
 
 def kept_prompts(kept: str | Sequence[str] | None, concepts: Sequence[Concept], guidance: float):

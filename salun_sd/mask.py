@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -14,8 +15,8 @@ from safetensors.torch import save as save_tensors
 
 from salun_sd.errors import SalunError, UsageError
 
-PASS = 1 << 22  # weights that are looked at together: what that needs beside them stays in the tens of MB
-ONES = np.array([byte.bit_count() for byte in range(256)])  # in a byte
+PASS = 1 << 18  # weights that a core looks at together: what that needs beside them stays in its cache
+ONES = torch.tensor([byte.bit_count() for byte in range(256)])  # in a byte
 
 
 class Bits(Mapping):
@@ -70,13 +71,12 @@ def thresholds(saliency: dict[str, torch.Tensor], counts: list[int]) -> list[flo
     """
     values = list(saliency.values())
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # torch counts on one core
-        high = sum(threads.map(lambda p: torch.bincount(p >> 16, minlength=1 << 15), _patterns(values)))
+        high = sum(threads.map(lambda p: torch.bincount(_high(p), minlength=1 << 15), _patterns(values)))
         places = [_bucket_of(high, k) for k in counts]
 
         def low_of(p: torch.Tensor) -> torch.Tensor:
-            buckets = p >> 16
             return torch.stack([
-                torch.bincount(p[buckets == bucket] & 0xFFFF, minlength=1 << 16) for bucket, _ in places
+                torch.bincount(p[_high(p) == bucket] & 0xFFFF, minlength=1 << 16) for bucket, _ in places
             ])  # fmt: skip
 
         low = sum(threads.map(low_of, _patterns(values)))  # [len(counts), 65536]
@@ -91,6 +91,11 @@ def _patterns(values: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield from v.contiguous().view(-1).view(torch.int32).split(PASS)
 
 
+def _high(patterns: torch.Tensor) -> torch.Tensor:
+    """Their high 16 bits, a view, int16 [n]."""
+    return patterns.view(torch.int16)[1 if sys.byteorder == "little" else 0 :: 2]
+
+
 def _bucket_of(table: torch.Tensor, k: int) -> tuple[int, int]:
     """The bucket that holds the k-th item counted from the top, and how many items are in the buckets above it."""
     from_top = table.flip(0).cumsum(0)
@@ -100,7 +105,9 @@ def _bucket_of(table: torch.Tensor, k: int) -> tuple[int, int]:
 
 def select(saliency: dict[str, torch.Tensor], threshold: float, count: int) -> Bits:
     """m_S = 1(|g| >= threshold) with exactly count ones: of the weights at the threshold, the first by position."""
-    bits = Bits.of((name, s >= threshold) for name, s in saliency.items())
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        packed = threads.map(lambda s: _packed_from(s, threshold), saliency.values())
+        bits = Bits(dict(zip(saliency, packed, strict=True)), {name: s.shape for name, s in saliency.items()})
     excess = kept(bits)[0] - count
     for name in reversed(list(bits)):
         if not excess:
@@ -111,6 +118,11 @@ def select(saliency: dict[str, torch.Tensor], threshold: float, count: int) -> B
         bits.packed[name] = packed_bits(fewer)
         excess -= len(ties)
     return bits
+
+
+def _packed_from(values: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The bits of values >= threshold, packed."""
+    return torch.cat([packed_bits(v >= threshold) for v in values.contiguous().view(-1).split(PASS)])
 
 
 def random_bits(shapes: dict[str, torch.Size], density: float, seed: int) -> Bits:
@@ -129,7 +141,7 @@ def full_bits(shapes: dict[str, torch.Size]) -> Bits:
 
 def kept(bits: Bits) -> tuple[int, int]:
     """How many weights the mask keeps, and of how many."""
-    ones = sum(int(ONES[packed.numpy()].sum()) for packed in bits.packed.values())
+    ones = sum(int(torch.bincount(packed, minlength=256) @ ONES) for packed in bits.packed.values())
     return ones, sum(shape.numel() for shape in bits.shapes.values())
 
 
@@ -165,10 +177,16 @@ def unpacked_bits(packed: torch.Tensor, shape) -> torch.Tensor:
     return bits.view(torch.bool).view(tuple(shape))
 
 
+def pass_size(n: int, device: torch.device) -> int:
+    """Of n weights, those that are looked at together."""
+    return min(n, PASS) if device.type == "cpu" else n
+
+
 def in_passes(packed: torch.Tensor, n: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The bits of n weights in flat order, PASS at a time: where they are, and bool of that length."""
-    for start in range(0, n, PASS):
-        where = slice(start, min(start + PASS, n))
+    """The bits of n weights in flat order, a pass at a time: where they are, and bool of that length."""
+    size = pass_size(n, packed.device)
+    for start in range(0, n, size):
+        where = slice(start, min(start + size, n))
         yield where, unpacked_bits(packed[start // 8 : -(-where.stop // 8)], (where.stop - start,))
 
 

@@ -14,9 +14,15 @@ LONGEST_WAIT = timedelta(hours=12)  # one draws, encodes or writes while the oth
 _place = {"rank": 0, "count": 1}
 
 
+def launched() -> tuple[int, int]:
+    """This process's rank, and of how many, as the launcher says."""
+    of = int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)) if of > 1 else 0, of
+
+
 def start() -> None:
     """Join the other processes, where a launcher has started several: over NCCL with GPUs, over gloo without."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and count() == 1:
+    if launched()[1] > 1 and count() == 1:
         import torch
         from accelerate import InitProcessGroupKwargs, PartialState
 
