@@ -47,12 +47,13 @@ class Case(NamedTuple):
     def pixels(self) -> int:
         return self.latents * 2 ** (len(ARCHS[self.arch]["vae"]["block_out_channels"]) - 1)
 
+    @property
+    def computes_in(self) -> str:
+        return "float32" if Precision.of(self.dtype, device()).widens else self.dtype
+
     def unet(self, dtype: str | None = None):
         precision = Precision.of(dtype or self.dtype, device())
-        unet = precision.prepare(built(self.arch, "unet", precision.dtype))
-        if self.checkpointing:
-            unet.enable_gradient_checkpointing()
-        return unet
+        return precision.prepare(built(self.arch, "unet", precision.dtype), self.checkpointing)
 
     def examples(self, n: int) -> Examples:
         """Random latents, and embeddings in place of three prompts: the concept, the anchor, the empty one."""

@@ -35,10 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from salun_sd import mask, memory
 from salun_sd.adam import SalientAdam
 from salun_sd.checkpoint import device
+from salun_sd.compute import LARGE
 from salun_sd.diffusion import predict
-from salun_sd.edit import LARGE, named
 from salun_sd.erase import erase
-from salun_sd.precision import Precision
+from salun_sd.precision import Precision, named
 from salun_sd.saliency import Saliency, sum_dtype
 from salun_sd.tensors import Lazy
 
@@ -112,7 +112,7 @@ def _timed_cut(cut: Callable, n: int) -> tuple[float, int]:
 
 def select_all(values: dict[str, torch.Tensor], densities: list[float]) -> list[mask.Bits]:
     counts = [mask.keep_count(d, sum(v.numel() for v in values.values())) for d in densities]
-    return [mask.select(values, cut, k) for cut, k in zip(mask.thresholds(values, counts), counts, strict=True)]
+    return [bits for _, bits in mask.cut(values, counts)]
 
 
 def our_cut(n: int, densities: list[float]) -> tuple[float, int]:
@@ -247,8 +247,8 @@ def erasing(
 ) -> Iterator[list]:  # fmt: skip
     """Batch: so many images to forget, as many to retain. Arithmetic: 24 bytes a weight for the reference (4 the
     weight, 4 its gradient, 8 Adam, 8 the mask, which with a GPU is on the host), and activations, which are not
-    counted. Matrix rate: that of a large matrix product in the same dtype on the same machine; the share of it is the
-    step's operations, recomputing included, over its seconds."""
+    counted. Matrix rate: that of a large matrix product in the dtype that is computed in, on the same machine; the
+    share of it is the step's operations, recomputing included, over its seconds."""
     yield [*_CASE, "density", "s / step", "peak GiB", "share of matrix rate", "times as fast", "times less memory"]
     for case in cases:
         n, bytes_ = common.weights(case.arch), getattr(torch, case.dtype).itemsize
@@ -258,7 +258,7 @@ def erasing(
         for density in densities:
             need = (bytes_ + 12 * density + 1 / 8) * n
             ours = bench.fits(need, our_erase, case, density, steps)
-            most = rate(case.dtype) if ours else 0
+            most = rate(case.computes_in) if ours else 0
             share = f"{flops_of_step(case) / ours[0] / most:.0%} of {most / 1e12:.3g} TFLOP/s" if ours else ""
             yield [*_case(case), f"{density:g}", *_cells(ours, need), share, *_ratios(theirs, ours, least)]
 
@@ -330,10 +330,11 @@ def main(
     libraries = f"; libraries alone {gib(bench.run(memory.peak))} GiB" if not torch.cuda.is_available() else ""
     run = f"`python benchmarks/scale.py {shlex.join(sys.argv[1:])}`\n{date.today()}, {platform.platform()}, Python "
     run += f"{platform.python_version()}, PyTorch {torch.__version__}, {bench.threads} threads{libraries}."
+    at = f", latents of {latents} x {latents}" if latents else ""
     for which in only or tables:
         title, about, rows = tables[which]
         notes = " ".join(about.__doc__.split())
-        record(out, f"{title}: {machine()}", f"{run}\n\n{notes}", list(rows()))
+        record(out, f"{title}{at}: {machine()}", f"{run}\n\n{notes}", list(rows()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import nn
 
 from salun_sd import ranks
 from salun_sd.mask import Bits, in_passes
-from salun_sd.tensors import Tensors, given
+from salun_sd.tensors import Lazy, Tensors
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
@@ -36,9 +36,9 @@ class Salient:
     @torch.no_grad()
     def scatter(self, values: torch.Tensor) -> None:
         """Write values [k] into the parameter."""
-        done = 0
-        for where, bits in in_passes(self.packed, self.p.numel()):
-            k = int(bits.sum())
+        done, n = 0, self.p.numel()
+        for where, bits in in_passes(self.packed, n):
+            k = int(bits.sum()) if where.stop < n else len(values) - done  # on a GPU, one pass: it is not waited for
             self.p.view(-1)[where].masked_scatter_(bits, values[done : done + k].to(self.p.dtype))
             done += k
 
@@ -61,6 +61,7 @@ class SalientAdam:
     ):  # fmt: skip
         self.lr, self.clip, self.holds, self.steps = lr, clip, holds or clip is not None, 0
         self.salient: dict[str, Salient] = {}
+        self._hooks: list = []
         for name, p in unet.named_parameters():
             chosen = bits[name]
             p.requires_grad_(bool(chosen.any()))
@@ -69,7 +70,7 @@ class SalientAdam:
             values = base[name].read()[chosen].float().to(p.device)  # not the UNet's: it may hold them rounded
             s = Salient(p, bits.packed[name].to(p.device), values, torch.zeros_like(values), torch.zeros_like(values))
             s.base = values.to(p.dtype, copy=True) if keeps_base else None
-            p.register_post_accumulate_grad_hook(partial(self._take, s))
+            self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._take, s)))
             self.salient[name] = s
 
     @contextmanager
@@ -83,7 +84,8 @@ class SalientAdam:
         for s in held:
             ranks.added(s.grad)
         if self.clip is not None:
-            norm = math.sqrt(sum(float(s.grad.double().square().sum()) for s in held))
+            norms = [torch.linalg.vector_norm(s.grad, dtype=torch.float64) for s in held]
+            norm = float(torch.linalg.vector_norm(torch.stack(norms)))
             for s in held:
                 s.grad.mul_(min(1.0, self.clip / (norm + 1e-6)))  # as torch.nn.utils.clip_grad_norm_
         for s in held:
@@ -124,10 +126,17 @@ class SalientAdam:
         """The trained values, float32 [k] for each parameter with salient weights, on the CPU."""
         return {name: s.values.cpu() for name, s in self.salient.items()}
 
+    def close(self) -> None:
+        """Let go of the UNet and of all state."""
+        for hook in self._hooks:
+            hook.remove()
+        self.salient.clear()
+
     def state(self) -> Tensors:
         """What `restore` needs, beside the number of steps."""
-        return {f"{kind}/{name}": given(getattr(s, kind).cpu())
-                for name, s in self.salient.items() for kind in ("values", "mean", "square")}  # fmt: skip
+        kinds = ("values", "mean", "square")
+        held = {f"{kind}/{name}": getattr(s, kind) for name, s in self.salient.items() for kind in kinds}
+        return {name: Lazy(t.dtype, t.shape, t.cpu) for name, t in held.items()}
 
     def restore(self, state: Mapping, steps: int) -> None:
         self.steps = steps

@@ -6,10 +6,9 @@ meta device, whose tensors have a shape and no values, so that every tensor is m
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 from weakref import finalize
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,93 +20,183 @@ from salun_sd.precision import Precision
 from salun_sd.saliency import forget_loss, sum_dtype
 
 PROGRAM = "the program"
+TOKENS = 77  # of a prompt
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True)
+class Work:
     """What a step does, as far as its memory depends on it."""
 
-    step: str  # "mask" or "erase"
     resolution: int  # pixels of a side
-    batch: int  # images of the concept in a batch of one process; `erase` has as many to retain beside them
+    batch: int  # images in a batch of one process
     precision: Precision
-    checkpointing: bool
-    guidance: float = 0.0  # of the mask's loss
-    density: float = 0.5  # share of the weights that `erase` trains
-    parts: int = 1  # that `erase` works through a batch in
-    clips: bool = False  # whether `erase` bounds the norm of the gradient
-    keeps_base: bool = False  # whether the anchors are predicted by the base
-    tokens: int = 77  # of a prompt
+    checkpointing: bool = False
     pixels: int = 8  # of a side that a latent stands for
 
     @property
     def dtype(self) -> torch.dtype:
         return self.precision.dtype
 
+    def cheaper(self, config: dict, device: torch.device) -> dict[str, "Work"]:
+        """The step with each option that may lower its peak."""
+        least = self.pixels << (len(config["block_out_channels"]) - 1)  # sides are multiples of it, in pixels
+        smaller = max(self.resolution // 2 // least, 1) * least
+        return {
+            "--dtype bfloat16": replace(self, precision=Precision.of("bfloat16", device.type)),
+            "--checkpointing": replace(self, checkpointing=True),
+            f"--resolution {smaller}": replace(self, resolution=smaller),
+        }
+
+
+@dataclass(frozen=True)
+class Drawing(Work):
+    """The whole pipeline draws batches of images; or, where there are images, its encoders encode one at a time."""
+
+    vae: dict | None = None  # its config
+    weights: int = 0  # of the pipeline's parts beside the UNet
+    draws: bool = True
+    step = "images"
+
+    def state(self, count: int, device: torch.device) -> dict[str, int]:
+        return {"weights": 4 * (self.weights + count * self.draws)}
+
+    def activations(self, unet: nn.Module, device: torch.device) -> int:
+        from diffusers import AutoencoderKL
+
+        with torch.device("meta"):
+            vae, images = AutoencoderKL.from_config(self.vae), torch.empty(1, 3, self.resolution, self.resolution)
+        x_t, t, told = _inputs(unet, self, 2 * self.batch)
+
+        def work_through() -> None:
+            with torch.no_grad():
+                if self.draws:
+                    predict(unet, x_t, t, told)
+                    vae.decode(x_t[: self.batch])
+                else:
+                    vae.encode(images)
+
+        return _most([unet, vae], work_through, lambda p: 0)
+
+    def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
+        return {"--forget and, for erase, --retain": replace(self, draws=False)}
+
+
+@dataclass(frozen=True)
+class Masking(Work):
+    """The gradient of the forgetting loss."""
+
+    guidance: float = 0.0
+    parts: int = 1  # that a batch is worked through in
+    most_parts: int = 0  # that --parts can ask for; 0 where there is no such option
+    step = "mask"
+
+    def state(self, count: int, device: torch.device) -> dict[str, int]:
+        found = {"weights": count * self.dtype.itemsize, "sums of the gradients": count * sum_dtype(count).itemsize}
+        if memory.roomy(device, found["sums of the gradients"] + found["weights"] // 2) != device:
+            del found["sums of the gradients"]  # they stay on the host
+        return found
+
+    def activations(self, unet: nn.Module, device: torch.device) -> int:
+        x0, t, told = _inputs(unet, self, -(-self.batch // self.parts))
+        schedule = Schedule(torch.empty(1000, device="meta"), "epsilon")
+        empty = {k: v[:1] for k, v in told.items() if k != "time_ids"}
+
+        def work_through() -> None:
+            forget_loss(unet, schedule, x0, told, empty, x0, t, self.guidance).sum().backward()
+
+        return _most([unet], work_through, lambda p: 0)
+
+    def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
+        fewer = {"--batch-size 1": replace(self, batch=1)}
+        if self.most_parts:
+            fewer = {f"--parts {self.most_parts}": replace(self, parts=self.most_parts)}
+        return super().cheaper(config, device) | fewer
+
+
+@dataclass(frozen=True)
+class Erasing(Work):
+    """Updates of the salient weights. To a batch's images of the concept come as many to retain."""
+
+    density: float = 0.5  # share of the weights that are trained
+    parts: int = 1  # that a batch is worked through in
+    most_parts: int = 1  # that --parts can ask for
+    mask_is_given: bool = False  # and with it the density
+    clips: bool = False  # whether the norm of the gradient is bounded
+    keeps_base: bool = False  # whether the anchors are predicted by the base
+    strips: Drawing | None = None  # that are drawn between updates
+    step = "erase"
+
+    def state(self, count: int, device: torch.device) -> dict[str, int]:
+        salient = mask.keep_count(self.density, count)
+        return {
+            "weights": count * self.dtype.itemsize,
+            "salient weights and their moments": 12 * salient,
+            "the mask": -(-count // 8),
+            "salient weights of the base": salient * self.dtype.itemsize * self.keeps_base,
+            "gradients that are held": 4 * salient * (self.parts > 1 or self.clips),
+            "the parts that draw strips": 4 * self.strips.weights if self.strips else 0,
+        }
+
+    def activations(self, unet: nn.Module, device: torch.device) -> int:
+        n = -(-self.batch // self.parts)
+        x_t, t, told = _inputs(unet, self, 2 * n)
+
+        def work_through() -> None:
+            with torch.no_grad():
+                wanted = predict(unet, x_t[:n], t[:n], {k: v[:n] for k, v in told.items()})
+            mse(predict(unet, x_t, t, told), torch.cat([wanted, x_t[n:]])).sum().backward()
+
+        most = _most([unet], work_through, lambda p: self._taken(p, device))
+        return max(most, self.strips.activations(unet, device)) if self.strips else most
+
+    def _taken(self, p: nn.Parameter, device: torch.device) -> int:
+        """Bytes that `SalientAdam` makes from a gradient: its salient entries, as they are, in float32, and the root of
+        their second moment; and for one pass over the bits, these and what torch finds their places with."""
+        n, k = mask.pass_size(p.numel(), device), round(self.density * p.numel())
+        if device.type == "cpu":  # a running count of the bits, and with several threads a copy of them as wide
+            places = 8 * n * (2 if torch.get_num_threads() > 1 else 1)
+        else:
+            places = 8 * round(self.density * n)
+        return n + places + k * (2 * self.dtype.itemsize + 8)
+
+    def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
+        found = super().cheaper(config, device) | {f"--parts {self.most_parts}": replace(self, parts=self.most_parts)}
+        if not self.mask_is_given:
+            found[f"--density {self.density / 2:g}"] = replace(self, density=self.density / 2)
+        return found
+
 
 def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]:
-    """Bytes that the device holds at the step's peak, by part; they add up to it.
+    """Bytes that the device holds at the step's peak, by what they are; they add up to it.
 
     config: of diffusers' UNet2DConditionModel. On the CPU that is resident memory, and the program's is what this
     process has now; on a GPU it is what torch allocates, which leaves out CUDA itself, about half a GB.
     """
     device = torch.device(device)
     unet = _unet(config, work)
-    count = sum(p.numel() for p in unet.parameters())
-    weights = count * work.dtype.itemsize
-    if work.step == "mask":
-        dtype = sum_dtype(count)
-        parts = {"weights": weights, "sums of the gradients": count * dtype.itemsize}
-        if memory.roomy(device, parts["sums of the gradients"] + weights // 2) != device:
-            del parts["sums of the gradients"]  # they stay on the host
-        parts["activations"] = _most(unet, lambda: _mask_pass(unet, work), lambda p: _added(p, dtype, device))
-    else:
-        salient = mask.keep_count(work.density, count)
-        parts = {
-            "weights": weights,
-            "salient weights and their moments": 12 * salient,
-            "the mask": -(-count // 8),
-            "salient weights of the base": salient * work.dtype.itemsize * work.keeps_base,
-            "gradients that are held": 4 * salient * (work.parts > 1 or work.clips),
-        }
-        parts["activations"] = _most(unet, lambda: _erase_pass(unet, work), lambda p: _taken(p, work, device))
+    sizes = work.state(sum(p.numel() for p in unet.parameters()), device)
+    sizes["activations"] = work.activations(unet, device)
     if device.type == "cpu":
-        parts[PROGRAM] = psutil.Process().memory_info().rss
-    return {name: size for name, size in parts.items() if size}
+        sizes[PROGRAM] = memory.resident()
+    return {name: size for name, size in sizes.items() if size}
 
 
-def peak(parts: dict[str, int]) -> int:
-    """Bytes of all parts together."""
-    return sum(parts.values())
+def needed(sizes: dict[str, int]) -> int:
+    """Bytes of a plan that have yet to be allocated: the program has its own already."""
+    return sum(sizes.values()) - sizes.get(PROGRAM, 0)
 
 
-def fits(parts: dict[str, int], device: torch.device | str) -> bool:
-    """Whether the device can hold them now; the program it holds already."""
-    return peak(parts) - parts.get(PROGRAM, 0) <= memory.available(device)
+def fits(sizes: dict[str, int], device: torch.device | str) -> bool:
+    """Whether the device can hold a plan now."""
+    return needed(sizes) <= memory.available(device)
 
 
 def advice(config: dict, work: Work, device: torch.device | str) -> list[tuple[str, int]]:
     """Options that lower the step's peak, each alone, with the bytes that it saves: the largest first."""
     device = torch.device(device)
-    least = work.pixels << (len(config["block_out_channels"]) - 1)  # sides are multiples of it, in pixels
-    smaller = max(work.resolution // 2 // least, 1) * least
-    changes = {
-        "--dtype bfloat16": {"precision": Precision.of("bfloat16", device.type)},
-        "--checkpointing": {"checkpointing": True},
-        f"--resolution {smaller}": {"resolution": smaller},
-    }
-    if work.step == "mask":
-        changes["--batch-size 1"] = {"batch": 1}
-    else:
-        changes[f"--parts {work.batch}"] = {"parts": work.batch}
-        changes[f"--density {work.density / 2:g}"] = {"density": work.density / 2}
-
-    def needed(changed: Work) -> int:
-        parts = plan(config, changed, device)
-        return peak(parts) - parts.get(PROGRAM, 0)
-
-    now = needed(work)
-    saved = {flag: now - needed(work._replace(**change)) for flag, change in changes.items()
-             if work._replace(**change) != work}  # fmt: skip
+    now = needed(plan(config, work, device))
+    saved = {flag: now - needed(plan(config, other, device))
+             for flag, other in work.cheaper(config, device).items() if other != work}  # fmt: skip
     return sorted(((flag, size) for flag, size in saved.items() if size > 0), key=lambda pair: -pair[1])
 
 
@@ -117,33 +206,14 @@ def _unet(config: dict, work: Work) -> nn.Module:
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(config)
-    work.precision.prepare(nn.Module.to(unet, work.dtype))  # diffusers' own warns of other models
-    if work.checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet.eval()
-
-
-def _mask_pass(unet: nn.Module, work: Work) -> None:
-    """As `Saliency.accumulate` goes over a batch."""
-    x0, t, told = _inputs(unet, work, work.batch)
-    schedule = Schedule(torch.empty(1000, device="meta"), "epsilon")
-    empty = {k: v[:1] for k, v in told.items() if k != "time_ids"}
-    forget_loss(unet, schedule, x0, told, empty, x0, t, work.guidance).sum().backward()
-
-
-def _erase_pass(unet: nn.Module, work: Work) -> None:
-    """As `erase` goes over a part of a batch."""
-    n = -(-work.batch // work.parts)
-    x_t, t, told = _inputs(unet, work, 2 * n)
-    with torch.no_grad():
-        wanted = predict(unet, x_t[:n], t[:n], {k: v[:n] for k, v in told.items()})
-    mse(predict(unet, x_t, t, told), torch.cat([wanted, x_t[n:]])).sum().backward()
+    nn.Module.to(unet, work.dtype)  # diffusers' own warns of other models
+    return work.precision.prepare(unet, work.checkpointing).eval()
 
 
 def _inputs(unet: nn.Module, work: Work, images: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     """Latents [B, 4, h, w], timesteps [B] and what the UNet is told, for so many images."""
     c, side = unet.config, work.resolution // work.pixels
-    shapes = {"context": (work.tokens, c.cross_attention_dim)}
+    shapes = {"context": (TOKENS, c.cross_attention_dim)}
     if c.addition_embed_type == "text_time":
         shapes["text_embeds"] = (c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim,)
         shapes["time_ids"] = (6,)
@@ -152,32 +222,19 @@ def _inputs(unet: nn.Module, work: Work, images: int) -> tuple[torch.Tensor, tor
     return x, torch.empty(images, dtype=torch.int64, device="meta"), told
 
 
-def _added(p: nn.Parameter, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that `Saliency` makes from a gradient: the CPU adds values of another dtype by way of a converted copy."""
-    return p.numel() * dtype.itemsize * (device.type == "cpu" and p.dtype != dtype)
-
-
-def _taken(p: nn.Parameter, work: Work, device: torch.device) -> int:
-    """Bytes that `SalientAdam` makes from a gradient: its salient entries, as they are, in float32, and the root of
-    their second moment; and for one pass over the bits, these and what torch finds their places with."""
-    n, k = mask.pass_size(p.numel(), device), round(work.density * p.numel())
-    if device.type == "cpu":  # a running count of the bits, and with several threads a copy of them as wide
-        places = 8 * n * (2 if torch.get_num_threads() > 1 else 1)
-    else:
-        places = 8 * round(work.density * n)
-    return n + places + k * (2 * work.dtype.itemsize + 8)
-
-
-def _most(unet: nn.Module, work_through: Callable[[], None], made_from: Callable[[nn.Parameter], int]) -> int:
-    """Bytes of what lives beside the weights at the peak of a pass. Gradients are freed one by one; `made_from`: bytes
-    that are made from one, and freed with it."""
-    with Live(unet.parameters()) as live, _fused_attention():
+def _most(
+    models: list[nn.Module], work_through: Callable[[], None], made_from: Callable[[nn.Parameter], int]
+) -> int:  # fmt: skip
+    """Bytes of what lives beside the models' weights at the peak of a pass. Gradients are freed one by one;
+    `made_from`: bytes that are made from one, and freed with it."""
+    weights = [p for model in models for p in model.parameters()]
+    with Live(weights) as live, _fused_attention():
 
         def take(p: nn.Parameter) -> None:
             live.most = max(live.most, live.bytes + made_from(p))
             p.grad = None
 
-        for p in unet.parameters():
+        for p in weights:
             p.register_post_accumulate_grad_hook(take)
         work_through()
     return live.most

@@ -14,6 +14,7 @@ import torch
 from salun_sd import families, layout, tensors
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.families import Family
+from salun_sd.precision import named
 from salun_sd.tensors import Lazy, Tensors
 
 POCKET = Path(__file__).parent / "pocket"
@@ -121,22 +122,29 @@ class Checkpoint:
         """What the UNet was trained to predict, as the scheduler says: "epsilon" or "v_prediction"."""
         return self._scheduler.get("prediction_type", "epsilon")
 
-    @cached_property
+    def settings(self, part: str) -> dict:
+        """A part's config."""
+        return families.config(self.config, part, self.name)
+
+    @property
+    def pixels(self) -> int:
+        """Of a side that a latent stands for: what the VAE halves."""
+        return 2 ** (len(self.settings("vae")["block_out_channels"]) - 1)
+
+    @property
     def image_size(self) -> int:
         """Pixels of a side, as the family draws them: 512, 768 or 1024; 32 for `pocket`."""
-        unet, vae = (families.config(self.config, part, self.name) for part in ("unet", "vae"))
-        return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        return self.settings("unet")["sample_size"] * self.pixels
 
     @property
     def least_size(self) -> int:
         """The least side of an image in pixels, of which every side has to be a multiple: what the VAE and the UNet
         halve."""
-        unet, vae = (families.config(self.config, part, self.name) for part in ("unet", "vae"))
-        return 2 ** (len(unet["block_out_channels"]) - 1 + len(vae["block_out_channels"]) - 1)
+        return self.pixels * 2 ** (len(self.settings("unet")["block_out_channels"]) - 1)
 
     def describe(self) -> str:
         """One line: what was found, and what it decides."""
-        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.unet.values()})
+        dtypes = sorted({named(t.dtype) for t in self.unet.values()})
         weights = sum(t.shape.numel() for t in self.unet.values())
         return (
             f"{self.name}: {self.family.name}, predicts {self.prediction_type.removesuffix('_prediction')}, "
@@ -264,7 +272,7 @@ def _checked(found: Checkpoint) -> Checkpoint:
     odd = {t.dtype for t in found.unet.values()} - {torch.float32, torch.float16, torch.bfloat16}
     if odd:
         raise UsageError(f"The UNet of {found.name} is in {odd.pop()}; salun-sd edits float32, float16 and bfloat16.")
-    vae = families.config(found.config, "vae", found.name)
+    vae = found.settings("vae")
     if found.prediction_type not in ("epsilon", "v_prediction") or found.scheduler.startswith("EDM"):
         what = f"{found.scheduler} with prediction type {found.prediction_type}"
         raise UsageError(f"{found.name} was trained for {what}; salun-sd edits models that predict epsilon or v.")
@@ -318,7 +326,10 @@ def _take(piece: layout.Piece, which: int, source: Lazy) -> torch.Tensor:
 
 
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The GPU if there is one, and accelerate's config does not say otherwise."""
+    from accelerate.utils import parse_flag_from_env
+
+    return "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
 
 
 def load_unet(model: Checkpoint, dtype: torch.dtype = torch.float32):
@@ -328,7 +339,7 @@ def load_unet(model: Checkpoint, dtype: torch.dtype = torch.float32):
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        unet = diffusers.UNet2DConditionModel.from_config(families.config(model.config, "unet", model.name))
+        unet = diffusers.UNet2DConditionModel.from_config(model.settings("unet"))
     _check_complete(model, "unet", unet)
     names = {layout.canonical("unet", name): name for name, _ in unet.named_parameters()}
     unet.load_state_dict({names[name]: t.read().to(dtype) for name, t in model.unet.items()}, assign=True)

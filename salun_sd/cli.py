@@ -106,10 +106,10 @@ def program(
 
 def begin() -> None:
     """Before a command that computes: memory that is freed goes back, and the other processes are joined."""
-    from salun_sd import memory
+    from salun_sd import checkpoint, memory
 
     memory.give_back()
-    ranks.start()
+    ranks.start(checkpoint.device())
 
 
 def model_of(name: str, config: str | None, revision: str | None, variant: str | None):
@@ -153,6 +153,7 @@ def mask(
 ) -> None:
     """Find the UNet weights that matter to a concept (gradient saliency)."""
     from salun_sd import edit
+    from salun_sd.compute import Foreseen
     from salun_sd.mask import kept, kept_per_block
     from salun_sd.plan import of_options
 
@@ -163,16 +164,18 @@ def mask(
         guidance=guidance, seed=seed, batch_size=batch_size, resolution=resolution, dtype=dtype and dtype.value,
         checkpointing=checkpointing, dry_run=dry_run, out=out,
     )  # fmt: skip
-    if isinstance(made, edit.Foreseen):
+    if isinstance(made, Foreseen):
         return show_plan(made)
-    table = Table("block", "weights", *(f"density {m.settings['density']:g}" for _, m in made), box=None)
-    for block, (_, total) in kept_per_block(made[0][1].bits).items():
-        table.add_row(block, f"{total:,}", *(f"{kept_per_block(m.bits)[block][0] / total:.3f}" for _, m in made))
-    totals = [kept(m.bits) for _, m in made]
+    table = Table("block", "weights", *(f"density {m.settings['density']:g}" for _, m in made.files), box=None)
+    blocks = [kept_per_block(m.bits) for _, m in made.files]
+    for block, (_, total) in blocks[0].items():
+        table.add_row(block, f"{total:,}", *(f"{each[block][0] / total:.3f}" for each in blocks))
+    totals = [kept(m.bits) for _, m in made.files]
     table.add_row("all", f"{totals[0][1]:,}", *(f"{n / of:.3f}" for n, of in totals))
     Console().print(table)
-    for (path, m), (n, of) in zip(made, totals, strict=True):
+    for (path, m), (n, of) in zip(made.files, totals, strict=True):
         print(f"{path}: {n:,} of {of:,} weights, threshold {m.settings['threshold']:.4g}")
+    show_run(made.run)
 
 
 @app.command(
@@ -243,6 +246,7 @@ def erase(
 ) -> None:
     """Fine-tune only the masked weights so that the concept becomes the anchor."""
     from salun_sd import edit, output
+    from salun_sd.compute import Foreseen
     from salun_sd.plan import of_options
 
     begin()
@@ -261,7 +265,7 @@ def erase(
         anchor_from=anchor_from.value, sample_every=sample_every, seed=seed, form=form.value, reversible=reversible,
         dry_run=dry_run, out=out, command=shlex.join(["salun-sd", *ctx.obj]),
     )  # fmt: skip
-    if isinstance(record, edit.Foreseen):
+    if isinstance(record, Foreseen):
         return show_plan(record)
     if not ranks.is_main():
         return
@@ -269,11 +273,18 @@ def erase(
     print(f"changed {changed['inside']:,} of {m['kept']:,} weights inside the mask, {changed['outside']} outside")
     sizes = ", ".join(f"{name} {megabytes(n)}" for name, n in record["sizes"].items())
     print(f"sizes by --format: {sizes}; on disk {megabytes(output.size_on_disk(out))}")
-    run, steps = output.run_of(out), record["settings"]["steps"]
-    print(f"{out}: {steps} steps, {run['seconds']:.0f} s")
+    print(f"{out}: {record['settings']['steps']} steps")
+    if run := output.run_of(out):
+        show_run(run)
+
+
+def show_run(run: dict) -> None:
+    """What a run took, beside what was planned; on stderr, as it is never the same twice."""
     for step, size in run["peak_bytes"].items():
         planned = run["planned_bytes"].get(step)
-        print(f"peak memory, {step}: {gib(size)}" + (f"; planned {gib(planned)}" if planned else ""))
+        beside = f"; planned {gib(planned)}" if planned else ""
+        print(f"peak memory, {step}: {gib(size)}{beside}", file=sys.stderr)
+    print(f"{run['seconds']:.0f} s", file=sys.stderr)
 
 
 def gib(n: int) -> str:
@@ -282,19 +293,19 @@ def gib(n: int) -> str:
 
 def show_plan(found) -> None:
     """What --dry-run prints: the settings, the memory of each step, and what would lower it where it does not fit."""
-    from salun_sd import budget, checkpoint, memory
+    from salun_sd import checkpoint, memory
 
     table = Table("setting", "value", box=None)
     for name, value in found.settings.items():
         table.add_row(name, escape(str(value)))
     Console().print(table)
-    for step, parts in found.plans.items():
+    for step, sizes in found.plans.items():
         table = Table(f"memory, {step}", "GiB", box=None)
-        for part, size in [*parts.items(), ("in all", budget.peak(parts))]:
-            table.add_row(part, f"{size / 2**30:.2f}")
+        for what, size in [*sizes.items(), ("in all", sum(sizes.values()))]:
+            table.add_row(what, f"{size / 2**30:.2f}")
         Console().print(table)
     free = gib(memory.available(checkpoint.device()))
-    print(f"It does not fit: {free} are free." if found.advice else f"It fits: {free} are free.")
+    print(f"It fits: {free} are free." if found.fits else f"It does not fit: {free} are free.")
     for option, saved in found.advice:
         print(f"{option} saves {gib(saved)}")
 

@@ -1,10 +1,11 @@
 """The work of `mask` and `erase`, files in and files out: collect images, encode, saliency, train, save."""
 
+import gc
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,128 +13,66 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from salun_sd import (
-    __version__,
-    budget,
-    checkpoint,
-    families,
-    generate,
-    memory,
-    patch,
-    provenance,
-    ranks,
-    save,
-    sources,
-)
+from salun_sd import __version__, checkpoint, generate, memory, patch, provenance, ranks, save, sources
 from salun_sd import erase as erasing
 from salun_sd import mask as masks
 from salun_sd.adam import SalientAdam
-from salun_sd.budget import Work
+from salun_sd.budget import Erasing, Masking, Work
 from salun_sd.checkpoint import Checkpoint
+from salun_sd.compute import Compute, Foreseen
 from salun_sd.diffusion import Condition, Examples, Schedule
-from salun_sd.errors import SalunError, UsageError
+from salun_sd.errors import UsageError
 from salun_sd.examples import Base, encode, forget_items, retain_items, spread
 from salun_sd.files import new_folder, write_atomic
-from salun_sd.inputs import check_numbers, check_replaceable, checked_size, given_mask, images_of, kept_prompts
+from salun_sd.inputs import check_numbers, check_replaceable, checked_size, given_mask, images_of, kept_prompts, to_keep
 from salun_sd.mask import Mask
 from salun_sd.output import check_place, deliver, finished, proof
 from salun_sd.plan import Concept
-from salun_sd.precision import Precision
-from salun_sd.resume import Progress, State, agreed, patient
+from salun_sd.precision import named
+from salun_sd.resume import Progress, State, patient
 from salun_sd.saliency import Saliency
 
-LARGE = 100_000_000  # weights of a UNet whose activations are worth recomputing
+
+class Data(NamedTuple):
+    """What a run learns from."""
+
+    forget: Examples
+    row: dict[str, int]  # of a text in forget.prompts: of the captions, the anchors and ""
+    concepts: torch.Tensor  # which each image to forget shows, int64 [N]
+    anchors: torch.Tensor  # the row of what stands in its place, int64 [N]
+    retain: Examples
+
+    @property
+    def empty(self) -> Condition:
+        """The prompt ""."""
+        return self.forget.rows([self.row[""]])
 
 
-class Foreseen(NamedTuple):
-    """What --dry-run gives in place of a result."""
+class Masks(NamedTuple):
+    """What `mask` made."""
 
-    settings: dict
-    plans: dict[str, dict[str, int]]  # for each step, bytes by part
-    advice: list[tuple[str, int]]  # options that bring the largest plan down, with the bytes each saves
-
-
-class Compute(NamedTuple):
-    """How the UNet computes, which changes the result by rounding only."""
-
-    precision: Precision
-    is_large: bool  # the model
-    checkpointing: bool  # activations are made anew in the backward pass instead of kept
-    parts: int = 1  # that a batch is worked through in
-
-    @classmethod
-    def of(cls, model: Checkpoint, dtype: str | None, checkpointing: bool | None, parts: int = 1) -> "Compute":
-        """As asked or, where nothing is, what fits the device and the model; says what the dtype is and why."""
-        precision = Precision.of(dtype, checkpoint.device())
-        print(f"The UNet is held in {named(precision.dtype)}: {precision.reason}.", file=sys.stderr)
-        is_large = sum(t.shape.numel() for t in model.unet.values()) >= LARGE
-        return cls(precision, is_large, is_large if checkpointing is None else checkpointing, parts)
-
-    def load(self, base: Base):
-        unet = self.precision.prepare(base.unet(self.precision.dtype))
-        if self.checkpointing:
-            unet.enable_gradient_checkpointing()
-        return unet
-
-    def works(self, model: Checkpoint, resolution: int, *steps: dict) -> list[Work]:
-        """The steps of a run, for the memory plan."""
-        pixels = 2 ** (len(families.config(model.config, "vae", model.name)["block_out_channels"]) - 1)
-        common = {"resolution": resolution, "pixels": pixels, "parts": self.parts,
-                  "precision": self.precision, "checkpointing": self.checkpointing}  # fmt: skip
-        return [Work(**common, **step) for step in steps]
-
-    def record(self) -> dict:
-        return {"dtype": named(self.precision.dtype), "parts": self.parts}
-
-
-def named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def planned(model: Checkpoint, works: Sequence[Work]) -> dict[str, dict[str, int]]:
-    """The memory plan of each step."""
-    config, device = families.config(model.config, "unet", model.name), checkpoint.device()
-    return {work.step: budget.plan(config, work, device) for work in works}
-
-
-def announced(model: Checkpoint, works: Sequence[Work], compute: Compute) -> dict[str, dict[str, int]]:
-    """The plan of a run that is about to begin, where the model is large enough to ask; a step that does not fit the
-    device is named."""
-    plans = planned(model, works) if compute.is_large else {}
-    for step, parts in plans.items():
-        if not budget.fits(parts, checkpoint.device()):
-            print(f"The {step} step takes {budget.peak(parts) / 2**30:.1f} GiB, more than is free: --dry-run says what "
-                  "brings it down.", file=sys.stderr)  # fmt: skip
-    return plans
-
-
-def foresee(model: Checkpoint, works: Sequence[Work], settings: dict) -> Foreseen:
-    """What --dry-run gives."""
-    config, device = families.config(model.config, "unet", model.name), checkpoint.device()
-    plans = planned(model, works)
-    most = max(works, key=lambda work: budget.peak(plans[work.step]))
-    too_much = not budget.fits(plans[most.step], device)
-    return Foreseen(settings, plans, budget.advice(config, most, device) if too_much else [])
+    files: list[tuple[Path, Mask]]
+    run: dict  # as in run.json: seconds, peak_bytes and planned_bytes of each step
 
 
 def make_masks(
-    base: Base, unet, forget: Examples, empty: Condition, concepts: Sequence[Concept], densities: list[float],
+    model: Checkpoint, unet, forget: Examples, empty: Condition, concepts: Sequence[Concept], densities: list[float],
     guidance: float, seed: int, batch_size: int,
 ) -> list[Mask]:  # fmt: skip
     """One gradient pass over D_f, one mask for each density."""
     counts = [masks.keep_count(d, sum(p.numel() for p in unet.parameters())) for d in densities]
-    schedule = Schedule.of(checkpoint.load_scheduler(base.model))
+    schedule = Schedule.of(checkpoint.load_scheduler(model))
     saliency = Saliency(unet, schedule, empty, guidance, seed)
     with tqdm(total=len(forget), desc="saliency", unit="image") as bar:
         for done in saliency.accumulate(forget, batch_size):
             bar.update(done - bar.n)
-    values = saliency.result()
     settings = {"concepts": [text for c in concepts for text in c.prompts()], "guidance": guidance,
                 "images": len(forget), "seed": seed, "dtype": named(unet.dtype),
-                "base": base.model.fingerprint, "model": base.model.name, "salun_sd": __version__}  # fmt: skip
+                "base": model.fingerprint, "model": model.name, "salun_sd": __version__}  # fmt: skip
+    cuts = masks.cut(saliency.result(), counts)
     return [
-        Mask(masks.select(values, threshold, count), {"density": density, "threshold": threshold, **settings})
-        for density, count, threshold in zip(densities, counts, masks.thresholds(values, counts), strict=True)
+        Mask(bits, {"density": density, "threshold": threshold, **settings})
+        for density, (threshold, bits) in zip(densities, cuts, strict=True)
     ]
 
 
@@ -141,37 +80,43 @@ def mask(
     model: Checkpoint, concepts: Sequence[Concept], *, samples: int, densities: list[float], guidance: float,
     seed: int, batch_size: int, resolution: int | None, dtype: str | None, checkpointing: bool | None, dry_run: bool,
     out: Path,
-) -> list[tuple[Path, Mask]] | Foreseen:  # fmt: skip
+) -> Masks | Foreseen:  # fmt: skip
     """Compute and write a mask file for each density; with several, the density goes into the file's name."""
+    started = time.monotonic()
     paths = [out if len(densities) == 1 else out.with_name(f"{out.stem}-{d:g}{out.suffix}") for d in densities]
     if len(set(paths)) < len(paths):
         raise UsageError("The same --density is given twice.")
     check_numbers(guidance=guidance)
-    base = Base(model, checked_size(model, resolution))
+    size = checked_size(model, resolution)
     for density, path in zip(densities, paths, strict=True):
         masks.keep_count(density, sys.maxsize)  # outside (0, 1]: say so before a checkpoint is loaded
         check_replaceable(path)
+    images = [images_of(c.images, c.prompt) for c in concepts]
     compute = Compute.of(model, dtype, checkpointing)
-    work = {"step": "mask", "batch": batch_size, "guidance": guidance}
-    works = compute.works(model, base.resolution, work)
+    steps = [compute.drawing(size, draws=not all(images)),
+             compute.work(Masking, size, batch=batch_size, guidance=guidance)]  # fmt: skip
     if dry_run:
         settings = {"model": model.name, "concepts": [text for c in concepts for text in c.prompts()],
                     "densities": densities, "guidance": guidance, "batch_size": batch_size, "seed": seed,
-                    "resolution": base.resolution, **compute.record()}  # fmt: skip
-        return foresee(model, works, settings)
-    plans = announced(model, works, compute)
-    images = [images_of(c.images, c.prompt) for c in concepts]
+                    "resolution": size, "dtype": named(compute.precision.dtype)}  # fmt: skip
+        return compute.foresee(steps, settings)
+    planned = compute.announced(steps)
+    base = Base(model, size)
     items = [item for group in forget_items(base, concepts, images, samples) for item in group]
     forget, row = encode(base, items, [""])
+    del base
+    peaks = {"images": memory.forget_peak()}
     empty = forget.rows([row[""]])
-    memory.forget_peak()
-    made = make_masks(base, compute.load(base), forget, empty, concepts, densities, guidance, seed, batch_size)
-    foreseen = f"; planned {budget.peak(plans['mask']) / 2**30:.2f} GiB" if plans else ""
-    print(f"Peak memory of the mask step: {memory.peak() / 2**30:.2f} GiB{foreseen}.", file=sys.stderr)
+    made = make_masks(model, compute.unet(), forget, empty, concepts, densities, guidance, seed, batch_size)
+    peaks["mask"] = memory.forget_peak()
     if ranks.is_main():
         for path, each in zip(paths, made, strict=True):
             write_atomic(path, masks.pack(each))
-    return list(zip(paths, made, strict=True))
+    return Masks(list(zip(paths, made, strict=True)), run_record(started, peaks, planned))
+
+
+def run_record(started: float, peaks: dict[str, int], planned: dict[str, int]) -> dict:
+    return {"seconds": round(time.monotonic() - started, 1), "peak_bytes": peaks, "planned_bytes": planned}
 
 
 def erase(
@@ -188,10 +133,6 @@ def erase(
     goes on from its state.
     """
     started = time.monotonic()
-    if retain and retain_prompts:
-        raise UsageError("--retain and --retain-prompts cannot go together: give one of them.")
-    if retain_caption and not retain:
-        raise UsageError("--retain-caption is for the images of --retain, which is not given.")
     if reversible and form != "patch":
         raise UsageError("--reversible is for --format patch: only a patch can keep the base's values.")
     if batch_size < parts * ranks.count():
@@ -204,13 +145,10 @@ def erase(
     given = given_mask(mask, model, concepts, seed)
     kept = kept_prompts(retain_prompts, concepts, model.sampling[1])
     images = [images_of(c.images, c.prompt) for c in concepts]
-    kept_images = images_of(retain, retain_caption or "")
-    if kept_images and not retain_caption and len({c.anchor for c in concepts}) > 1:
-        if bare := next((item.name for item in kept_images if item.caption is None), None):
-            raise UsageError(f"{bare} has no caption, and there are several anchors: give --retain-caption.")
+    kept_images = to_keep(retain, retain_caption, retain_prompts, concepts)
     if form == "single-file":
         save.single_file(model, model.unet)  # a UNet that has no place there is refused before it is trained
-    compute = Compute.of(model, dtype, checkpointing, parts)
+    compute = Compute.of(model, dtype, checkpointing)
     count = sum(len(own) if own else samples for own in images)
     settings = {
         "model": model.name, "concepts": [c.record() for c in concepts], "mask": mask,
@@ -219,16 +157,11 @@ def erase(
         "retain_prompts": retain_prompts if isinstance(retain_prompts, str | None) else list(retain_prompts),
         "retain_weight": retain_weight, "lr": lr, "clip": clip, "steps": steps or -(-count // batch_size),
         "batch_size": batch_size, "anchor_from": anchor_from, "sample_every": sample_every, "seed": seed,
-        **compute.record(), "format": form, "reversible": reversible,
+        "dtype": named(compute.precision.dtype), "parts": parts, "format": form, "reversible": reversible,
     }  # fmt: skip
-    share = -(-batch_size // ranks.count())
-    steps_of_work = [{"step": "erase", "batch": share, "density": masks.density(given.bits) if given else density,
-                      "clips": clip is not None, "keeps_base": anchor_from == "base"}]  # fmt: skip
-    if not given:
-        steps_of_work = [{"step": "mask", "batch": batch_size, "guidance": guidance}, *steps_of_work]
-    works = compute.works(model, size, *steps_of_work)
+    works = _works(compute, settings, given, draws=not all([*images, kept_images]))
     if dry_run:
-        return foresee(model, works, settings)
+        return compute.foresee(works, settings)
     inputs = {
         "base": model.identity,
         "mask": hashlib.sha256(Path(mask).read_bytes()).hexdigest() if mask and Path(mask).is_file() else None,
@@ -236,56 +169,80 @@ def erase(
         "retain": kept_images and sources.digest(kept_images),
         "retain_prompts": None if retain else hashlib.sha256(json.dumps(kept).encode()).hexdigest(),
     }
+    progress = Progress(out, {"settings": settings, "inputs": inputs}, save_every)
     if (done := finished(out, form, model, settings, inputs)) is not None:
+        progress.end()
         return done
 
-    progress = Progress(out, {"settings": settings, "inputs": inputs}, save_every)
-    plans = announced(model, works, compute)
-    peaks = {}
+    planned = compute.announced(works)
     with progress.held() as state:
-        base = Base(model, size)
-        groups = forget_items(base, concepts, images, samples)
-        caption = retain_caption or concepts[0].anchor
-        retained, _ = encode(base, retain_items(base, kept_images, caption, kept, samples), [])
-        forgotten, row = encode(base, [item for own in groups for item in own], ["", *(c.anchor for c in concepts)])
-        peaks["images"] = memory.forget_peak()
-        unet = compute.load(base)
-        given = state.mask if state else given
-        [chosen] = [given] if given else make_masks(
-            base, unet, forgotten, forgotten.rows([row[""]]), concepts, [density], guidance, seed, batch_size
-        )  # fmt: skip
-        if not given:
+        data = _data(Base(model, size), concepts, images, kept_images, retain_caption, kept, samples)
+        peaks = {"images": memory.forget_peak()}
+        unet = compute.unet()
+        chosen = state.mask if state else given
+        if not chosen:
+            [chosen] = make_masks(
+                model, unet, data.forget, data.empty, concepts, [density], guidance, seed, -(-batch_size // parts)
+            )  # fmt: skip
             peaks["mask"] = memory.forget_peak()
-        which = [n for n, own in enumerate(groups) for _ in own]
-        anchors = torch.tensor([row[concepts[n].anchor] for n in which])
-        texts = [*spread([c.prompt for c in concepts], 4), *spread([text for text, _ in kept], 4)]
-        data = (forgotten, anchors, torch.tensor(which), retained)
-        values = _train(base, unet, chosen, data, texts, settings, progress, state, compute.precision)
-        peaks["erase"] = memory.forget_peak()
-        del unet, base, forgotten, retained, data
-        made = patch.of_training(values, chosen.bits, model.unet, reversible)
-        record = {
-            "schema": 2,
-            "command": command,
-            "concepts": settings["concepts"],
-            "settings": settings,
-            "inputs": inputs,
-            "images": {"forget": len(which), "retain": len(kept_images or ()) or samples},
-            "data": {
-                "forget": "; ".join(c.images or f"drawn by the base, {samples} for {c.prompt!r}" for c in concepts),
-                "retain": retain or f"drawn by the base from {_said(retain_prompts)}",
-            },
-        }
+        with progress.errors_recur():
+            texts = [*spread([c.prompt for c in concepts], 4), *spread([text for text, _ in kept], 4)]
+            strip = _strips(compute, unet, texts, progress.folder / "samples", sample_every)
+            values = _train(model, unet, chosen, data, settings, progress, state, strip)
+            peaks["erase"] = memory.forget_peak()
+            record = {
+                "schema": 2,
+                "command": command,
+                "concepts": settings["concepts"],
+                "settings": settings,
+                "inputs": inputs,
+                "images": {"forget": len(data.forget), "retain": len(data.retain)},
+                "data": {
+                    "forget": "; ".join(c.images or f"drawn by the base, {samples} for {c.prompt!r}" for c in concepts),
+                    "retain": retain or f"drawn by the base from {_said(retain_prompts)}",
+                },
+            }
+            del unet, strip, data
+            gc.collect()  # the UNet's hooks and layers refer to each other
+            made = patch.of_training(values, chosen.bits, model.unet, reversible)
+            if ranks.is_main():
+                record |= proof(model, made, chosen)
         if ranks.is_main():
-            record |= proof(model, made, chosen)
             with new_folder(out if form == "diffusers" else provenance.run_folder(out)) as beside:
                 progress.hand_over(beside)
-                run = {"seconds": round(time.monotonic() - started, 1), "peak_bytes": peaks,
-                       "planned_bytes": {step: budget.peak(parts) for step, parts in plans.items()}}  # fmt: skip
-                write_atomic(beside / "run.json", json.dumps(run) + "\n")
+                write_atomic(beside / "run.json", json.dumps(run_record(started, peaks, planned)) + "\n")
                 deliver(model, made._replace(record=record), chosen, form, out, beside)
         ranks.wait()
     return record
+
+
+def _works(compute: Compute, settings: dict, given: Mask | None, draws: bool) -> list[Work]:
+    """The steps of an erasure, for the memory plan."""
+    size, batch = settings["resolution"], settings["batch_size"]
+    common = {"parts": settings["parts"], "most_parts": batch // ranks.count()}
+    works = [compute.drawing(size, draws)]
+    if not given:
+        works.append(compute.work(Masking, size, batch=batch, guidance=settings["guidance"], **common))
+    training = compute.work(
+        Erasing, size, batch=-(-batch // ranks.count()), clips=settings["clip"] is not None,
+        density=masks.density(given.bits) if given else settings["density"], mask_is_given=given is not None,
+        keeps_base=settings["anchor_from"] == "base",
+        strips=compute.drawing(size, draws=True) if settings["sample_every"] else None, **common,
+    )  # fmt: skip
+    return [*works, training]
+
+
+def _data(
+    base: Base, concepts: Sequence[Concept], images: Sequence[list | None], kept_images: list | None,
+    caption: str | None, kept: list[tuple[str, float]], samples: int,
+) -> Data:  # fmt: skip
+    """Images drawn where there are none, and all of them encoded."""
+    groups = forget_items(base, concepts, images, samples)
+    to_retain = retain_items(base, kept_images, caption or concepts[0].anchor, kept, samples)
+    retain, _ = encode(base, to_retain, [])
+    forget, row = encode(base, [item for own in groups for item in own], ["", *(c.anchor for c in concepts)])
+    which = [n for n, own in enumerate(groups) for _ in own]
+    return Data(forget, row, torch.tensor(which), torch.tensor([row[concepts[n].anchor] for n in which]), retain)
 
 
 def _said(retain_prompts: str | Sequence[str] | None) -> str:
@@ -295,23 +252,13 @@ def _said(retain_prompts: str | Sequence[str] | None) -> str:
 
 
 def _train(
-    base: Base, unet, mask: Mask, data: tuple, texts: list[str], settings: dict, progress: Progress,
-    state: State | None, precision: Precision,
+    model: Checkpoint, unet, mask: Mask, data: Data, settings: dict, progress: Progress, state: State | None,
+    strip: Callable[[int], None],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Run the loop to its end, from the state on if there is one; gives the trained values. Writes the losses and,
-    where asked for, strips drawn from `texts`, into the folder of the progress."""
-    forget, anchors, concepts, retain = data
-    every, steps = settings["sample_every"], settings["steps"]
-    drawer = checkpoint.load(base.model, unet=unet) if every and ranks.is_main() else None
-    if drawer and not precision.widens:
-        drawer.to(unet.dtype)
-
-    def strip(step: int) -> None:
-        if drawer and step % every == 0:
-            _write_strip(drawer, base.model, texts, progress.folder / "samples" / f"step-{step:05d}.png")
-
+    """Run the loop to its end, from the state on if there is one; gives the trained values. Writes the losses into the
+    folder of the progress, and calls `strip` before the first step and after each."""
     adam = SalientAdam(
-        unet, mask.bits, base.model.unet, settings["lr"], clip=settings["clip"], holds=settings["parts"] > 1,
+        unet, mask.bits, model.unet, settings["lr"], clip=settings["clip"], holds=settings["parts"] > 1,
         keeps_base=settings["anchor_from"] == "base",
     )  # fmt: skip
     if state:
@@ -320,35 +267,45 @@ def _train(
     else:
         strip(0)
     names = ("steps", "batch_size", "retain_weight", "anchor_from", "seed", "parts")
-    schedule = Schedule.of(checkpoint.load_scheduler(base.model))
+    schedule = Schedule.of(checkpoint.load_scheduler(model))
     loop = erasing.erase(
-        unet, adam, schedule, forget, anchors, concepts, retain, **{name: settings[name] for name in names}
+        unet, adam, schedule, data.forget, data.anchors, data.concepts, data.retain,
+        **{name: settings[name] for name in names},
     )  # fmt: skip
     with (
         progress.losses(adam.steps) as losses, patient() as interrupts,
-        tqdm(loop, total=steps, initial=adam.steps, desc="erase") as bar,
+        tqdm(loop, total=settings["steps"], initial=adam.steps, desc="erase") as bar,
     ):  # fmt: skip
-        try:
-            for row in bar:
-                losses.write(json.dumps(row) + "\n")
-                bar.set_postfix(forget=f"{row['forget']:.4f}", retain=f"{row['retain']:.4f}")
-                strip(row["step"])
-                stops = agreed(interrupts)
-                if row["step"] < steps and (stops or progress.is_due()):
-                    progress.save(adam, mask)
-                if stops:
-                    raise KeyboardInterrupt(f"Interrupted after step {row['step']} of {steps}, which is kept in "
-                                            f"{progress.folder}: the same command goes on from there.")  # fmt: skip
-        except SalunError:  # it would come again
-            progress.forget()
-            raise
-    return adam.values()
+        for row in bar:
+            losses.write(json.dumps(row) + "\n")
+            bar.set_postfix(forget=f"{row['forget']:.4f}", retain=f"{row['retain']:.4f}")
+            strip(row["step"])
+            if row["step"] < settings["steps"]:
+                progress.rest(adam, mask, interrupts)
+    values = adam.values()
+    adam.close()
+    return values
+
+
+def _strips(compute: Compute, unet, texts: list[str], folder: Path, every: int) -> Callable[[int], None]:
+    """Draws a row of images after each `every` steps, in the main process; 0: never."""
+    if not every or not ranks.is_main():
+        return lambda step: None
+    pipeline = checkpoint.load(compute.model, unet=unet)
+    if not compute.precision.widens:
+        pipeline.to(unet.dtype)
+
+    def strip(step: int) -> None:
+        if step % every == 0:
+            _write_strip(pipeline, compute.model, texts, folder / f"step-{step:05d}.png")
+
+    return strip
 
 
 def _write_strip(pipeline, model: Checkpoint, texts: list[str], file: Path) -> None:
     """One row of images, from seeds that neither training images nor a prompt set use."""
     steps, guidance = model.sampling
-    rows, size = [(text, 2**31 + i) for i, text in enumerate(texts)], generate.images_per_pass(pipeline)
+    rows, size = [(text, 2**31 + i) for i, text in enumerate(texts)], generate.images_per_pass(pipeline.unet.config)
     images = []
     for start in range(0, len(rows), size):
         images += generate.sample(pipeline, rows[start : start + size], guidance, steps)

@@ -21,7 +21,7 @@ from salun_sd.sources import Item
 
 
 class Base:
-    """A checkpoint that is about to be edited, loaded as far as it is needed."""
+    """A checkpoint that draws and encodes what it will be trained on, loaded as far as it is needed."""
 
     def __init__(self, model: Checkpoint, resolution: int):
         self.model, self.resolution = model, resolution
@@ -36,11 +36,6 @@ class Base:
     def encoders(self):
         """The VAE, the tokenizers and the text encoders, with the UNet only if it is there already."""
         return self._pipeline or checkpoint.load(self.model, unet=False)
-
-    def unet(self, dtype: torch.dtype):
-        """The UNet to train; everything else leaves memory."""
-        self._pipeline = None
-        return checkpoint.load_unet(self.model, dtype)
 
 
 def forget_items(

@@ -1,7 +1,7 @@
 """Prompts to images: one seed per image, resumable, nothing drawn twice."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -18,13 +18,14 @@ PNG_END = b"IEND\xaeB`\x82"
 PROVENANCE = "salun_sd"  # key of the PNG text chunk that says what an image was drawn from
 
 
-def images_per_pass(pipeline) -> int:
+def images_per_pass(unet: Mapping) -> int:
     """How many images go through the UNet together, from the latents' area: 32 at 8 x 8, 4 at 64 x 64, 1 at 128 x 128.
 
-    A constant for a checkpoint, not a setting. Matrix kernels round by the shape of the whole batch, so an image
-    can only be the same bytes in every run if every pass has the same shape: a pass with fewer images is padded.
+    A constant for a checkpoint, by its UNet's config, not a setting. Matrix kernels round by the shape of the whole
+    batch, so an image can only be the same bytes in every run if every pass has the same shape: a pass with fewer
+    images is padded.
     """
-    return max(1, min(32, 2**14 // pipeline.unet.config.sample_size**2))
+    return max(1, min(32, 2**14 // unet["sample_size"] ** 2))
 
 
 def seed_of(prompt: Prompt, k: int) -> int:
@@ -59,7 +60,7 @@ def draw(
     missing.sort(key=lambda m: m[0].guidance)  # stable: a pass has one guidance scale
     ranks.wait()  # all have seen the same images missing
     for _, same_guidance in groupby(missing, key=lambda m: m[0].guidance):
-        group, size = list(same_guidance), images_per_pass(pipeline())
+        group, size = list(same_guidance), images_per_pass(pipeline().unet.config)
         for start in range(ranks.rank() * size, len(group), ranks.count() * size):
             rows = group[start : start + size]
             images = sample(pipeline(), [(p.text, seed_of(p, k)) for p, k, _ in rows], rows[0][0].guidance, steps, size)

@@ -76,6 +76,21 @@ def kept_prompts(kept: str | Sequence[str] | None, concepts: Sequence[Concept], 
     return left
 
 
+def to_keep(
+    retain: str | None, caption: str | None, retain_prompts: str | Sequence[str] | None, concepts: Sequence[Concept]
+) -> list[Item] | None:  # fmt: skip
+    """The images of --retain. Those without a caption take the anchor's, if there is one anchor."""
+    if retain and retain_prompts:
+        raise UsageError("--retain and --retain-prompts cannot go together: give one of them.")
+    if caption and not retain:
+        raise UsageError("--retain-caption is for the images of --retain, which is not given.")
+    images = images_of(retain, caption or "")
+    if images and not caption and len({c.anchor for c in concepts}) > 1:
+        if bare := next((item.name for item in images if item.caption is None), None):
+            raise UsageError(f"{bare} has no caption, and there are several anchors: give --retain-caption.")
+    return images
+
+
 def given_mask(spec: str | None, model: Checkpoint, concepts: Sequence[Concept], seed: int) -> Mask | None:
     """The mask that --mask asks for: a file, checked against the UNet, random:D, or none; None where it is to be
     computed."""

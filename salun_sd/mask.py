@@ -63,6 +63,12 @@ def keep_count(density: float, total: int) -> int:
     return keep
 
 
+def cut(saliency: dict[str, torch.Tensor], counts: list[int]) -> list[tuple[float, Bits]]:
+    """For each k in counts: the k-th largest value over all tensors together, and the mask of exactly k ones,
+    m_S = 1(|g| >= threshold); of weights at the threshold the first by position."""
+    return [(t, select(saliency, t, k)) for t, k in zip(thresholds(saliency, counts), counts, strict=True)]
+
+
 def thresholds(saliency: dict[str, torch.Tensor], counts: list[int]) -> list[float]:
     """The k-th largest value over all tensors together, for each k in counts, exactly and without sorting.
 
@@ -131,7 +137,7 @@ def random_bits(shapes: dict[str, torch.Size], density: float, seed: int) -> Bit
     generator = torch.Generator().manual_seed(seed)
     scores = {name: torch.rand(shapes[name], generator=generator) for name in sorted(shapes)}
     count = keep_count(density, sum(s.numel() for s in scores.values()))
-    return select(scores, thresholds(scores, [count])[0], count)
+    return cut(scores, [count])[0][1]
 
 
 def full_bits(shapes: dict[str, torch.Size]) -> Bits:

@@ -1,6 +1,7 @@
 """What a device can hold, and what a run holds at its peak."""
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +22,16 @@ def give_back() -> None:
 
 
 def available(device: torch.device | str) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Bytes that this process can still allocate on a device: of the host, its share among the processes there."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what is freed
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def resident() -> int:
+    """Bytes of the host that this process has now."""
+    return psutil.Process().memory_info().rss
 
 
 def roomy(device: torch.device, size: int) -> torch.device:

@@ -114,7 +114,8 @@ def size_on_disk(path: Path) -> int:
     return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def run_of(out: Path) -> dict:
-    """What the run that wrote `out` took: seconds, and for each step peak_bytes and, where planned, planned_bytes."""
-    folder = out if out.is_dir() else provenance.run_folder(out)
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+def run_of(out: Path) -> dict | None:
+    """What the run that wrote `out` took: seconds, and for each step peak_bytes and, where planned, planned_bytes. None
+    where it does not lie beside it any more."""
+    file = (out if out.is_dir() else provenance.run_folder(out)) / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -28,13 +28,20 @@ class Precision(NamedTuple):
             return cls(torch.bfloat16, False, "this GPU computes in it, and it takes half the memory")
         return cls(torch.float32, False, "the default here; --dtype bfloat16 halves the memory of the weights")
 
-    def prepare(self, unet: nn.Module) -> nn.Module:
-        """The UNet, whose weights have the dtype already, made to compute so."""
+    def prepare(self, unet: nn.Module, checkpointing: bool) -> nn.Module:
+        """The UNet, whose weights have the dtype already, made to compute so; with `checkpointing`, activations are
+        made anew in the backward pass instead of kept."""
         if self.widens:
             for module in unet.modules():
                 if type(module) in WIDE:
                     module.forward = partial(WIDE[type(module)], module)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
         return unet
+
+
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _knows_bfloat16(device: str) -> bool:

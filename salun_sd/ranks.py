@@ -20,13 +20,13 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)) if of > 1 else 0, of
 
 
-def start() -> None:
-    """Join the other processes, where a launcher has started several: over NCCL with GPUs, over gloo without."""
+def start(device: str) -> None:
+    """Join the other processes, where a launcher has started several: over NCCL on GPUs, over gloo on the CPU."""
     if launched()[1] > 1 and count() == 1:
         import torch
         from accelerate import InitProcessGroupKwargs, PartialState
 
-        PartialState(cpu=not torch.cuda.is_available(), **InitProcessGroupKwargs(timeout=LONGEST_WAIT).to_kwargs())
+        PartialState(cpu=device == "cpu", **InitProcessGroupKwargs(timeout=LONGEST_WAIT).to_kwargs())
         _place.update(rank=torch.distributed.get_rank(), count=torch.distributed.get_world_size())
 
 

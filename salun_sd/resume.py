@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ from filelock import FileLock, Timeout
 
 from salun_sd import ranks, tensors
 from salun_sd.adam import SalientAdam
-from salun_sd.errors import UsageError
+from salun_sd.errors import SalunError, UsageError
 from salun_sd.files import new_file
 from salun_sd.mask import Bits, Mask
 from salun_sd.tensors import Tensors, given
 
-STATE, LOSSES = "state.safetensors", "losses.jsonl"
+STATE, LOSSES, SAMPLES, LOCK = "state.safetensors", "losses.jsonl", "samples", ".lock"
 
 
 class State(NamedTuple):
@@ -43,25 +43,46 @@ class Progress:
         """For this run alone; gives the state that an earlier one of the same command left. At the end the folder goes,
         but where a run ends early and has saved a state.
 
-        Raises UsageError where the state is another command's, or a run that goes on has the folder.
+        Raises UsageError where the folder is another command's or not ours, or a run that goes on has it.
         """
         if not ranks.is_main():
             ranks.wait()
             yield self._read()
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted(p.name for p in self.folder.iterdir()):
+            if name not in (STATE, LOSSES, SAMPLES, LOCK) and not name.startswith(f".{STATE}."):
+                raise UsageError(f"{self.folder} is for this run's state, and holds {name}: choose another --out.")
         try:
-            with FileLock(self.folder / ".lock").acquire(blocking=False):
+            with FileLock(self.folder / LOCK).acquire(blocking=False):
+                state = self._read()
+                if state is None:  # strips may be of another run, which did not come to a state
+                    shutil.rmtree(self.folder / SAMPLES, ignore_errors=True)
                 try:
-                    state = self._read()
                     ranks.wait()
                     yield state
-                    self.forget()
+                    self._forget()
                 finally:
                     if not (self.folder / STATE).is_file():
                         shutil.rmtree(self.folder, ignore_errors=True)
         except Timeout as e:
             raise UsageError(f"Another run is making {self.out}: wait for it, or choose another --out.") from e
+
+    @contextmanager
+    def errors_recur(self) -> Iterator[None]:
+        """Inside, an error of ours would come again from the state, which therefore goes with it."""
+        try:
+            yield
+        except SalunError:
+            self._forget()
+            raise
+
+    def end(self) -> None:
+        """The result is there: a run that was killed just after it made that has left its state."""
+        with suppress(UsageError, Timeout):
+            if ranks.is_main() and self._read():
+                with FileLock(self.folder / LOCK).acquire(blocking=False):
+                    shutil.rmtree(self.folder)
 
     def _read(self) -> State | None:
         file = self.folder / STATE
@@ -88,11 +109,16 @@ class Progress:
             tensors.write(partial, content, {"salun_sd": json.dumps(said)})
         self.saved_at = time.monotonic()
 
-    def is_due(self) -> bool:
-        return self.minutes > 0 and time.monotonic() - self.saved_at >= 60 * self.minutes
+    def rest(self, adam: SalientAdam, mask: Mask, noted: list) -> None:
+        """Between two steps: save, if it is time, or if one of the processes was asked to stop; then all stop."""
+        stops = bool(ranks.added(torch.tensor(float(len(noted)))))
+        if stops or 0 < 60 * self.minutes <= time.monotonic() - self.saved_at:
+            self.save(adam, mask)
+        if stops:
+            raise KeyboardInterrupt(f"Interrupted after step {adam.steps}, which is kept in {self.folder}: the same "
+                                    "command goes on from there.")  # fmt: skip
 
-    def forget(self) -> None:
-        """The state is of no use any more."""
+    def _forget(self) -> None:
         (self.folder / STATE).unlink(missing_ok=True)
 
     @contextmanager
@@ -103,14 +129,16 @@ class Progress:
                 yield nowhere
             return
         file = self.folder / LOSSES
-        kept = file.read_text().splitlines(keepends=True)[:start] if start else []
-        with file.open("w", buffering=1) as lines:
-            lines.writelines(kept)
+        with file.open("r+" if start else "w", buffering=1) as lines:
+            for _ in range(start):
+                lines.readline()
+            lines.seek(lines.tell())
+            lines.truncate()
             yield lines
 
     def hand_over(self, folder: Path) -> None:
         """Losses and strips become part of the result."""
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", f"{STATE}*"))
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", STATE))
 
 
 @contextmanager
@@ -130,8 +158,3 @@ def patient() -> Iterator[list]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def agreed(noted: list) -> bool:
-    """Whether any of the processes was asked to stop: all stop after the same step."""
-    return bool(ranks.added(torch.tensor(float(len(noted)))))

@@ -20,6 +20,7 @@ from salun_sd.diffusion import (
     target,
 )
 from salun_sd.errors import SalunError
+from salun_sd.mask import pass_size
 from salun_sd.memory import roomy
 
 
@@ -72,7 +73,10 @@ class Saliency:
 
     @staticmethod
     def _add(total: torch.Tensor, p: torch.Tensor) -> None:
-        total += p.grad.to(total.device)
+        grad = p.grad.to(total.device).contiguous().view(-1)
+        size = pass_size(p.numel(), grad.device)  # the CPU adds values of another dtype by way of a converted copy
+        for into, more in zip(total.view(-1).split(size), grad.split(size), strict=True):
+            into += more
         p.grad = None
 
     def accumulate(self, forget: Examples, batch_size: int) -> Iterator[int]:

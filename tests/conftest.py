@@ -1,6 +1,8 @@
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads each wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -235,7 +235,7 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         ([*ERASE, "--out", tmp_path / "taken"], 2, "taken holds something else: choose another --out"),
         (erase("--lr", "2e-4", "--out", made / "erased"), 2, "erased with other settings"),
         (erase("--lr", "1e38", *out), 2, "--lr is 1e+38: give a finite number above 0, at most 1"),
-        (erase("--clip", "0", *out), 2, "--clip is 0: give a finite number above 0"),
+        ([*ERASE, "--clip", "0", *out], 2, "--clip is 0: give a finite number above 0"),
         ([*MASK, "--guidance", "nan", *out], 2, "--guidance is nan: give a finite number from 0 on"),
         ([*MASK[:2], "--concept", " ", *out], 2, "--concept is empty"),
         ([*MASK[:2], *out], 2, "There is nothing to erase: give --concept with --anchor, or --plan"),
@@ -256,7 +256,7 @@ def test_bad_input_is_named_before_anything_is_written(made, tmp_path, capsys):
         ([*masked, "random:2"], 2, "Density 2 is outside"),
         ([*masked, tmp_path / "cut.safetensors"], 1, "cut.safetensors is not a salun-sd mask, or it is truncated"),
         (["erase", made / "erased", *masked[2:], made / "m-0.1.safetensors"], 1, "The mask was made for a UNet with"),
-        (erase("--lr", "1e6", *out), 1, "The loss exploded at step"),
+        (erase("--lr", "1", *out), 1, "The loss exploded at step"),
         (["evaluate", "--prompts", "pocket", *out], 2, "Give either a MODEL"),
         (["evaluate", "pocket", "--prompts", "pocket", "--against", "nowhere", *out], 2, "Model nowhere was not found"),
         (["evaluate", "pocket", "--prompts", "nowhere.csv", *out], 2, "no prompt set or file nowhere.csv"),
@@ -326,7 +326,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(made, few, 
         "--prompts",
         few,
         "--samples-per-prompt",
-        "10",
+        "6",
         "--steps",
         "3",
         "--out",
@@ -335,11 +335,11 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(made, few, 
     process = spawn(audit)
     interrupt(process, lambda: len(list((tmp_path / "a" / "images").glob("*.png"))) > 3)
     assert process.returncode == 130 and not (tmp_path / "a" / "report.json").exists()
-    assert 3 < len(list((tmp_path / "a" / "images").glob("*.png"))) < 120
+    assert 3 < len(list((tmp_path / "a" / "images").glob("*.png"))) < 72
     cli.run([str(a) for a in audit])
     for name in ("0_0.png", "700_0.png"):  # and what was drawn before or after the interruption is the same
         assert (tmp_path / "a/images" / name).read_bytes() == (made / "audit/images" / name).read_bytes()
-    assert len(list((tmp_path / "a" / "images").glob("*"))) == 120
+    assert len(list((tmp_path / "a" / "images").glob("*"))) == 72
 
 
 def test_a_disk_that_takes_no_more_is_said_and_leaves_nothing(made, tmp_path):

@@ -66,5 +66,5 @@ def test_images_of_other_settings_are_never_taken_for_ours(pocket, tmp_path, oth
 
 
 def test_every_pass_of_a_checkpoint_has_one_size(pocket):
-    assert generate.images_per_pass(pocket) == 32
+    assert generate.images_per_pass(pocket.unet.config) == 32
     assert json.loads((checkpoint.POCKET / "sampling.json").read_text()) == {"steps": 25, "guidance": 3.0}

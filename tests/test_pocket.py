@@ -38,6 +38,7 @@ def test_a_killed_stage_ends_where_an_undisturbed_one_does(tmp_path):
     assert torch.equal(trained(tmp_path / "killed"), trained(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_the_whole_script_runs_on_a_small_data_set(tmp_path):
     import gzip
 

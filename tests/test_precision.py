@@ -15,7 +15,7 @@ def test_a_widened_unet_computes_in_float32_from_its_rounded_weights(fresh_unet,
     """Output and gradients are those of the float32 UNet whose weights were rounded."""
     rounded = deepcopy(fresh_unet).to(torch.bfloat16)
     plain = deepcopy(rounded).float()
-    wide = Precision(torch.bfloat16, True, "").prepare(rounded)
+    wide = Precision(torch.bfloat16, True, "").prepare(rounded, checkpointing=False)
     x, context = torch.randn(2, 4, 8, 8).bfloat16(), contexts["context"][1:3].bfloat16()
     for unet, to in ((wide, torch.bfloat16), (plain, torch.float32)):
         unet.requires_grad_(True)

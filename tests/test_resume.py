@@ -1,6 +1,7 @@
 """An erasure that is killed, interrupted or disturbed goes on, and ends with the bytes of an undisturbed one."""
 
 import random
+import shutil
 import signal
 import time
 
@@ -81,6 +82,32 @@ def test_the_state_of_another_run_is_not_taken_and_not_lost(tiny, tmp_path, caps
     assert state.read_bytes() == kept
 
 
+def test_what_a_run_left_that_came_to_no_state_is_not_taken(tiny, undisturbed, tmp_path):  # noqa: F811
+    stale = tmp_path / "p.safetensors.state" / "samples" / "step-00099.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of another run")
+    cli.run(["erase", tiny, *ERASE])
+    assert same(undisturbed, tmp_path)
+
+
+def test_a_folder_in_the_place_of_the_state_is_left_alone(tiny, tmp_path, capsys):  # noqa: F811
+    notes = tmp_path / "p.safetensors.state" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    assert "holds notes.txt: choose another --out" in fails(["erase", tiny, *ERASE], 2, capsys)
+    assert notes.read_text() == "mine"
+
+
+def test_a_result_takes_the_state_of_the_run_that_was_killed_after_it(tiny, undisturbed, tmp_path):  # noqa: F811
+    process, state = spawn(["erase", tiny, *ERASE]), tmp_path / STATE
+    until(state.is_file, process)
+    process.kill()
+    process.communicate()
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    cli.run(["erase", tiny, *ERASE])
+    assert not state.parent.exists() and same(undisturbed, tmp_path)
+
+
 def test_an_error_that_would_come_again_leaves_no_state(tiny, tmp_path, capsys):  # noqa: F811
-    assert "exploded at step" in fails(["erase", tiny, *ERASE[:-1], "3"], 1, capsys)
+    assert "exploded at step" in fails(["erase", tiny, *ERASE[:-1], "1"], 1, capsys)
     assert list(tmp_path.iterdir()) == []

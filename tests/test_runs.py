@@ -135,6 +135,7 @@ def test_a_plan_with_synonyms_and_retain_prompts(tiny, tmp_path, photo_folder, c
     argv = ["erase", tiny, "--plan", str(tmp_path / "plan.toml"), "--mask", "none", *SETTINGS,
             "--out", str(tmp_path / "erased")]  # fmt: skip
     cli.run(argv)
+    (tmp_path / "erased" / "run.json").unlink()
     capsys.readouterr()
     cli.run(argv)
     assert "nothing to do" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_equals_a_naive_recomputation(fresh_unet, schedule, forget, contexts, gu
 def test_is_independent_of_batch_size(fresh_unet, schedule, forget, contexts):
     one, ten = (saliency_of(fresh_unet, schedule, forget, contexts, batch_size=b) for b in (1, 10))
     for name in one:
-        torch.testing.assert_close(one[name], ten[name], rtol=1e-3, atol=1e-5 * one[name].max().item())
+        torch.testing.assert_close(one[name], ten[name], rtol=1e-3, atol=1e-4 * one[name].max().item())
 
 
 def test_sums_signed_gradients_before_the_absolute_value(fresh_unet, schedule, forget, contexts):

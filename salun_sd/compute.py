@@ -1,0 +1,76 @@
+"""How the UNet computes in a run, and the memory that the run's steps will take: chosen, foreseen, said."""
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from salun_sd import budget, checkpoint, generate
+from salun_sd.budget import Drawing, Work
+from salun_sd.checkpoint import Checkpoint
+from salun_sd.precision import Precision, named
+
+LARGE = 100_000_000  # weights of a UNet whose activations are worth recomputing
+
+
+class Foreseen(NamedTuple):
+    """What --dry-run gives in place of a result."""
+
+    settings: dict
+    plans: dict[str, dict[str, int]]  # for each step, bytes by what they are
+    fits: bool
+    advice: list[tuple[str, int]]  # options that bring the largest step down, with the bytes each saves
+
+
+class Compute(NamedTuple):
+    """How the UNet computes, which changes the result by rounding only."""
+
+    model: Checkpoint
+    precision: Precision
+    checkpointing: bool  # activations are made anew in the backward pass instead of kept
+    is_large: bool  # the UNet
+
+    @classmethod
+    def of(cls, model: Checkpoint, dtype: str | None, checkpointing: bool | None) -> "Compute":
+        """As asked or, where nothing is, what fits the device and the model; says what the dtype is and why."""
+        precision = Precision.of(dtype, checkpoint.device())
+        print(f"The UNet is held in {named(precision.dtype)}: {precision.reason}.", file=sys.stderr)
+        is_large = sum(t.shape.numel() for t in model.unet.values()) >= LARGE
+        return cls(model, precision, is_large if checkpointing is None else checkpointing, is_large)
+
+    def unet(self) -> torch.nn.Module:
+        return self.precision.prepare(checkpoint.load_unet(self.model, self.precision.dtype), self.checkpointing)
+
+    def work(self, kind: type[Work], resolution: int, **rest) -> Work:
+        """A step with the UNet, for the memory plan."""
+        return kind(resolution, rest.pop("batch"), self.precision, self.checkpointing, self.model.pixels, **rest)
+
+    def drawing(self, resolution: int, draws: bool) -> Drawing:
+        """The step that makes images and encodes them, or only encodes them; all of it in float32."""
+        others = sum(t.shape.numel() for part, ts in self.model.parts.items() if part != "unet" for t in ts.values())
+        return Drawing(
+            self.model.image_size if draws else resolution, generate.images_per_pass(self.model.settings("unet")),
+            Precision(torch.float32, False, ""), False, self.model.pixels, self.model.settings("vae"), others, draws,
+        )  # fmt: skip
+
+    def foresee(self, steps: Sequence[Work], settings: dict) -> Foreseen:
+        """What --dry-run gives."""
+        device, plans = checkpoint.device(), self._plans(steps)
+        fits = all(budget.fits(sizes, device) for sizes in plans.values())
+        most = max(steps, key=lambda work: budget.needed(plans[work.step]))
+        return Foreseen(settings, plans, fits, [] if fits else budget.advice(self.model.settings("unet"), most, device))
+
+    def announced(self, steps: Sequence[Work]) -> dict[str, int]:
+        """Bytes that each step of a run which is about to begin is planned to take, where the model is large enough to
+        ask, and less the images, which may be cached; one that does not fit the device is named."""
+        plans = self._plans([work for work in steps if not isinstance(work, Drawing)]) if self.is_large else {}
+        for step, sizes in plans.items():
+            if not budget.fits(sizes, checkpoint.device()):
+                print(f"The {step} step takes {sum(sizes.values()) / 2**30:.1f} GiB, more than is free: --dry-run says "
+                      "what brings it down.", file=sys.stderr)  # fmt: skip
+        return {step: sum(sizes.values()) for step, sizes in plans.items()}
+
+    def _plans(self, steps: Sequence[Work]) -> dict[str, dict[str, int]]:
+        config, device = self.model.settings("unet"), checkpoint.device()
+        return {work.step: budget.plan(config, work, device) for work in steps}
