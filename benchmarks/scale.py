@@ -32,8 +32,9 @@ from common import ARCHS, SCHEDULE, Case, clock, now
 from models import skeleton
 from torch.utils.flop_counter import FlopCounterMode
 
-from salun_sd import mask, memory
+from salun_sd import budget, mask, memory
 from salun_sd.adam import SalientAdam
+from salun_sd.budget import Erasing, Masking, Work
 from salun_sd.checkpoint import device
 from salun_sd.compute import LARGE
 from salun_sd.diffusion import predict
@@ -191,19 +192,27 @@ def our_mask(case: Case, steps: int) -> tuple[float, float, int]:
     return seconds, now() - start, memory.peak() if masks else 0
 
 
+def planned(case: Case, kind: type[Work], **rest) -> int:
+    """Bytes that --dry-run says."""
+    precision = Precision.of(case.dtype, device())
+    work = kind(8 * case.latents, case.batch, precision, case.checkpointing, **rest)
+    return sum(budget.plan(ARCHS[case.arch]["unet"], work, device()).values())
+
+
 def masks(bench: Bench, cases: list[Case], steps: int) -> Iterator[list]:
     """Guidance 7.5: two forwards an image. The threshold: ours at three densities, the reference's at one. Arithmetic
     for the reference: 4 bytes a weight each for weights, gradients, sums, their concatenation and the sort's values, 8
     for each of its two lists of positions, and activations, which are not counted."""
-    yield [*_CASE, "s / image", "s / threshold", "peak GiB", "times as fast", "times less memory"]
+    yield [*_CASE, "s / image", "s / threshold", "peak GiB", "planned GiB", "times as fast", "times less memory"]
     for case in cases:
         n, bytes_ = common.weights(case.arch), getattr(torch, case.dtype).itemsize
         least = (12 if torch.cuda.is_available() else 36) * n  # with a GPU, the sums and their sort are on the host
         theirs = bench.fits(least, reference.time_mask, case, steps, 0.5)
-        yield [*_case(case, "reference"), *_cells(theirs, least, 2), "", ""]
+        yield [*_case(case, "reference"), *_cells(theirs, least, 2), "", "", ""]
         need = (bytes_ + sum_dtype(n).itemsize) * n
         ours = bench.fits(need, our_mask, case, steps)
-        yield [*_case(case), *_cells(ours, need, 2), *_ratios(theirs, ours, least)]
+        foreseen = gib(bench.run(partial(planned, case, Masking, guidance=7.5)))
+        yield [*_case(case), *_cells(ours, need, 2), foreseen, *_ratios(theirs, ours, least)]
 
 
 _CASE = ["UNet", "weights", "latents", "batch", "", "dtype", "activations"]
@@ -249,18 +258,20 @@ def erasing(
     weight, 4 its gradient, 8 Adam, 8 the mask, which with a GPU is on the host), and activations, which are not
     counted. Matrix rate: that of a large matrix product in the dtype that is computed in, on the same machine; the
     share of it is the step's operations, recomputing included, over its seconds."""
-    yield [*_CASE, "density", "s / step", "peak GiB", "share of matrix rate", "times as fast", "times less memory"]
+    yield [*_CASE, "density", "s / step", "peak GiB", "planned GiB", "share of matrix rate", "times as fast",
+           "times less memory"]  # fmt: skip
     for case in cases:
         n, bytes_ = common.weights(case.arch), getattr(torch, case.dtype).itemsize
         least = (16 if torch.cuda.is_available() else 24) * n
         theirs = bench.fits(least + OTHERS * (n > LARGE), reference.time_erase, case, steps, 0.5)
-        yield [*_case(case, "reference"), "any", *_cells(theirs, least), "", "", ""]
+        yield [*_case(case, "reference"), "any", *_cells(theirs, least), "", "", "", ""]
         for density in densities:
             need = (bytes_ + 12 * density + 1 / 8) * n
             ours = bench.fits(need, our_erase, case, density, steps)
             most = rate(case.computes_in) if ours else 0
             share = f"{flops_of_step(case) / ours[0] / most:.0%} of {most / 1e12:.3g} TFLOP/s" if ours else ""
-            yield [*_case(case), f"{density:g}", *_cells(ours, need), share, *_ratios(theirs, ours, least)]
+            foreseen = gib(bench.run(partial(planned, case, Erasing, density=density)))
+            yield [*_case(case), f"{density:g}", *_cells(ours, need), foreseen, share, *_ratios(theirs, ours, least)]
 
 
 def gpu(bench: Bench, steps: int, rate: Callable[[str], float]) -> Iterator[list]:
@@ -303,6 +314,7 @@ def main(
     weights: Annotated[list[int], typer.Option(help="Weights to threshold; several for several.")] = (107_000_000,),
     latents: Annotated[int | None, typer.Option(help="Side of the latents; default each architecture's own.")] = None,
     batch: Annotated[int, typer.Option(help="Images in a step, to forget and as many to retain.")] = 1,
+    density: Annotated[list[float], typer.Option(help="Of erase; several for several.")] = tuple(DENSITIES),
     dtype: Annotated[str | None, typer.Option(help="What salun-sd computes in; default as erase would.")] = None,
     checkpointing: Annotated[
         bool | None, typer.Option(help="Recompute activations, here and in the reference; default as erase would.")
@@ -324,7 +336,7 @@ def main(
         Only.threshold: ("Threshold", threshold, lambda: threshold(bench, weights)),
         Only.file: ("Mask file", file, lambda: file(bench, cases)),
         Only.mask: ("Mask", masks, lambda: masks(bench, cases, steps)),
-        Only.erase: ("Erase", erasing, lambda: erasing(bench, cases, DENSITIES, steps, rate)),
+        Only.erase: ("Erase", erasing, lambda: erasing(bench, cases, density, steps, rate)),
         Only.gpu: ("GPU", gpu, lambda: gpu(bench, steps, rate)),
     }
     libraries = f"; libraries alone {gib(bench.run(memory.peak))} GiB" if not torch.cuda.is_available() else ""

@@ -92,9 +92,9 @@ def thresholds(saliency: dict[str, torch.Tensor], counts: list[int]) -> list[flo
 
 
 def _patterns(values: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The bit patterns of float32 values, int32 [n], n <= PASS."""
+    """The bit patterns of float32 values, int32 [n], a pass at a time."""
     for v in values:
-        yield from v.contiguous().view(-1).view(torch.int32).split(PASS)
+        yield from v.contiguous().view(-1).view(torch.int32).split(pass_size(v.numel(), v.device))
 
 
 def _high(patterns: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,8 @@ def select(saliency: dict[str, torch.Tensor], threshold: float, count: int) -> B
 
 def _packed_from(values: torch.Tensor, threshold: float) -> torch.Tensor:
     """The bits of values >= threshold, packed."""
-    return torch.cat([packed_bits(v >= threshold) for v in values.contiguous().view(-1).split(PASS)])
+    passes = values.contiguous().view(-1).split(pass_size(values.numel(), values.device))
+    return torch.cat([packed_bits(v >= threshold) for v in passes])
 
 
 def random_bits(shapes: dict[str, torch.Size], density: float, seed: int) -> Bits:
