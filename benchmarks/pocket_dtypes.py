@@ -47,28 +47,28 @@ def main(
     jobs: Annotated[int | None, typer.Option(help="Processes, of one thread each. Default: one a core.")] = None,
 ) -> None:
     classes = list(dict.fromkeys(p.label for p in prompts.read("pocket")))
-    pairs = list(pairwise([*classes, classes[0]]))
     with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        begun = {(pair, dtype): [pool.submit(erased, out, dtype, *pair, seed, density) for seed in range(seeds)]
-                 for pair in pairs for dtype in DTYPES}  # fmt: skip
-        metrics = {run: [future.result() for future in futures] for run, futures in begun.items()}
+        begun = {pair: {d: [pool.submit(erased, out, d, *pair, seed, density) for seed in range(seeds)] for d in DTYPES}
+                 for pair in pairwise([*classes, classes[0]])}  # fmt: skip
+        found: dict[str, dict[str, list[dict]]] = {}
+        for pair, of_dtype in begun.items():
+            found[" → ".join(pair)] = {d: [each.result() for each in runs] for d, runs in of_dtype.items()}
+            write(found, density, seeds)
 
-    def counts(metric: str, pair: tuple[str, str], dtype: str) -> list[int]:
-        """Images, of one seed after another."""
-        return [found[metric]["n"] for found in metrics[pair, dtype]]
 
-    table, said = [], []
-    for pair in pairs:
-        cells = [counts(metric, pair, dtype) for metric in ("ua", "ra") for dtype in DTYPES]
-        table.append("| " + " | ".join([" → ".join(pair), *(", ".join(map(str, c)) for c in cells)]) + " |")
-    for metric in ("ua", "ra"):
-        plain, compact = ([n for pair in pairs for n in counts(metric, pair, dtype)] for dtype in DTYPES)
-        d = [b - a for a, b in zip(plain, compact, strict=True)]
-        error = stdev(d) / len(d) ** 0.5
-        said.append(f"- {metric.upper()}: {mean(d):+.2f} on average of {len(d)} pairs, standard error {error:.2f}; "
-                    f"from {min(d):+d} to {max(d):+d}.")  # fmt: skip
-    noise = mean(stdev(counts("ra", pair, "float32")) ** 2 for pair in pairs) ** 0.5
-    of = {metric: metrics[pairs[0], DTYPES[0]][0][metric]["of"] for metric in ("ua", "ra")}
+def write(found: dict[str, dict[str, list[dict]]], density: float, seeds: int) -> None:
+    """The table of the classes so far: for each dtype, the metrics of one seed after another."""
+    of = {metric: next(iter(found.values()))[DTYPES[0]][0][metric]["of"] for metric in ("ua", "ra")}
+    counts = {metric: {name: [[m[metric]["n"] for m in runs[d]] for d in DTYPES] for name, runs in found.items()}
+              for metric in of}  # fmt: skip
+    table = [f"| {name} | " + " | ".join(", ".join(map(str, c)) for metric in of for c in counts[metric][name]) + " |"
+             for name in found]  # fmt: skip
+    said = []
+    for metric, rows in counts.items():
+        d = [b - a for plain, compact in rows.values() for a, b in zip(plain, compact, strict=True)]
+        said.append(f"- {metric.upper()}: {mean(d):+.2f} on average of {len(d)} pairs, standard error "
+                    f"{stdev(d) / len(d) ** 0.5:.2f}; from {min(d):+d} to {max(d):+d}.")  # fmt: skip
+    noise = mean(stdev(plain) ** 2 for plain, _ in counts["ra"].values()) ** 0.5
     Path(__file__).with_suffix(".md").write_text(
         f"""# The pocket checkpoint's classes, erased in float32 and in bfloat16
 
