@@ -37,48 +37,52 @@ class Work:
     def dtype(self) -> torch.dtype:
         return self.precision.dtype
 
+    def in_smaller_batches(self) -> dict[str, "Work"]:
+        return {}
+
     def cheaper(self, config: dict, device: torch.device) -> dict[str, "Work"]:
-        """The step with each option that may lower its peak."""
+        """The step with each option that may lower its peak, those first that change the result by rounding only."""
         least = self.pixels << (len(config["block_out_channels"]) - 1)  # sides are multiples of it, in pixels
         smaller = max(self.resolution // 2 // least, 1) * least
         return {
             "--dtype bfloat16": replace(self, precision=Precision.of("bfloat16", device.type)),
             "--checkpointing": replace(self, checkpointing=True),
+            **self.in_smaller_batches(),
             f"--resolution {smaller}": replace(self, resolution=smaller),
         }
 
 
 @dataclass(frozen=True)
 class Drawing(Work):
-    """The whole pipeline draws batches of images; or, where there are images, its encoders encode one at a time."""
+    """The whole pipeline draws batches of images, unless they are there, and its encoders encode them one at a time."""
 
     vae: dict | None = None  # its config
     weights: int = 0  # of the pipeline's parts beside the UNet
-    draws: bool = True
+    drawn: int = 0  # pixels of a side of the images that are drawn; 0: none are
     step = "images"
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
-        return {"weights": 4 * (self.weights + count * self.draws)}
+        return {"weights": 4 * (self.weights + count * (self.drawn > 0))}
 
     def activations(self, unet: nn.Module, device: torch.device) -> int:
         from diffusers import AutoencoderKL
 
         with torch.device("meta"):
             vae, images = AutoencoderKL.from_config(self.vae), torch.empty(1, 3, self.resolution, self.resolution)
-        x_t, t, told = _inputs(unet, self, 2 * self.batch)
+        x_t, t, told = _inputs(unet, replace(self, resolution=self.drawn), 2 * self.batch)
 
         def work_through() -> None:
             with torch.no_grad():
-                if self.draws:
+                vae.encode(images)
+                if self.drawn:
                     predict(unet, x_t, t, told)
                     vae.decode(x_t[: self.batch])
-                else:
-                    vae.encode(images)
 
         return _most([unet, vae], work_through, lambda p: 0)
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
-        return {"--forget and, for erase, --retain": replace(self, draws=False)}
+        found = {f: w for f, w in super().cheaper(config, device).items() if f.startswith("--resolution")}
+        return found | {"--forget and, for erase, --retain": replace(self, drawn=0)}
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,10 @@ class Masking(Work):
 
         return _most([unet], work_through, lambda p: 0)
 
-    def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
-        fewer = {"--batch-size 1": replace(self, batch=1)}
+    def in_smaller_batches(self) -> dict[str, Work]:
         if self.most_parts:
-            fewer = {f"--parts {self.most_parts}": replace(self, parts=self.most_parts)}
-        return super().cheaper(config, device) | fewer
+            return {f"--parts {self.most_parts}": replace(self, parts=self.most_parts)}
+        return {"--batch-size 1": replace(self, batch=1)}
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,11 @@ class Erasing(Work):
         return n + places + k * (2 * self.dtype.itemsize + 8)
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
-        found = super().cheaper(config, device) | {f"--parts {self.most_parts}": replace(self, parts=self.most_parts)}
-        if not self.mask_is_given:
-            found[f"--density {self.density / 2:g}"] = replace(self, density=self.density / 2)
-        return found
+        halved = {f"--density {self.density / 2:g}": replace(self, density=self.density / 2)}
+        return super().cheaper(config, device) | ({} if self.mask_is_given else halved)
+
+    def in_smaller_batches(self) -> dict[str, Work]:
+        return {f"--parts {self.most_parts}": replace(self, parts=self.most_parts)}
 
 
 def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]:
@@ -192,12 +196,25 @@ def fits(sizes: dict[str, int], device: torch.device | str) -> bool:
 
 
 def advice(config: dict, work: Work, device: torch.device | str) -> list[tuple[str, int]]:
-    """Options that lower the step's peak, each alone, with the bytes that it saves: the largest first."""
+    """Options that lower what the step needs by a hundredth and more, with the bytes that are needed then: each alone,
+    the best first; and, where none is enough alone, one after another together until they are."""
     device = torch.device(device)
-    now = needed(plan(config, work, device))
-    saved = {flag: now - needed(plan(config, other, device))
-             for flag, other in work.cheaper(config, device).items() if other != work}  # fmt: skip
-    return sorted(((flag, size) for flag, size in saved.items() if size > 0), key=lambda pair: -pair[1])
+
+    def lowered(work: Work) -> dict[str, tuple[int, Work]]:
+        now = needed(plan(config, work, device))
+        found = {flag: (needed(plan(config, other, device)), other)
+                 for flag, other in work.cheaper(config, device).items() if other != work}  # fmt: skip
+        return {flag: (size, other) for flag, (size, other) in found.items() if size < 0.99 * now}
+
+    alone = sorted(((flag, size) for flag, (size, _) in lowered(work).items()), key=lambda pair: pair[1])
+    taken: list[str] = []
+    while not fits(plan(config, work, device), device):
+        left = {flag: found for flag, found in lowered(work).items() if flag.split()[0] not in " ".join(taken)}
+        if not left:
+            break
+        flag, (size, work) = next(iter(left.items()))
+        taken.append(flag)
+    return alone + ([(" ".join(taken), size)] if len(taken) > 1 else [])
 
 
 def _unet(config: dict, work: Work) -> nn.Module:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -73,7 +74,7 @@ def _in_words(e: BaseException) -> tuple[str, int]:
             f"Error: out of memory ({str(e).partition('.')[0]}): mask and erase say with --dry-run what takes less.",
             1,
         )
-    return str(e) or "Interrupted. Nothing is half-written; the same command keeps the images that are drawn.", 130
+    return str(e) or "Interrupted. Nothing is half-written; the same command goes on from what is kept.", 130
 
 
 app = typer.Typer(
@@ -109,7 +110,12 @@ def begin() -> None:
     from salun_sd import checkpoint, memory
 
     memory.give_back()
-    ranks.start(checkpoint.device())
+    try:
+        ranks.start(checkpoint.device())
+    except (ValueError, RuntimeError) as e:
+        said = str(e).partition("\n")[0]
+        raise UsageError(f"WORLD_SIZE and RANK are set, but no other process answers ({said}): start several with "
+                         "torchrun, or unset them.") from e  # fmt: skip
 
 
 def model_of(name: str, config: str | None, revision: str | None, variant: str | None):
@@ -306,8 +312,8 @@ def show_plan(found) -> None:
         Console().print(table)
     free = gib(memory.available(checkpoint.device()))
     print(f"It fits: {free} are free." if found.fits else f"It does not fit: {free} are free.")
-    for option, saved in found.advice:
-        print(f"{option} saves {gib(saved)}")
+    for options, size in found.advice:
+        print(f"with {options}: {gib(size)}, less what the program has")
 
 
 def megabytes(n: int) -> str:
@@ -453,6 +459,7 @@ def main() -> None:
     # They warn of torchvision and casts that nothing here depends on, the hub of each try that we give the end of.
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     if RANK != 0:  # of several processes, the main one speaks; any may say what stops it
         sys.stdout = sys.stderr = open(os.devnull, "w")
     run(sys.argv[1:])

@@ -20,7 +20,7 @@ class Foreseen(NamedTuple):
     settings: dict
     plans: dict[str, dict[str, int]]  # for each step, bytes by what they are
     fits: bool
-    advice: list[tuple[str, int]]  # options that bring the largest step down, with the bytes each saves
+    advice: list[tuple[str, int]]  # options that bring the largest step down, with the bytes it then needs
 
 
 class Compute(NamedTuple):
@@ -50,8 +50,9 @@ class Compute(NamedTuple):
         """The step that makes images and encodes them, or only encodes them; all of it in float32."""
         others = sum(t.shape.numel() for part, ts in self.model.parts.items() if part != "unet" for t in ts.values())
         return Drawing(
-            self.model.image_size if draws else resolution, generate.images_per_pass(self.model.settings("unet")),
-            Precision(torch.float32, False, ""), False, self.model.pixels, self.model.settings("vae"), others, draws,
+            resolution, generate.images_per_pass(self.model.settings("unet")), Precision(torch.float32, False, ""),
+            pixels=self.model.pixels, vae=self.model.settings("vae"), weights=others,
+            drawn=self.model.image_size if draws else 0,
         )  # fmt: skip
 
     def foresee(self, steps: Sequence[Work], settings: dict) -> Foreseen:

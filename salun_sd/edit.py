@@ -136,8 +136,8 @@ def erase(
     if reversible and form != "patch":
         raise UsageError("--reversible is for --format patch: only a patch can keep the base's values.")
     if batch_size < parts * ranks.count():
-        raise UsageError(f"--batch-size {batch_size} is too small for {parts} parts in each of {ranks.count()} "
-                         "processes: give a larger one.")  # fmt: skip
+        raise UsageError(f"--batch-size {batch_size} is too small for --parts {parts} in each of {ranks.count()} "
+                         f"process(es): give {parts * ranks.count()} or more.")  # fmt: skip
     check_numbers(guidance=guidance, lr=lr, clip=clip, retain_weight=retain_weight, save_every=save_every)
     masks.keep_count(density, sys.maxsize)
     size = checked_size(model, resolution)
@@ -185,6 +185,8 @@ def erase(
                 model, unet, data.forget, data.empty, concepts, [density], guidance, seed, -(-batch_size // parts)
             )  # fmt: skip
             peaks["mask"] = memory.forget_peak()
+            if save_every:
+                progress.save(chosen)
         with progress.errors_recur():
             texts = [*spread([c.prompt for c in concepts], 4), *spread([text for text, _ in kept], 4)]
             strip = _strips(compute, unet, texts, progress.folder / "samples", sample_every)
@@ -261,7 +263,7 @@ def _train(
         unet, mask.bits, model.unet, settings["lr"], clip=settings["clip"], holds=settings["parts"] > 1,
         keeps_base=settings["anchor_from"] == "base",
     )  # fmt: skip
-    if state:
+    if state and state.steps:
         adam.restore(state.adam, state.steps)
         print(f"Going on from step {state.steps}, where an earlier run was stopped.", file=sys.stderr)
     else:
@@ -280,8 +282,9 @@ def _train(
             losses.write(json.dumps(row) + "\n")
             bar.set_postfix(forget=f"{row['forget']:.4f}", retain=f"{row['retain']:.4f}")
             strip(row["step"])
-            if row["step"] < settings["steps"]:
-                progress.rest(adam, mask, interrupts)
+            progress.rest(mask, adam, interrupts)
+    if progress.minutes:  # what is left to do takes its time, too
+        progress.save(mask, adam)
     values = adam.values()
     adam.close()
     return values

@@ -1,6 +1,7 @@
 """What an erasure has done so far, on disk, so that the same command goes on after a kill or Ctrl-C."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -20,7 +21,8 @@ from salun_sd.files import new_file
 from salun_sd.mask import Bits, Mask
 from salun_sd.tensors import Tensors, given
 
-STATE, LOSSES, SAMPLES, LOCK = "state.safetensors", "losses.jsonl", "samples", ".lock"
+STATE, LOSSES, LOCK = "state.safetensors", "losses.jsonl", ".lock"
+OURS = re.compile(rf"\.?{STATE}(\..*)?|{LOSSES}|{LOCK}|samples/step-\d+\.png")  # in a run's folder
 
 
 class State(NamedTuple):
@@ -49,15 +51,17 @@ class Progress:
             ranks.wait()
             yield self._read()
             return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder} is in the place of this run's state: choose another --out, or move it.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in sorted(p.name for p in self.folder.iterdir()):
-            if name not in (STATE, LOSSES, SAMPLES, LOCK) and not name.startswith(f".{STATE}."):
+        for name in sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file()):
+            if not OURS.fullmatch(name):
                 raise UsageError(f"{self.folder} is for this run's state, and holds {name}: choose another --out.")
         try:
             with FileLock(self.folder / LOCK).acquire(blocking=False):
                 state = self._read()
                 if state is None:  # strips may be of another run, which did not come to a state
-                    shutil.rmtree(self.folder / SAMPLES, ignore_errors=True)
+                    shutil.rmtree(self.folder / "samples", ignore_errors=True)
                 try:
                     ranks.wait()
                     yield state
@@ -88,7 +92,10 @@ class Progress:
         file = self.folder / STATE
         if not file.is_file():
             return None
-        found, header = tensors.read(file)
+        try:
+            found, header = tensors.read(file)
+        except SalunError as e:
+            raise SalunError(f"{file} is damaged: remove {self.folder}, and the same command begins anew.") from e
         said = json.loads(header["salun_sd"])
         if said["run"] != self.run:
             raise UsageError(
@@ -98,22 +105,23 @@ class Progress:
         packed = {name.removeprefix("mask/"): t.read() for name, t in found.items() if name.startswith("mask/")}
         return State(said["steps"], Mask(Bits(packed, said["shapes"]), said["mask"]), found)
 
-    def save(self, adam: SalientAdam, mask: Mask) -> None:
-        """Write the state anew, whole or not at all."""
+    def save(self, mask: Mask, adam: SalientAdam | None = None) -> None:
+        """Write the state anew, whole or not at all; before the first step, it is the mask."""
         if not ranks.is_main():
             return
-        content = {f"mask/{name}": given(packed) for name, packed in mask.bits.packed.items()} | adam.state()
-        said = {"run": self.run, "steps": adam.steps, "mask": mask.settings,
+        content = {f"mask/{name}": given(packed) for name, packed in mask.bits.packed.items()}
+        content |= adam.state() if adam else {}
+        said = {"run": self.run, "steps": adam.steps if adam else 0, "mask": mask.settings,
                 "shapes": {name: list(shape) for name, shape in mask.bits.shapes.items()}}  # fmt: skip
         with new_file(self.folder / STATE) as partial:
             tensors.write(partial, content, {"salun_sd": json.dumps(said)})
         self.saved_at = time.monotonic()
 
-    def rest(self, adam: SalientAdam, mask: Mask, noted: list) -> None:
-        """Between two steps: save, if it is time, or if one of the processes was asked to stop; then all stop."""
+    def rest(self, mask: Mask, adam: SalientAdam, noted: list) -> None:
+        """After a step: save, if it is time, or if one of the processes was asked to stop; then all stop."""
         stops = bool(ranks.added(torch.tensor(float(len(noted)))))
         if stops or 0 < 60 * self.minutes <= time.monotonic() - self.saved_at:
-            self.save(adam, mask)
+            self.save(mask, adam)
         if stops:
             raise KeyboardInterrupt(f"Interrupted after step {adam.steps}, which is kept in {self.folder}: the same "
                                     "command goes on from there.")  # fmt: skip

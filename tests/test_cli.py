@@ -281,7 +281,7 @@ def test_a_dry_run_says_the_settings_and_the_memory_and_writes_nothing(tmp_path,
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=30_000_000))
     cli.run(argv)
     said = capsys.readouterr().out
-    assert "It does not fit: 0.03 GiB are free" in said and re.search(r"--\w+.* saves 0\.\d\d GiB", said)
+    assert "It does not fit: 0.03 GiB are free" in said and re.search(r"with --\w+.*: 0\.\d\d GiB", said)
     cli.run([*MASK, "--out", str(tmp_path / "m.safetensors"), "--dry-run"])
     assert "sums of the gradients" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 

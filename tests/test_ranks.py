@@ -128,4 +128,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path): 
 def test_a_batch_too_small_to_share_is_refused(tiny, tmp_path):  # noqa: F811
     run = start(2, tmp_path, ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--batch-size", "1", "--out", "erased"])
     _, err = run.communicate(timeout=120)
-    assert run.returncode != 0 and "--batch-size 1 is too small for 1 parts in each of 2 processes" in err
+    assert (
+        run.returncode != 0
+        and "--batch-size 1 is too small for --parts 1 in each of 2 process(es): give 2 or more" in err
+    )

@@ -1,5 +1,6 @@
 """An erasure that is killed, interrupted or disturbed goes on, and ends with the bytes of an undisturbed one."""
 
+import json
 import random
 import shutil
 import signal
@@ -9,7 +10,7 @@ import pytest
 from test_cli import fails, files_in, spawn
 from test_runs import tiny  # noqa: F401
 
-from salun_sd import cli
+from salun_sd import cli, tensors
 
 pytestmark = pytest.mark.slow  # runs that are killed and begun again
 
@@ -90,12 +91,35 @@ def test_what_a_run_left_that_came_to_no_state_is_not_taken(tiny, undisturbed, t
     assert same(undisturbed, tmp_path)
 
 
-def test_a_folder_in_the_place_of_the_state_is_left_alone(tiny, tmp_path, capsys):  # noqa: F811
-    notes = tmp_path / "p.safetensors.state" / "notes.txt"
-    notes.parent.mkdir()
+@pytest.mark.parametrize("name", ["notes.txt", "samples/mine.png"])
+def test_a_folder_in_the_place_of_the_state_is_left_alone(tiny, tmp_path, capsys, name):  # noqa: F811
+    notes = tmp_path / "p.safetensors.state" / name
+    notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    assert "holds notes.txt: choose another --out" in fails(["erase", tiny, *ERASE], 2, capsys)
+    assert f"holds {name}: choose another --out" in fails(["erase", tiny, *ERASE], 2, capsys)
     assert notes.read_text() == "mine"
+
+
+def test_a_stop_at_any_later_time_loses_neither_the_mask_nor_the_training(tiny, tmp_path):  # noqa: F811
+    """With states ten minutes apart: there is one before the first step, and one before the result is written."""
+    argv = [*ERASE[: ERASE.index("--mask")], "--format", "patch", "--out", "p.safetensors", "--steps"]
+    process, losses = spawn(["erase", tiny, *argv, "2000"]), tmp_path / "p.safetensors.state" / "losses.jsonl"
+    until(losses.is_file, process)
+    process.kill()
+    process.communicate()
+    state = tensors.read(tmp_path / STATE)[0]
+    assert any(name.startswith("mask/") for name in state)
+    shutil.rmtree(losses.parent)
+    process = spawn(["erase", tiny, *argv, "2"])
+    until(lambda: list(tmp_path.glob(".p.run.*.partial")), process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    if process.returncode == 130:  # it may have been done
+        assert (
+            "goes on from what is kept" in said
+            and json.loads(tensors.read(tmp_path / STATE)[1]["salun_sd"])["steps"] == 2
+        )
+    assert process.returncode in (0, 130)
 
 
 def test_a_result_takes_the_state_of_the_run_that_was_killed_after_it(tiny, undisturbed, tmp_path):  # noqa: F811
