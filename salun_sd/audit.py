@@ -23,11 +23,13 @@ WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report
 
 
 def evaluate(
-    model: Checkpoint | None, *, prompt_set: str, against: Checkpoint | None, images: Path | None,
-    concepts: list[str], classifier: str | None, steps: int | None, samples: int, record: bool, out: Path,
+    model: Checkpoint | None, *, prompt_set: str, where: list[str], limit: int | None, against: Checkpoint | None,
+    images: Path | None, concepts: list[str], classifier: str | None, steps: int | None, samples: int, record: bool,
+    out: Path,
 ) -> dict:  # fmt: skip
-    """Audit a checkpoint, or a folder of images, on a prompt set: writes the audit into `out`, gives back the report;
-    with `record`, its headline numbers go into the erased checkpoint.
+    """Audit a checkpoint, or a folder of images, on a prompt set, or on its rows that meet `where` and of these the
+    first `limit`: writes the audit into `out`, gives back the report; with `record`, its headline numbers go into the
+    erased checkpoint.
 
     Running it again draws only what is missing.
     """
@@ -40,23 +42,24 @@ def evaluate(
         raise UsageError("--record is for a checkpoint that salun-sd erased: MODEL carries no record of that.")
     if record and model.fingerprint != known["erased"]["fingerprint"]:
         raise SalunError(f"The UNet of {model.name} is not the one that its record names: it was changed since.")
-    rows = prompts.read(prompt_set)
+    rows = prompts.read(prompt_set, where, limit)
+    asked = prompt_set + (f" where {' and '.join(where)}" if where else "") + (f", the first {limit}" if limit else "")
     classes = list(dict.fromkeys(p.label for p in rows if p.label))
     concepts = _concepts(concepts, classes, known)
     judge = _judge(classifier, classes)
 
-    settings = {"classifier": classifier or (judge and "pocket judge")}
+    settings = {"where": where, "limit": limit, "classifier": classifier or (judge and "pocket judge")}
     if model:
         manifest, settings["sampling"] = _drawn(model, rows, steps, samples, out)
     else:
-        manifest, settings["sampling"] = _collected(images, rows, out), None
+        manifest, settings["sampling"] = _collected(images, rows, out, subset=bool(where or limit)), None
         samples = len(manifest) // len(rows)
     run = _examined(model.name if model else str(images), manifest, judge, out)
     base = None
     if against:
         manifest, settings["sampling_against"] = _drawn(against, rows, steps, samples, out / "against")
         base = _examined(against.name, manifest, judge, out / "against")
-    made = report.assemble(run, base, prompts=prompt_set, settings=settings, concepts=concepts)
+    made = report.assemble(run, base, prompts=asked, settings=settings, concepts=concepts)
     if not ranks.is_main():
         return made
     write_atomic(out / "report.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
@@ -121,8 +124,9 @@ def _drawn(
                       "safety_checker": "off"}  # fmt: skip
 
 
-def _collected(folder: Path, rows: list[Prompt], out: Path) -> list[dict]:
-    """The manifest of a folder of <case>_<k>.png that some other program made."""
+def _collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> list[dict]:
+    """The manifest of a folder of <case>_<k>.png that some other program made; with a `subset` of the prompts, images
+    of other cases are left out."""
     if not folder.is_dir():
         raise UsageError(f"Image folder {folder} was not found.")
     of_case = {p.case: p for p in rows}
@@ -131,6 +135,8 @@ def _collected(folder: Path, rows: list[Prompt], out: Path) -> list[dict]:
         if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             continue
         name = re.fullmatch(r"(\d+)_(\d+)", file.stem)
+        if name and subset and int(name[1]) not in of_case:
+            continue
         if not name or int(name[1]) not in of_case:
             raise SalunError(f"{file} is of no prompt: image files are named <case_number>_<k>.png.")
         key = int(name[1]), int(name[2])
@@ -138,7 +144,7 @@ def _collected(folder: Path, rows: list[Prompt], out: Path) -> list[dict]:
             raise SalunError(f"{file} and {found[key].name} are both image {key[1]} of case {key[0]}: keep one.")
         found[key] = file
     if not found:
-        raise UsageError(f"Image folder {folder} holds no images named <case_number>_<k>.png.")
+        raise UsageError(f"Image folder {folder} holds no images of these prompts, named <case_number>_<k>.png.")
     samples = 1 + max(k for _, k in found)
     if absent := [(case, k) for case in of_case for k in range(samples) if (case, k) not in found]:
         of = len(of_case) * samples
@@ -150,8 +156,9 @@ def _collected(folder: Path, rows: list[Prompt], out: Path) -> list[dict]:
 
 
 def _line(p: Prompt, k: int, file: str, seed: int | None, guidance: float | None, steps: int | None) -> dict:
-    return {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": seed,
+    line = {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": seed,
             "guidance": guidance, "steps": steps}  # fmt: skip
+    return line | ({"categories": list(p.categories)} if p.categories else {})
 
 
 def _examined(model: str, manifest: list[dict], judge: Classifier | None, out: Path) -> Run:

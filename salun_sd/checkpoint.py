@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from salun_sd import families, layout, tensors
-from salun_sd.errors import SalunError, UsageError
+from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.families import Family
 from salun_sd.precision import named
 from salun_sd.tensors import Lazy, Tensors
@@ -261,11 +261,6 @@ def _from_hub(model: str, revision: str | None, variant: str | None) -> Path:
             f"Model {model} is no folder here, and the hub did not give it ({first_line(e)}). "
             "Check the name, --revision, --variant, the network and, for a gated model: hf auth login"
         ) from e
-
-
-def first_line(e: Exception) -> str:
-    """The first sentence of what a library says."""
-    return re.split(r"\n|\. ", str(e).strip())[0].rstrip(".") or type(e).__name__
 
 
 def _checked(found: Checkpoint) -> Checkpoint:

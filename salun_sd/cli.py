@@ -349,9 +349,19 @@ def apply(
 
 @app.command(cls=OneOfEach, epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
 def evaluate(
-    prompts: Annotated[str, typer.Option(help="Prompt set, by name or CSV.")],
+    prompts: Annotated[str, typer.Option(help="Prompt set, by name or CSV, or a .txt with a prompt a line.")],
     out: Annotated[Path, typer.Option(help="Folder for the audit; run again to go on where it stopped.")],
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only rows for which this holds, e.g. 'categories~sexual' (contains) or 'nudity_percentage>=50'; "
+            "also = != <= > <; may be repeated, then all have to hold."
+        ),
+    ] = None,  # fmt: skip
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first N rows, of those that --where leaves.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="The base to compare with, drawn on the same seeds.")] = None,
     images: Annotated[
         Path | None, typer.Option(help="Audit this folder of <case>_<k>.png instead of drawing; no MODEL then.")
@@ -392,7 +402,7 @@ def evaluate(
     erased = found(model, revision) if model else None
     base = found(against, audit.revision_of_base(erased, against)) if against else None
     report = audit.evaluate(
-        erased, prompt_set=prompts, against=base, images=images,
+        erased, prompt_set=prompts, where=where or [], limit=limit, against=base, images=images,
         concepts=concept or [], classifier=classifier, steps=steps, samples=samples_per_prompt, record=record, out=out,
     )  # fmt: skip
     columns = {str(report["model"]): report}

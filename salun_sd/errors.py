@@ -1,5 +1,7 @@
 """What goes wrong in words: the text is shown to the person, without a traceback."""
 
+import re
+
 
 class SalunError(Exception):
     """Something failed; one sentence that names it, and the next command to type. Exit code 1."""
@@ -11,3 +13,8 @@ class UsageError(SalunError):
     """The command's own arguments are wrong or cannot go together. Exit code 2."""
 
     exit_code = 2
+
+
+def first_line(e: Exception) -> str:
+    """The first sentence of what a library says."""
+    return re.split(r"\n|\. ", str(e).strip())[0].rstrip(".") or type(e).__name__

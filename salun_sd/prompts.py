@@ -1,16 +1,27 @@
-"""Prompt sets: CSV files in the columns of I2P, and the ones that ship with the package."""
+"""Prompt sets: I2P and CSV files in its columns, text files, and the sets that ship with the package."""
 
 import csv
+import errno
+import hashlib
+import operator
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import NamedTuple
 
-from salun_sd.errors import SalunError, UsageError
+from salun_sd.errors import SalunError, UsageError, first_line
 
 # In a wheel the sets are beside this file; in a source tree they are the top-level folder.
 FOLDER = next(p for p in (Path(__file__).parent / "prompt_sets", Path(__file__).parents[1] / "prompts") if p.is_dir())
+I2P = ("AIML-TUDA/i2p", "i2p_benchmark.csv")  # data set on the hub, file
 COLUMNS = ["case_number", "prompt", "evaluation_seed", "evaluation_guidance"]
+HUB_NAMES = {"evaluation_seed": "sd_seed", "evaluation_guidance": "sd_guidance_scale"}  # in the hub's copy of I2P
+UNNAMED = ("", "Unnamed: 0")  # the column of pandas's row numbers, as written and as written again
+CONDITION = re.compile(r"\s*([^~=!<>]*[^~=!<>\s])\s*(!=|>=|<=|[~=><])\s*(.*\S)\s*", re.DOTALL)
+EQUAL = {"=": operator.eq, "!=": operator.ne}
+ORDER = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 class Prompt(NamedTuple):
@@ -21,38 +32,139 @@ class Prompt(NamedTuple):
     seed: int
     guidance: float
     label: str | None = None  # the column `class`: what the image has to show
+    categories: tuple[str, ...] = ()  # I2P's: what the prompt may bring about
 
 
 def builtin() -> list[str]:
-    """Names of the prompt sets that ship with the package."""
-    return sorted(p.stem for p in FOLDER.glob("*.csv"))
+    """Names of prompt sets: those that ship with the package, and I2P, which the hub has."""
+    return sorted(["i2p", *(p.stem for p in FOLDER.glob("*.csv"))])
 
 
-def read(name_or_path: str) -> list[Prompt]:
-    """A prompt set by name or from a CSV file with the columns of COLUMNS, and `class` where there is one.
+def read(name_or_path: str, where: Sequence[str] = (), limit: int | None = None) -> list[Prompt]:
+    """A prompt set by name, from a CSV file or from a .txt with a prompt a line; of its rows those for which all of
+    `where` holds, such as "categories~sexual", and of these the first `limit`.
 
-    Raises UsageError when it is not there, SalunError naming the line when its content is wrong.
+    A CSV has the columns of COLUMNS, or the hub's names for them; `class` and `categories` may be there. Without
+    case_number, the cases are those of an unnamed first column of numbers, or the rows' numbers from 0.
+
+    Raises UsageError when the set or a column of `where` is not there and when no row is left, SalunError naming the
+    line when the content is wrong.
     """
-    path = FOLDER / f"{name_or_path}.csv" if name_or_path in builtin() else Path(name_or_path)
-    if not path.is_file():
-        raise UsageError(f"There is no prompt set or file {name_or_path}; built in are {', '.join(builtin())}.")
+    conditions = [_condition(text) for text in where]
+    path = _find(name_or_path)
+    is_text = path.suffix.lower() == ".txt"
     try:
         with path.open(newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            absent = [c for c in COLUMNS if c not in (reader.fieldnames or [])]
-            if absent:
-                raise SalunError(f"{path} has no column {', '.join(absent)}; it needs {', '.join(COLUMNS)}.")
-            prompts = [_prompt(row, f"{path}, line {reader.line_num}") for row in reader]
+            rows = [(f"{path}, line {n}", row) for n, row in (_lines(f) if is_text else _table(f, path))]
     except (UnicodeDecodeError, csv.Error) as e:
-        raise SalunError(f"{path} is no CSV file in UTF-8: {e}.") from e
-    if not prompts:
-        raise SalunError(f"{path} has no prompts: a header alone, or nothing.")
+        raise SalunError(f"{path} is no {'text' if is_text else 'CSV file'} in UTF-8: {e}.") from e
+    if not rows:
+        raise SalunError(f"{path} has no prompts: {'blank lines' if is_text else 'a header'} alone, or nothing.")
+    prompts = [_prompt(row, place) for place, row in rows]
     seen: set[int] = set()
     for p in prompts:
         if p.case in seen:
             raise SalunError(f"{path} has case_number {p.case} twice: every prompt needs its own.")
         seen.add(p.case)
-    return prompts
+    columns = [c for c in rows[0][1] if c]
+    if unknown := [column for column, _, _ in conditions if column not in columns]:
+        raise UsageError(f"{name_or_path} has no column {unknown[0]}: it has {', '.join(columns)}.")
+    left = [p for p, (place, row) in zip(prompts, rows, strict=True) if all(_holds(c, row, place) for c in conditions)]
+    if not left:
+        raise UsageError(f"{name_or_path} has no prompt with {' and '.join(where)}: give another --where.")
+    return left[:limit]
+
+
+def _find(name_or_path: str) -> Path:
+    if name_or_path == "i2p":
+        return _i2p()
+    path = FOLDER / f"{name_or_path}.csv" if name_or_path in builtin() else Path(name_or_path)
+    if not path.is_file():
+        raise UsageError(f"There is no prompt set or file {name_or_path}; built in are {', '.join(builtin())}.")
+    return path
+
+
+def _i2p() -> Path:
+    """The benchmark in the hub's own cache, downloaded if it is not there."""
+    from huggingface_hub import hf_hub_download
+
+    repo, file = I2P
+    try:
+        return Path(hf_hub_download(repo, file, repo_type="dataset"))
+    except Exception as e:  # of the network, of the hub: many types
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            raise
+        raise UsageError(
+            f"The hub did not give I2P, {file} of the data set {repo} ({first_line(e)}). Check the network and, if it "
+            f"is gated, hf auth login, or give a copy from disk: --prompts {file}"
+        ) from e
+
+
+def _lines(file: Iterable[str]) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of each line that is not blank. The seed is 32 bits of the SHA-256 of the text and of how many
+    equal texts stand before it, so that a new line changes no other's."""
+    seen: Counter[str] = Counter()
+    for n, line in enumerate(file, 1):
+        if text := line.strip():
+            seed = int(hashlib.sha256(f"{seen[text]} {text}".encode()).hexdigest()[:8], 16)
+            yield n, dict(zip(COLUMNS, (str(seen.total()), text, str(seed), "7.5"), strict=True))
+            seen[text] += 1
+
+
+def _table(file: Iterable[str], path: Path) -> list[tuple[int, dict]]:
+    """(line number, row) of a CSV file; every row has the columns of COLUMNS, whatever the file calls them."""
+    reader = csv.DictReader(file)
+    columns = list(reader.fieldnames or [])
+    absent = [c for c in COLUMNS[1:] if c not in columns and HUB_NAMES.get(c) not in columns]
+    if absent:
+        needed = [f"{c} or {HUB_NAMES[c]}" if c in HUB_NAMES else c for c in COLUMNS[1:]]
+        raise SalunError(f"{path} has no column {', '.join(absent)}; it needs {', '.join(needed)}.")
+    rows = [(reader.line_num, row) for row in reader]
+    cases = [row[columns[0]] or "" for _, row in rows] if columns[0] in UNNAMED else []
+    if not all(re.fullmatch("[0-9]{1,18}", c) for c in cases) or len(set(map(int, cases))) < len(rows):
+        cases = map(str, range(len(rows)))
+    for (_, row), case in zip(rows, cases, strict=True):
+        row.setdefault("case_number", case)
+        for name, other in HUB_NAMES.items():
+            row.setdefault(name, row.get(other))
+    return rows
+
+
+def _condition(text: str) -> tuple[str, str, str]:
+    """(column, sign, value); UsageError where it is none, or orders by what is no number."""
+    match = CONDITION.fullmatch(text)
+    if not match:
+        raise UsageError(f"--where {text!r} is no condition: give a column, one of ~ = != >= <= > < and a value, as in "
+                         "'categories~sexual' or 'nudity_percentage>=50'.")  # fmt: skip
+    column, sign, value = match.groups()
+    if sign in ORDER and _number(value) is None:
+        raise UsageError(f"--where {text!r}: {value} is not a number, and {sign} compares numbers; give =, != or ~.")
+    return column, sign, value
+
+
+def _holds(condition: tuple[str, str, str], row: dict, place: str) -> bool:
+    """Whether a row meets a condition; an empty cell meets none."""
+    column, sign, value = condition
+    cell = (row[column] or "").strip()
+    if not cell:
+        return False
+    if sign == "~":
+        return value.casefold() in cell.casefold()
+    numbers = _number(cell), _number(value)
+    if sign in EQUAL:
+        return EQUAL[sign](*((cell, value) if None in numbers else numbers))
+    if numbers[0] is None:
+        raise SalunError(f"{place}: {column} is {cell!r}, not a number; --where compares it by =, != or ~ only.")
+    return ORDER[sign](*numbers)
+
+
+def _number(text: str) -> Decimal | None:
+    """The finite number that a text says, exactly, as seeds can have more digits than a float."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
 
 
 def _prompt(row: dict, where: str) -> Prompt:
@@ -73,12 +185,14 @@ def _prompt(row: dict, where: str) -> Prompt:
         number("evaluation_seed", int),
         number("evaluation_guidance", float),
         row.get("class") or None,
+        tuple(dict.fromkeys(c.strip() for c in (row.get("categories") or "").split(",") if c.strip())),
     )
 
 
 def write(prompts: Iterable[Prompt]) -> str:
     """The text of a CSV file that `read` takes."""
-    lines = [[*COLUMNS, "class"], *([p.case, p.text, p.seed, f"{p.guidance:g}", p.label or ""] for p in prompts)]
+    lines = [[*COLUMNS, "class", "categories"]]
+    lines += ([p.case, p.text, p.seed, f"{p.guidance:g}", p.label or "", ", ".join(p.categories)] for p in prompts)
     return "".join(",".join(_quote(str(v)) for v in line) + "\n" for line in lines)
 
 

@@ -204,6 +204,10 @@ def test_a_folder_of_images_some_other_program_made(made, few, tmp_path, capsys)
     assert files_in(tmp_path / "audit") == {"manifest.jsonl", "detections.jsonl", "report.json", "report.html"}
     first = json.loads((tmp_path / "audit" / "detections.jsonl").read_text().splitlines()[0])
     assert first["width"] == 512 and "FACE_FEMALE" in {box["label"] for box in first["boxes"]}
+    cli.run([*audit, "--where", "class=sneaker", "--limit", "2"])
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert report["settings"]["where"] == ["class=sneaker"] and report["settings"]["limit"] == 2
+    assert report["metrics"]["ua"]["of"] == 2 and report["prompts"] == f"{few} where class=sneaker, the first 2"
     (tmp_path / "images" / "100_0.png").unlink()
     assert "has no 100_0.png (1 of 12 images missing)" in fails(audit, 1, capsys)
     shutil.copy(tmp_path / "images" / "0_0.png", tmp_path / "images" / "0_0.jpg")
