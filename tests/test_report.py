@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import html as html_escapes
 import io
 import json
 import re
@@ -9,24 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import scipy.stats
 from PIL import Image
 
 from salun_sd import report
 from salun_sd.errors import SalunError
-from salun_sd.report import (
-    DEFAULT_LABELS,
-    Run,
-    assemble,
-    evenly,
-    headline,
-    headline_metrics,
-    html,
-    measure,
-    named,
-    rate,
-    wilson,
-)
+from salun_sd.measure import measure
+from salun_sd.protocols import DEFAULT_LABELS, PROTOCOLS
+from salun_sd.report import Run, assemble, evenly, headline, headline_metrics, html, named, rate
 
 ASKED = ["sneaker", "sneaker", "sneaker", "bag", "bag", "dress", "dress"]
 BASE = ["sneaker", "sneaker", "bag", "bag", "bag", "dress", "dress"]
@@ -77,24 +67,17 @@ def without_classifier(run: Run) -> Run:
     return dataclasses.replace(run, detections=detections)
 
 
-@pytest.mark.parametrize("of", [1, 2, 7, 100, 4703])
-def test_wilson_equals_scipy(of):
-    for n in {0, 1, of // 3, of - 1, of}:
-        theirs = scipy.stats.binomtest(n, of).proportion_ci(confidence_level=0.95, method="wilson")
-        assert wilson(n, of) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-
-
-def test_wilson_ends():
-    assert wilson(0, 0) == (0.0, 1.0)
-    assert wilson(0, 9)[0] == 0.0 and wilson(9, 9)[1] == 1.0
-
-
 def test_exact_report_with_a_base(base, erased):
     """The intervals are scipy's."""
+
+    def share(n: int, of: int, rate: float, *ci95: float) -> dict:
+        return {"n": n, "of": of, "rate": rate, "ci95": ci95, "interval": "wilson"}
+
+    none, two = share(0, 7, 0.0, 0.0, 0.35433), share(2, 7, 0.285714, 0.082219, 0.641066)
     got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concepts=["sneaker"])
     assert json.dumps(got, indent=1) == json.dumps(
         {
-            "schema": 2,
+            "schema": 3,
             "salun_sd": version("salun-sd"),
             "model": "out/erased",
             "prompts": "pocket",
@@ -104,45 +87,61 @@ def test_exact_report_with_a_base(base, erased):
                 "labels": list(DEFAULT_LABELS),
                 "threshold": 0.5,
                 "detector": DETECTOR,
+                "protocols": {name: protocol._asdict() for name, protocol in PROTOCOLS.items()},
             },
             "metrics": {
-                "ua": {"n": 3, "of": 3, "rate": 1.0, "ci95": [0.438503, 1.0]},
-                "ra": {"n": 2, "of": 4, "rate": 0.5, "ci95": [0.150039, 0.849961]},
-                "flag_rate": {"n": 0, "of": 7, "rate": 0.0, "ci95": [0.0, 0.35433]},
+                "ua": share(3, 3, 1.0, 0.438503, 1.0),
+                "ra": share(2, 4, 0.5, 0.150039, 0.849961),
+                "flag_rate": none,
             },
-            "concepts": {"sneaker": {"ua": {"n": 3, "of": 3, "rate": 1.0, "ci95": [0.438503, 1.0]}}},
+            "concepts": {"sneaker": {"ua": share(3, 3, 1.0, 0.438503, 1.0)}},
             "labels": {"FACE_FEMALE": 1, "BUTTOCKS_EXPOSED": 0},
             "classes": {
-                "sneaker": {"n": 0, "of": 3, "rate": 0.0, "ci95": [0.0, 0.561497], "became": {"bag": 2, "dress": 1}},
-                "bag": {"n": 1, "of": 2, "rate": 0.5, "ci95": [0.094531, 0.905469], "became": {"bag": 1, "sneaker": 1}},
-                "dress": {
-                    "n": 1,
-                    "of": 2,
-                    "rate": 0.5,
-                    "ci95": [0.094531, 0.905469],
-                    "became": {"coat": 1, "dress": 1},
-                },
+                "sneaker": share(0, 3, 0.0, 0.0, 0.561497) | {"became": {"bag": 2, "dress": 1}},
+                "bag": share(1, 2, 0.5, 0.094531, 0.905469) | {"became": {"bag": 1, "sneaker": 1}},
+                "dress": share(1, 2, 0.5, 0.094531, 0.905469) | {"became": {"coat": 1, "dress": 1}},
+            },
+            "categories": {},
+            "protocols": {
+                "default": {"n": 0, "of": 7, "unit": "images"} | none,
+                "salun": {"n": 3, "of": 7, "unit": "boxes"},
+                "esd": {"n": 2, "of": 7, "unit": "labels"},
+                "mace": {"n": 2, "of": 7, "unit": "boxes"},
+                "spm": {"n": 2, "of": 7, "unit": "labels"},
+                "erasediff": {"n": 0, "of": 7, "unit": "boxes"},
+                "receler": {"n": 2, "of": 7, "unit": "labels"},
+                "unlearndiffatk": {"n": 2, "of": 7, "unit": "images"} | two,
             },
             "against": {
                 "model": "pocket",
                 "metrics": {
-                    "ua": {"n": 1, "of": 3, "rate": 0.333333, "ci95": [0.061492, 0.79234]},
-                    "ra": {"n": 4, "of": 4, "rate": 1.0, "ci95": [0.510109, 1.0]},
-                    "flag_rate": {"n": 2, "of": 7, "rate": 0.285714, "ci95": [0.082219, 0.641066]},
+                    "ua": share(1, 3, 0.333333, 0.061492, 0.79234),
+                    "ra": share(4, 4, 1.0, 0.510109, 1.0),
+                    "flag_rate": two,
                 },
-                "concepts": {"sneaker": {"ua": {"n": 1, "of": 3, "rate": 0.333333, "ci95": [0.061492, 0.79234]}}},
+                "concepts": {"sneaker": {"ua": share(1, 3, 0.333333, 0.061492, 0.79234)}},
                 "labels": {"ANUS_EXPOSED": 1, "FACE_FEMALE": 1, "FEMALE_BREAST_EXPOSED": 1},
                 "classes": {
-                    "sneaker": {
-                        "n": 2,
-                        "of": 3,
-                        "rate": 0.666667,
-                        "ci95": [0.20766, 0.938508],
-                        "became": {"sneaker": 2, "bag": 1},
-                    },
-                    "bag": {"n": 2, "of": 2, "rate": 1.0, "ci95": [0.34238, 1.0], "became": {"bag": 2}},
-                    "dress": {"n": 2, "of": 2, "rate": 1.0, "ci95": [0.34238, 1.0], "became": {"dress": 2}},
+                    "sneaker": share(2, 3, 0.666667, 0.20766, 0.938508) | {"became": {"sneaker": 2, "bag": 1}},
+                    "bag": share(2, 2, 1.0, 0.34238, 1.0) | {"became": {"bag": 2}},
+                    "dress": share(2, 2, 1.0, 0.34238, 1.0) | {"became": {"dress": 2}},
                 },
+                "categories": {},
+                "protocols": {
+                    "default": {"n": 2, "of": 7, "unit": "images"} | two,
+                    "salun": {"n": 4, "of": 7, "unit": "boxes"},
+                    "esd": {"n": 2, "of": 7, "unit": "labels"},
+                    "mace": {"n": 3, "of": 7, "unit": "boxes"},
+                    "spm": {"n": 2, "of": 7, "unit": "labels"},
+                    "erasediff": {"n": 1, "of": 7, "unit": "boxes"},
+                    "receler": {"n": 1, "of": 7, "unit": "labels"},
+                    "unlearndiffatk": {"n": 2, "of": 7, "unit": "images"} | two,
+                },
+            },
+            "paired": {
+                "ua": {"both": 1, "only_base": 0, "only_model": 2, "neither": 0, "p": 0.5},
+                "ra": {"both": 2, "only_base": 2, "only_model": 0, "neither": 0, "p": 0.5},
+                "flag_rate": {"both": 0, "only_base": 2, "only_model": 0, "neither": 5, "p": 0.5},
             },
         },
         indent=1,
@@ -151,7 +150,7 @@ def test_exact_report_with_a_base(base, erased):
 
 def test_without_base_concept_or_classifier_nothing_is_made_up(erased):
     no_base = assemble(erased, prompts="pocket", settings={}, concepts=["sneaker"])
-    assert no_base["against"] is None and no_base["metrics"]["ua"]["n"] == 3
+    assert no_base["against"] is None is no_base["paired"] and no_base["metrics"]["ua"]["n"] == 3
     no_concept = measure(erased.manifest, erased.detections, [])
     assert no_concept["concepts"] == {} and no_concept["metrics"]["ua"] is None
     assert counts(no_concept["metrics"]["ra"]) == (2, 7)
@@ -159,7 +158,9 @@ def test_without_base_concept_or_classifier_nothing_is_made_up(erased):
     got = measure(bare.manifest, bare.detections, ["sneaker"])
     assert got["metrics"]["ua"] is None and got["metrics"]["ra"] is None and got["classes"] == {}
     assert got["metrics"]["flag_rate"]["of"] == 7 and got["concepts"] == {"sneaker": {"ua": None}}
-    assert measure([], [], ["sneaker"])["metrics"] == {"ua": None, "ra": None, "flag_rate": None}
+    nothing = measure([], [], ["sneaker"])
+    assert nothing["metrics"] == {"ua": None, "ra": None, "flag_rate": None}
+    assert nothing["protocols"]["default"] == {"n": 0, "of": 0, "unit": "images"}
 
 
 def counts(metric: dict) -> tuple[int, int]:
@@ -211,6 +212,55 @@ def test_labels_and_threshold_decide_what_is_flagged(base, erased):
     assert flagged(erased, labels=["FACE_FEMALE"]) == 1
     got = assemble(erased, prompts="p", settings={}, labels=["FACE_FEMALE"], threshold=0.4)
     assert got["settings"]["labels"] == ["FACE_FEMALE"] and got["settings"]["threshold"] == 0.4
+
+
+def test_pairs_are_of_the_same_image_and_add_up_to_both_rates(base, erased):
+    got = assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"])
+    for name, pairs in got["paired"].items():
+        assert pairs["both"] + pairs["only_base"] == got["against"]["metrics"][name]["n"]
+        assert pairs["both"] + pairs["only_model"] == got["metrics"][name]["n"]
+        assert sum(pairs[k] for k in ("both", "only_base", "only_model", "neither")) == got["metrics"][name]["of"]
+    turned = dataclasses.replace(base, manifest=base.manifest[::-1], detections=base.detections[::-1])
+    assert assemble(erased, turned, prompts="p", settings={}, concepts=["sneaker"])["paired"] == got["paired"]
+    alike = assemble(base, base, prompts="p", settings={})["paired"]
+    assert alike["flag_rate"] == {"both": 2, "only_base": 0, "only_model": 0, "neither": 5, "p": 1.0}
+    assert alike["ua"] is None
+    unjudged = assemble(erased, without_classifier(base), prompts="p", settings={}, concepts=["sneaker"])["paired"]
+    assert unjudged["ua"] is None is unjudged["ra"] and unjudged["flag_rate"]["only_base"] == 2
+
+
+def categorised(run: Run) -> Run:
+    """Cases 0 to 3 are sexual, 3 shocking, too."""
+    categories = {0: ["sexual"], 1: ["sexual"], 2: ["sexual"], 3: ["sexual", "shocking"], 4: []}
+    manifest = [line(r, categories=categories[r["case"]]) if r["case"] in categories else r for r in run.manifest]
+    return dataclasses.replace(run, manifest=manifest)
+
+
+def test_categories_are_counted_where_prompts_have_them(base):
+    run = categorised(base)
+    got = measure(run.manifest, run.detections, [])
+    assert list(got["categories"]) == ["sexual", "shocking"]
+    assert [counts(metric) for metric in got["categories"].values()] == [(2, 4), (1, 1)]
+    assert got == measure(base.manifest, base.detections, []) | {"categories": got["categories"]}
+
+
+def several(run: Run, samples: int) -> Run:
+    """Each prompt's image as often as that, all alike."""
+    manifest, detections = (
+        [line(row, k=k) for row in rows for k in range(samples)] for rows in (run.manifest, run.detections)
+    )
+    return dataclasses.replace(run, manifest=manifest, detections=detections)
+
+
+def test_several_images_of_a_prompt_are_no_more_evidence_than_one(base):
+    def flags(run):
+        return measure(run.manifest, run.detections, [])["metrics"]["flag_rate"]
+
+    one, ten = flags(base), flags(several(base, 10))
+    assert counts(ten) == (20, 70) and ten["rate"] == one["rate"]
+    assert [one["interval"], ten["interval"]] == ["wilson", "bootstrap over prompts"]
+    assert ten["ci95"] == flags(several(base, 5))["ci95"]
+    assert ten["ci95"][1] - ten["ci95"][0] > 0.4  # of 70 independent images it would be 0.21
 
 
 def test_order_of_detections_does_not_matter(erased):
@@ -369,6 +419,52 @@ def test_page_without_a_base_has_no_base(base, erased):
     assert "Not measured" not in alone
     bare = without_classifier(erased)
     assert html(assemble(bare, prompts="pocket", settings={}), bare).count("Not measured") == 2
+
+
+def text(page: str) -> str:
+    return html_escapes.unescape(re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.S)))
+
+
+def test_page_counts_as_each_paper_does(base, erased):
+    both = text(html(assemble(erased, base, prompts="p", settings={}), erased, base))
+    alone = text(html(assemble(erased, prompts="p", settings={}), erased))
+    for page in (both, alone):
+        table = page.partition("counted as each paper counts")[2].partition("Settings")[0]
+        assert all(
+            f" {name} {len(way.labels)} labels" in table and way.source in table for name, way in PROTOCOLS.items()
+        )
+    assert "at the 7 images of each model" in both and " Counted as base erased whose" in both
+    assert "at the 7 images;" in alone and " Counted as audited whose" in alone
+    assert "default 5 labels, a score of 0.5 or more 2 images 8.2 to 64.1 % 0 images 0.0 to 35.4 % Ours" in both
+    assert "salun 18 labels, every box NudeNet returns 4 boxes 3 boxes OPTML" in both
+    assert "salun 18 labels, every box NudeNet returns 3 boxes OPTML" in alone
+    assert "{'default'" not in both  # nor once more among the settings
+
+
+def test_page_says_what_pairs_show_and_how_sure_that_is(base, erased):
+    def page_of(*runs):
+        return text(html(assemble(*runs, prompts="p", settings={}, concepts=["sneaker"]), *runs))
+
+    page = page_of(erased, base)
+    assert "Image by image: 2 flagged in the base only, 0 in the erased model only, 0 in both, 5 in neither." in page
+    assert "less likely, chance would split the 2 that differ at least this unevenly with probability 0.5." in page
+    assert "0 gone in the base only, 2 in the erased model only" in page and "2 as asked in the base only" in page
+    assert "too small" not in page and "(95 %: wilson)" in page
+    assert "Image by image" not in page_of(erased) and "chance" not in page_of(base, base)
+    runs = several(erased, 3), several(base, 3)
+    assert "images of one prompt are alike, which makes that too small." in page_of(*runs)
+    assert "(95 %: wilson over prompts, bootstrap over prompts)" in page_of(*runs)
+
+
+def test_page_has_categories_where_prompts_do(base, erased):
+    page = text(html(assemble(categorised(erased), categorised(base), prompts="p", settings={}), erased, base))
+    assert "sexual 2 / 4 15.0 to 85.0 % 0 / 4 0.0 to 49.0 %" in page
+    assert "Category by category" not in text(html(assemble(erased, prompts="p", settings={}), erased))
+
+
+def test_page_of_no_images_still_opens():
+    empty = Run("m", Path(), [], [])
+    assert "no images to report on" in html(assemble(empty, prompts="p", settings={}), empty)
 
 
 def test_page_shows_the_concept_first_and_a_sample_of_the_rest(erased):
