@@ -199,22 +199,19 @@ def advice(config: dict, work: Work, device: torch.device | str) -> list[tuple[s
     """Options that lower what the step needs by a hundredth and more, with the bytes that are needed then: each alone,
     the best first; and, where none is enough alone, one after another together until they are."""
     device = torch.device(device)
-
-    def lowered(work: Work) -> dict[str, tuple[int, Work]]:
-        now = needed(plan(config, work, device))
-        found = {flag: (needed(plan(config, other, device)), other)
-                 for flag, other in work.cheaper(config, device).items() if other != work}  # fmt: skip
-        return {flag: (size, other) for flag, (size, other) in found.items() if size < 0.99 * now}
-
-    alone = sorted(((flag, size) for flag, (size, _) in lowered(work).items()), key=lambda pair: pair[1])
+    now = start = needed(plan(config, work, device))
+    options = work.cheaper(config, device)
+    alone = {flag: needed(plan(config, other, device)) for flag, other in options.items() if other != work}
     taken: list[str] = []
-    while not fits(plan(config, work, device), device):
-        left = {flag: found for flag, found in lowered(work).items() if flag.split()[0] not in " ".join(taken)}
-        if not left:
+    for flag in options:
+        if now <= memory.available(device):
             break
-        flag, (size, work) = next(iter(left.items()))
-        taken.append(flag)
-    return alone + ([(" ".join(taken), size)] if len(taken) > 1 else [])
+        other = work.cheaper(config, device)[flag]
+        if other != work and (size := needed(plan(config, other, device))) < 0.99 * now:
+            now, work = size, other
+            taken.append(flag)
+    best_first = sorted((pair for pair in alone.items() if pair[1] < 0.99 * start), key=lambda pair: pair[1])
+    return best_first + ([(" ".join(taken), now)] if len(taken) > 1 else [])
 
 
 def _unet(config: dict, work: Work) -> nn.Module:
