@@ -111,12 +111,12 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path): 
         (tmp_path / name).mkdir()
     whole = start(2, tmp_path / "whole", argv)
     assert whole.communicate(timeout=200) and whole.returncode == 0
-    run, state = start(2, tmp_path / "killed", argv), tmp_path / "killed" / "erased.state" / "state.safetensors"
-    until(state.is_file, run)
+    run, losses = start(2, tmp_path / "killed", argv), tmp_path / "killed" / "erased.state" / "losses.jsonl"
+    until(lambda: losses.is_file() and losses.read_text().count("\n") > 1, run)
     for process in psutil.Process(run.pid).children(recursive=True):
         process.kill()
     run.communicate(timeout=60)
-    assert run.returncode != 0 and state.is_file()
+    assert run.returncode != 0 and losses.is_file()
     again = start(2, tmp_path / "killed", argv)
     assert "Going on from step" in again.communicate(timeout=200)[1] and again.returncode == 0
     one, two = ({f: (tmp_path / name / "erased" / f).read_bytes() for f in files_in(tmp_path / name / "erased")}
