@@ -19,6 +19,7 @@ from salun_sd.report import Run
 
 JUDGE = POCKET / "judge"
 BATCH = 32  # images that are classified together, by one process
+PARTIAL = re.compile(r"\..*\.\d+\.partial")  # what a kill leaves, and the next run takes away
 WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "against"}
 
 
@@ -35,7 +36,7 @@ def evaluate(
     """
     if (model is None) == (images is None):
         raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - WRITES):
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir() if not PARTIAL.fullmatch(p.name)} - WRITES):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
     known = provenance.read(model.path) if model else None
     if record and known is None:

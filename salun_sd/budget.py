@@ -130,14 +130,14 @@ class Erasing(Work):
     step = "erase"
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
-        salient = mask.keep_count(self.density, count)
+        salient, others = mask.keep_count(self.density, count), self.strips.weights if self.strips else 0
         return {
             "weights": count * self.dtype.itemsize,
             "salient weights and their moments": 12 * salient,
             "the mask": -(-count // 8),
             "salient weights of the base": salient * self.dtype.itemsize * self.keeps_base,
             "gradients that are held": 4 * salient * (self.parts > 1 or self.clips),
-            "the parts that draw strips": 4 * self.strips.weights if self.strips else 0,
+            "the parts that draw strips": (4 if self.precision.widens else self.dtype.itemsize) * others,
         }
 
     def activations(self, unet: nn.Module, device: torch.device) -> int:

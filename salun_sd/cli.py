@@ -217,7 +217,7 @@ def erase(
     retain_prompts: Annotated[
         str | None,
         typer.Option(
-            help="Prompt set to draw what must stay from, by name or CSV; rows of the concept's class are "
+            help="Prompt set to draw what must stay from, by name or file; rows of the concept's class are "
             "left out. Default: the anchors."
         ),
     ] = None,  # fmt: skip
@@ -235,7 +235,7 @@ def erase(
     ] = AnchorFrom.current,
     sample_every: Annotated[int, typer.Option(min=0, help="Draw a strip into samples/ every K steps; 0: off.")] = 0,
     save_every: Annotated[
-        float, typer.Option(min=0, help="Minutes between states that the same command goes on from; 0: none.")
+        float, typer.Option(min=0, help="Minutes between states that the same command goes on from; 0: at Ctrl-C only.")
     ] = 10,
     seed: SeedOpt = 0,
     dtype: DtypeOpt = None,

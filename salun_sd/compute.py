@@ -42,9 +42,9 @@ class Compute(NamedTuple):
     def unet(self) -> torch.nn.Module:
         return self.precision.prepare(checkpoint.load_unet(self.model, self.precision.dtype), self.checkpointing)
 
-    def work(self, kind: type[Work], resolution: int, **rest) -> Work:
+    def work(self, kind: type[Work], resolution: int, batch: int, **rest) -> Work:
         """A step with the UNet, for the memory plan."""
-        return kind(resolution, rest.pop("batch"), self.precision, self.checkpointing, self.model.pixels, **rest)
+        return kind(resolution, batch, self.precision, self.checkpointing, self.model.pixels, **rest)
 
     def drawing(self, resolution: int, draws: bool) -> Drawing:
         """The step that makes images and encodes them, or only encodes them; all of it in float32."""

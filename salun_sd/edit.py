@@ -100,6 +100,8 @@ def mask(
                     "densities": densities, "guidance": guidance, "batch_size": batch_size, "seed": seed,
                     "resolution": size, "dtype": named(compute.precision.dtype)}  # fmt: skip
         return compute.foresee(steps, settings)
+    for path in filter(Path.exists, paths):
+        print(f"{path} is there already; the mask is made anew in its place.", file=sys.stderr)
     planned = compute.announced(steps)
     base = Base(model, size)
     items = [item for group in forget_items(base, concepts, images, samples) for item in group]
@@ -187,29 +189,28 @@ def erase(
             peaks["mask"] = memory.forget_peak()
             if save_every:
                 progress.save(chosen)
+        texts = [*spread([c.prompt for c in concepts], 4), *spread([text for text, _ in kept], 4)]
+        strip = _strips(compute, unet, texts, progress.folder / "samples", sample_every)
         with progress.errors_recur():
-            texts = [*spread([c.prompt for c in concepts], 4), *spread([text for text, _ in kept], 4)]
-            strip = _strips(compute, unet, texts, progress.folder / "samples", sample_every)
             values = _train(model, unet, chosen, data, settings, progress, state, strip)
-            peaks["erase"] = memory.forget_peak()
-            record = {
-                "schema": 2,
-                "command": command,
-                "concepts": settings["concepts"],
-                "settings": settings,
-                "inputs": inputs,
-                "images": {"forget": len(data.forget), "retain": len(data.retain)},
-                "data": {
-                    "forget": "; ".join(c.images or f"drawn by the base, {samples} for {c.prompt!r}" for c in concepts),
-                    "retain": retain or f"drawn by the base from {_said(retain_prompts)}",
-                },
-            }
-            del unet, strip, data
-            gc.collect()  # the UNet's hooks and layers refer to each other
             made = patch.of_training(values, chosen.bits, model.unet, reversible)
-            if ranks.is_main():
-                record |= proof(model, made, chosen)
+        peaks["erase"] = memory.forget_peak()
+        record = {
+            "schema": 2,
+            "command": command,
+            "concepts": settings["concepts"],
+            "settings": settings,
+            "inputs": inputs,
+            "images": {"forget": len(data.forget), "retain": len(data.retain)},
+            "data": {
+                "forget": "; ".join(c.images or f"drawn by the base, {samples} for {c.prompt!r}" for c in concepts),
+                "retain": retain or f"drawn by the base from {_said(retain_prompts)}",
+            },
+        }
+        del unet, strip, data
+        gc.collect()  # the UNet's hooks and layers refer to each other
         if ranks.is_main():
+            record |= proof(model, made, chosen)
             with new_folder(out if form == "diffusers" else provenance.run_folder(out)) as beside:
                 progress.hand_over(beside)
                 write_atomic(beside / "run.json", json.dumps(run_record(started, peaks, planned)) + "\n")
@@ -306,7 +307,7 @@ def _strips(compute: Compute, unet, texts: list[str], folder: Path, every: int) 
 
 
 def _write_strip(pipeline, model: Checkpoint, texts: list[str], file: Path) -> None:
-    """One row of images, from seeds that neither training images nor a prompt set use."""
+    """One row of images."""
     steps, guidance = model.sampling
     rows, size = [(text, 2**31 + i) for i, text in enumerate(texts)], generate.images_per_pass(pipeline.unet.config)
     images = []

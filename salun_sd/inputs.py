@@ -27,7 +27,7 @@ def images_of(spec: str | None, prompt: str) -> list[Item] | None:
 
 
 def check_replaceable(path: Path) -> None:
-    """A mask may be made anew in its place, and that is said; any other file is not ours to replace."""
+    """A mask may be made anew in its place; any other file is not ours to replace."""
     if path.suffix != ".safetensors":
         raise UsageError(f"--out {path} has to end in .safetensors.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,6 @@ def check_replaceable(path: Path) -> None:
             masks.unpack(path.read_bytes(), str(path))
         except (SalunError, OSError) as e:
             raise UsageError(f"{path} exists and is not a mask of salun-sd; choose another --out.") from e
-        print(f"{path} is there already; the mask is made anew in its place.", file=sys.stderr)
 
 
 def checked_size(model: Checkpoint, resolution: int | None) -> int:

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -75,9 +75,14 @@ def thresholds(saliency: dict[str, torch.Tensor], counts: list[int]) -> list[flo
     Non-negative floats order like their bit patterns, so counting the high 16 bits finds the bucket that the
     k-th value is in, and counting the low 16 bits inside that bucket finds the value. Two passes for all of counts.
     """
-    values = list(saliency.values())
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # torch counts on one core
-        high = sum(threads.map(lambda p: torch.bincount(_high(p), minlength=1 << 15), _patterns(values)))
+    patterns, cores = list(_patterns(list(saliency.values()))), torch.get_num_threads()
+    with ThreadPoolExecutor(cores) as threads:  # torch counts on one core
+
+        def over_all(table: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+            """The sum of the tables of all patterns; each thread adds up its own, so that few stand in memory."""
+            return sum(threads.map(lambda i: sum(map(table, patterns[i::cores])), range(cores)))
+
+        high = over_all(lambda p: torch.bincount(_high(p), minlength=1 << 15))
         places = [_bucket_of(high, k) for k in counts]
 
         def low_of(p: torch.Tensor) -> torch.Tensor:
@@ -85,7 +90,7 @@ def thresholds(saliency: dict[str, torch.Tensor], counts: list[int]) -> list[flo
                 torch.bincount(p[_high(p) == bucket] & 0xFFFF, minlength=1 << 16) for bucket, _ in places
             ])  # fmt: skip
 
-        low = sum(threads.map(low_of, _patterns(values)))  # [len(counts), 65536]
+        low = over_all(low_of)  # [len(counts), 65536]
     found = [(b << 16) + _bucket_of(table, k - before)[0]
              for k, (b, before), table in zip(counts, places, low, strict=True)]  # fmt: skip
     return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()

@@ -42,7 +42,7 @@ def roomy(device: torch.device, size: int) -> torch.device:
 def peak() -> int:
     """Most memory that this process held since it began or since `forget_peak`, in bytes: resident, or on the GPU where
     one is used."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     try:  # ru_maxrss would count what a parent held when it forked
         with open("/proc/self/status") as status:
@@ -56,7 +56,7 @@ def peak() -> int:
 def forget_peak() -> int:
     """The peak so far; from here on, `peak` is that of what follows, where the system allows it."""
     found = peak()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     else:
         with suppress(OSError):

@@ -78,12 +78,13 @@ class Progress:
         try:
             yield
         except SalunError:
-            self._forget()
+            if ranks.is_main():
+                self._forget()
             raise
 
     def end(self) -> None:
         """The result is there: a run that was killed just after it made that has left its state."""
-        with suppress(UsageError, Timeout):
+        with suppress(SalunError, Timeout):
             if ranks.is_main() and self._read():
                 with FileLock(self.folder / LOCK).acquire(blocking=False):
                     shutil.rmtree(self.folder)
@@ -94,16 +95,17 @@ class Progress:
             return None
         try:
             found, header = tensors.read(file)
-        except SalunError as e:
+            said = json.loads(header["salun_sd"])
+            run, steps, shapes, settings = (said[key] for key in ("run", "steps", "shapes", "mask"))
+        except (SalunError, KeyError, ValueError) as e:
             raise SalunError(f"{file} is damaged: remove {self.folder}, and the same command begins anew.") from e
-        said = json.loads(header["salun_sd"])
-        if said["run"] != self.run:
+        if run != self.run:
             raise UsageError(
                 f"{self.folder} is of an erasure with other settings or inputs that was interrupted: repeat its "
                 "command, choose another --out, or remove it."
             )
         packed = {name.removeprefix("mask/"): t.read() for name, t in found.items() if name.startswith("mask/")}
-        return State(said["steps"], Mask(Bits(packed, said["shapes"]), said["mask"]), found)
+        return State(steps, Mask(Bits(packed, shapes), settings), found)
 
     def save(self, mask: Mask, adam: SalientAdam | None = None) -> None:
         """Write the state anew, whole or not at all; before the first step, it is the mask."""
@@ -123,6 +125,7 @@ class Progress:
         if stops or 0 < 60 * self.minutes <= time.monotonic() - self.saved_at:
             self.save(mask, adam)
         if stops:
+            ranks.wait()  # a launcher ends the others when one ends
             raise KeyboardInterrupt(f"Interrupted after step {adam.steps}, which is kept in {self.folder}: the same "
                                     "command goes on from there.")  # fmt: skip
 
