@@ -9,15 +9,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from salun_sd import checkpoint, generate, prompts, provenance, ranks, report
+from salun_sd import checkpoint, classify, generate, prompts, provenance, quality, ranks, report
 from salun_sd.checkpoint import POCKET, Checkpoint
-from salun_sd.detect import Classifier, detect
+from salun_sd.classify import Judge
+from salun_sd.clip import Clip
+from salun_sd.detect import detect, load_detector
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.features import extractor
 from salun_sd.files import write_atomic
+from salun_sd.images import images_in
 from salun_sd.prompts import Prompt
 from salun_sd.report import Run
 
 JUDGE = POCKET / "judge"
+MATCHES = 20  # classes whose labels are printed
 BATCH = 32  # images that are classified together, by one process
 PARTIAL = re.compile(r"\..*\.\d+\.partial")  # what a kill leaves, and the next run takes away
 WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "against"}
@@ -26,6 +31,7 @@ WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report
 def evaluate(
     model: Checkpoint | None, *, prompt_set: str, where: list[str], limit: int | None, against: Checkpoint | None,
     images: Path | None, concepts: list[str], classifier: str | None, steps: int | None, samples: int, record: bool,
+    detector: Path | None = None, clip: str | None = None, fid: str | None = None, reference: Path | None = None,
     out: Path,
 ) -> dict:  # fmt: skip
     """Audit a checkpoint, or a folder of images, on a prompt set, or on its rows that meet `where` and of these the
@@ -47,20 +53,29 @@ def evaluate(
     asked = prompt_set + (f" where {' and '.join(where)}" if where else "") + (f", the first {limit}" if limit else "")
     classes = list(dict.fromkeys(p.label for p in rows if p.label))
     concepts = _concepts(concepts, classes, known)
+    has_others = any(p.label not in concepts for p in rows)
+    quality.check(clip, fid, reference, has_base=against is not None, has_others=has_others)
     judge = _judge(classifier, classes)
+    if detector:
+        load_detector(detector)  # a wrong file is said before anything is drawn
+    asked_for = quality.Asked(
+        clip and Clip(clip, checkpoint.device()), fid and extractor(fid, JUDGE, checkpoint.device()), reference
+    )
 
-    settings = {"where": where, "limit": limit, "classifier": classifier or (judge and "pocket judge")}
+    settings = {"where": where, "limit": limit, "classifier": judge and (judge.name if classifier else "pocket judge")}
     if model:
         manifest, settings["sampling"] = _drawn(model, rows, steps, samples, out)
     else:
         manifest, settings["sampling"] = _collected(images, rows, out, subset=bool(where or limit)), None
         samples = len(manifest) // len(rows)
-    run = _examined(model.name if model else str(images), manifest, judge, out)
+    run = _examined(model.name if model else str(images), manifest, judge, detector, out)
     base = None
     if against:
         manifest, settings["sampling_against"] = _drawn(against, rows, steps, samples, out / "against")
-        base = _examined(against.name, manifest, judge, out / "against")
-    made = report.assemble(run, base, prompts=asked, settings=settings, concepts=concepts)
+        base = _examined(against.name, manifest, judge, detector, out / "against")
+    of_quality = quality.measure(asked_for, run, base, concepts)
+    made = report.assemble(run, base, prompts=asked, settings=settings, concepts=concepts, quality=of_quality)
+    _warn(made)
     if not ranks.is_main():
         return made
     write_atomic(out / "report.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
@@ -92,16 +107,37 @@ def _concepts(given: list[str], classes: list[str], record: dict | None) -> list
     return list(dict.fromkeys(label for label in said.values() if label))
 
 
-def _judge(classifier: str | None, classes: list[str]) -> Classifier | None:
+def _warn(made: dict) -> None:
+    """What of the report a person should hear at once, on stderr."""
+    said = []
+    for side in filter(None, (made, made["against"])):
+        if broken := [f"{Path(file).name} ({why})" for file, why in side["broken"].items()]:
+            of = len(broken) + (side["metrics"]["flag_rate"] or {"of": 0})["of"]
+            said.append(f"{side['model']}: {len(broken)} of {of} images could not be read and count for nothing: "
+                        f"{quality.some(broken)}.")  # fmt: skip
+        if (score := side["quality"]["clip_score"]) and score["truncated"]:
+            said.append(f"{score['truncated']} prompts are longer than CLIP reads: only their beginning is compared.")
+        if (fid := side["quality"]["fid"]) and fid["note"]:
+            said.append(f"{fid['name']}: {fid['note']}")
+    for line in dict.fromkeys(said):
+        print(line, file=sys.stderr)
+
+
+def _judge(classifier: str | None, classes: list[str]) -> Judge | None:
     """The classifier asked for; without one, the pocket's judge where it knows every class of the prompts."""
     device = checkpoint.device()
     if classifier:
         if not classes:
             raise UsageError("--classifier has nothing to judge: these prompts have no column `class`.")
-        return Classifier(classifier, classes, device)
+        judge = classify.load(classifier, classes, device)
+        for name, label in judge.matches[:MATCHES]:
+            print(f"class {name!r} <- {label!r} of {classifier}", file=sys.stderr)
+        if len(judge.matches) > MATCHES:
+            print(f"and {len(judge.matches) - MATCHES} more", file=sys.stderr)
+        return judge
     known = json.loads((JUDGE / "config.json").read_text())["label2id"]
     if classes and set(classes) <= set(known):
-        return Classifier(JUDGE, classes, device)
+        return classify.Classifier(JUDGE, classes, device)
     if classes:
         print("No --classifier for these classes: UA and RA are not measured.", file=sys.stderr)
     return None
@@ -132,9 +168,11 @@ def _collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> lis
         raise UsageError(f"Image folder {folder} was not found.")
     of_case = {p.case: p for p in rows}
     found = {}
-    for file in folder.iterdir():
-        if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-            continue
+    files = images_in(folder)
+    others = {f.name for f in folder.iterdir() if f.is_file() and f.name[0] != "."} - {f.name for f in files}
+    if others:
+        print(f"{folder}: left out, no images by their ending: {quality.some(sorted(others))}.", file=sys.stderr)
+    for file in files:
         name = re.fullmatch(r"(\d+)_(\d+)", file.stem)
         if name and subset and int(name[1]) not in of_case:
             continue
@@ -162,7 +200,10 @@ def _line(p: Prompt, k: int, file: str, seed: int | None, guidance: float | None
     return line | ({"categories": list(p.categories)} if p.categories else {})
 
 
-def _examined(model: str, manifest: list[dict], judge: Classifier | None, out: Path) -> Run:
+def _examined(
+    model: str, manifest: list[dict], judge: Judge | None, detector: Path | None,
+    out: Path,
+) -> Run:  # fmt: skip
     """Run the detector, and the judge if there is one, over the manifest's images, each process over its share; writes
     both .jsonl files."""
     out.mkdir(parents=True, exist_ok=True)
@@ -172,7 +213,7 @@ def _examined(model: str, manifest: list[dict], judge: Classifier | None, out: P
     bar = tqdm(share, desc="detect", unit="image")
     found = ranks.gathered([
         (n, boxes | {"predicted": predicted, "score": score})
-        for n, boxes, (predicted, score) in zip(bar, detect(files), answers, strict=True)
+        for n, boxes, (predicted, score) in zip(bar, detect(files, detector), answers, strict=True)
     ])  # fmt: skip
     detections = [
         {key: manifest[n][key] for key in ("file", "case", "k")} | answer

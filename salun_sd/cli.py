@@ -373,10 +373,24 @@ def evaluate(
     classifier: Annotated[
         str | None,
         typer.Option(
-            help="Image classifier, folder or hub id, for prompts with a class. "
+            help="Image classifier, or CLIP for any classes by name, folder or hub id, for prompts with a class. "
             "Default: the pocket judge, where it knows the classes."
         ),
     ] = None,  # fmt: skip
+    detector_model: Annotated[
+        Path | None, typer.Option(help="Another of NudeNet 3's files, e.g. 640m.onnx. Default: the packaged 320n.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP, folder or hub id, for the CLIP score of images with their prompts.")
+    ] = None,
+    fid: Annotated[
+        str | None,
+        typer.Option(
+            help="Features for FID and KID to the base's images, or to --reference: `inception`, `pocket`, or an image "
+            "model, folder or hub id."
+        ),
+    ] = None,  # fmt: skip
+    reference: Annotated[Path | None, typer.Option(help="Folder of images that --fid compares with.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; 25 for pocket.")] = None,
     samples_per_prompt: Annotated[int, typer.Option(min=1, help="Images a prompt, from its seed on.")] = 1,
     record: Annotated[
@@ -388,7 +402,7 @@ def evaluate(
 ) -> None:
     """Draw a prompt set, run NudeNet and a classifier over the images, write an audit."""
     from salun_sd import audit
-    from salun_sd.report import rate
+    from salun_sd.report import in_words, rate
 
     begin()
     are_files = [Path(name).is_file() for name in (model, against) if name]
@@ -403,7 +417,8 @@ def evaluate(
     base = found(against, audit.revision_of_base(erased, against)) if against else None
     report = audit.evaluate(
         erased, prompt_set=prompts, where=where or [], limit=limit, against=base, images=images,
-        concepts=concept or [], classifier=classifier, steps=steps, samples=samples_per_prompt, record=record, out=out,
+        concepts=concept or [], classifier=classifier, steps=steps, samples=samples_per_prompt, record=record,
+        detector=detector_model, clip=clip, fid=fid, reference=reference, out=out,
     )  # fmt: skip
     columns = {str(report["model"]): report}
     if report["against"]:
@@ -413,6 +428,9 @@ def evaluate(
         table.add_row(name, *(rate(side["metrics"][name]) for side in columns.values()))
     for name in report["concepts"] if len(report["concepts"]) > 1 else ():
         table.add_row(f"ua of {name}", *(rate(side["concepts"][name]["ua"]) for side in columns.values()))
+    for name in report["quality"]:
+        if any(side["quality"][name] for side in columns.values()):
+            table.add_row(name, *(in_words(side["quality"][name]) for side in columns.values()))
     Console().print(table)
     print(f"{out / 'report.html'}")
 

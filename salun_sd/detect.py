@@ -1,21 +1,23 @@
-"""Images to detections (NudeNet) and images to classes (any transformers image classifier).
+"""Images to detections: NudeNet's boxes.
 
-Files go in, plain dicts and tuples come out one by one, so a folder of any size needs the memory of one batch.
+Files go in, plain dicts come out one by one, so a folder of any size needs the memory of a few images.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files as resources
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from salun_sd.errors import SalunError
-from salun_sd.images import read_image
+from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.images import Unreadable, in_order, read_still
+from salun_sd.protocols import LABELS
+
+RESOLUTION = 640  # of a given model that does not say its own; the library's larger files are of this one
 
 
 def to_bgr(image: Image.Image) -> np.ndarray:
@@ -23,120 +25,75 @@ def to_bgr(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image)[..., ::-1])
 
 
+def packaged() -> Path:
+    """The weights that come with the library."""
+    return Path(str(resources("nudenet").joinpath("320n.onnx")))
+
+
 @cache
-def detector_name() -> str:
+def detector_name(weights: Path | None = None) -> str:
     """The detector's package version, its weights file and the start of their SHA-256, as every detection records it.
 
     Example: `nudenet 3.4.2 320n.onnx` and twelve hex digits.
     """
-    weights = resources("nudenet").joinpath("320n.onnx")
+    weights = weights or packaged()
     return f"nudenet {version('nudenet')} {weights.name} {sha256(weights.read_bytes()).hexdigest()[:12]}"
 
 
-def detect(files: Iterable[Path]) -> Iterator[dict]:
-    """Each image's width and height in pixels and every box NudeNet returns, `box` being x, y, width, height in pixels.
+def load_detector(weights: Path | None = None):
+    """The library's `NudeDetector` with its own weights, or with another of its files such as 640m.onnx, at the size of
+    image that the file was exported for (its metadata `imgsz`, else RESOLUTION).
+
+    Its session computes with one thread: images go through in parallel, which uses the cores better than parts of one
+    image do. Raises UsageError where the file is no NudeNet 3 detector.
+    """
+    import onnxruntime
+    from nudenet import NudeDetector
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    detector = NudeDetector()
+    try:
+        detector.onnx_session = session = onnxruntime.InferenceSession(str(weights or packaged()), options)
+    except Exception as e:  # its own types, one for each way in which a file can be wrong
+        raise _no_detector(weights, first_line(e)) from e
+    said = session.get_modelmeta().custom_metadata_map
+    names = said.get("names", "{}")
+    if any(f"{i}: {label!r}" not in names for i, label in enumerate(LABELS)):
+        raise _no_detector(weights, "its labels are not NudeNet's 18")
+    sides = {int(n) for n in said.get("imgsz", str(RESOLUTION)).strip("[]").split(",")}
+    if weights:
+        detector.input_width = detector.input_height = max(sides)
+    detector.input_name = session.get_inputs()[0].name
+    return detector
+
+
+def _no_detector(weights: Path | None, reason: str) -> SalunError:
+    return UsageError(f"{weights} is no NudeNet 3 detector ({reason}). Give --detector-model one of its .onnx files, "
+                      "such as 640m.onnx, or leave it out for the packaged one.")  # fmt: skip
+
+
+def detect(files: Iterable[Path], weights: Path | None = None) -> Iterator[dict]:
+    """Each image's width and height in pixels and every box NudeNet returns, `box` being x, y, width, height in pixels;
+    of an image that cannot be read, `error`, why, and no boxes.
 
     Boxes are the library's own, unrounded, down to its own floor (a score of 0.25, after non-maximum suppression across
     labels), and its channel order is left as it is, so that scores compare with other NudeNet 3 results.
-    One image a call: what an image gets cannot depend on its neighbours, and a batch of 8 saved under a fifth of the
-    time on a CPU.
+    One image a call, a core each: what an image gets depends neither on its neighbours nor on the number of cores.
     """
-    from nudenet import NudeDetector
+    detector, name = load_detector(weights), detector_name(weights)
 
-    detector = NudeDetector()
-    for file in files:
-        image = read_image(file)
+    def found(file: Path) -> dict:
+        try:
+            image = read_still(file)
+        except Unreadable as e:
+            return {"detector": name, "error": e.reason}
         (boxes,) = detector.detect_batch([to_bgr(image)], batch_size=1)
-        yield {
-            "detector": detector_name(),
+        return {
+            "detector": name,
             "width": image.width,
             "height": image.height,
             "boxes": [{"label": box["class"], "score": box["score"], "box": box["box"]} for box in boxes],
         }
 
-
-def synonyms(label: str) -> list[str]:
-    """The names in one classifier label, ImageNet's being lists: "tench, Tinca tinca" => ["tench", "Tinca tinca"]."""
-    return [name.strip() for name in label.split(",")]
-
-
-def match_labels(labels: Sequence[str], classes: Iterable[str]) -> list[str]:
-    """The name each classifier label is reported by: the class that equals it or one of its synonyms, whatever the
-    case, else its first synonym.
-
-    Raises SalunError where a class has no label, or two classes claim the same one.
-    """
-    reported = [synonyms(label)[0] for label in labels]
-    claimed: dict[int, str] = {}
-    unmatched = []
-    for name in dict.fromkeys(classes):
-        wanted = name.strip().lower()
-        found = [i for i, label in enumerate(labels) if wanted in map(str.lower, [label, *synonyms(label)])]
-        if not found:
-            unmatched.append(name)
-        for i in found:
-            if i in claimed:
-                raise SalunError(
-                    f"The classes {claimed[i]!r} and {name!r} are both the classifier's label {labels[i]!r}. "
-                    "Give them one name in the prompt set."
-                )
-            claimed[i] = reported[i] = name
-    if unmatched:
-        raise SalunError(
-            f"The classifier has no label for {', '.join(map(repr, unmatched))}; it knows {some(labels)}. "
-            "Use its names in the prompt set's class column, or another --classifier."
-        )
-    return reported
-
-
-def some(labels: Sequence[str], count: int = 10) -> str:
-    """The first labels in quotes, and how many more there are."""
-    rest = f" and {len(labels) - count} more" if len(labels) > count else ""
-    return ", ".join(map(repr, labels[:count])) + rest
-
-
-class Classifier:
-    """An image classifier that answers in the prompt set's class names.
-
-    `model` is a folder or a hub id that `AutoModelForImageClassification` opens; it runs in float32 on `device`.
-    Resizing and normalising are the model's own image processor's, always its PIL version, so that installing
-    torchvision changes no result.
-    """
-
-    def __init__(self, model: str | Path, classes: Iterable[str], device: str = "cpu"):
-        import torch
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-        try:
-            self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-            self.model, loading = AutoModelForImageClassification.from_pretrained(
-                model, dtype=torch.float32, output_loading_info=True
-            )
-        except Exception as error:  # absent, of another kind, cut short: each comes as a different type
-            reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-            raise SalunError(
-                f"No image classifier could be loaded from {model} ({reason}). "
-                "Give --classifier a transformers image classification model, by folder or hub id."
-            ) from error
-        if loading["missing_keys"]:
-            missing = ", ".join(sorted(loading["missing_keys"])[:3])
-            raise SalunError(f"{model} is no trained image classifier: its weights lack {missing}.")
-        labels = self.model.config.id2label
-        self.names = match_labels([labels[i] for i in range(len(labels))], classes)
-        self.model.to(device).eval()
-
-    def classify(self, files: Iterable[Path], batch_size: int = 32) -> Iterator[tuple[str, float]]:
-        """Each image's top class over all labels, and its softmax probability rounded to 6 digits.
-
-        The rounding hides what batch size does to the last bits of a float32.
-        """
-        import torch
-
-        images = map(read_image, files)
-        while batch := list(islice(images, batch_size)):
-            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]  # (batch, 3, height, width)
-            with torch.inference_mode():
-                logits = self.model(pixels.to(self.model.device)).logits  # (batch, labels)
-            scores, tops = logits.float().softmax(dim=-1).max(dim=-1)
-            for score, top in zip(scores.tolist(), tops.tolist(), strict=True):
-                yield self.names[top], round(score, 6)
+    return in_order(found, files)

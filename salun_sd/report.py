@@ -6,7 +6,7 @@ Two layers: the report with its settings and base beside it (`assemble`, pure), 
 import base64
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files as resources
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from salun_sd.protocols import DEFAULT_LABELS, PROTOCOLS, THRESHOLD
 
 PAIRS = 24  # most images of the concepts on the page, and of the rest
 THUMBNAIL = 192  # longest side in pixels
+NO_QUALITY = {"clip_score": None, "fid": None, "kid": None}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,19 @@ class Run:
     manifest: list[dict]
     detections: list[dict]
 
+    def broken(self) -> dict[str, str]:
+        """The files that could not be read, and why: neither safe nor flagged."""
+        return {found["file"]: found["error"] for found in self.detections if "error" in found}
+
+    def readable(self) -> "Run":
+        """The run without those, which no rate speaks of."""
+        broken = {(found["case"], found["k"]) for found in self.detections if "error" in found}
+        manifest, detections = (
+            [line for line in lines if (line["case"], line["k"]) not in broken]
+            for lines in (self.manifest, self.detections)
+        )
+        return replace(self, manifest=manifest, detections=detections)
+
 
 def rate(metric: dict | None) -> str:
     """A share in one line: n / N = rate [interval]."""
@@ -36,6 +50,16 @@ def rate(metric: dict | None) -> str:
         return "not measured"
     low, high = metric["ci95"]
     return f"{metric['n']} / {metric['of']} = {metric['rate']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def in_words(metric: dict | None) -> str:
+    """A metric of quality in one line: value [interval], and of how many images, beside the reference's."""
+    if metric is None:
+        return "not measured"
+    ends = " [{:g}, {:g}]".format(*metric["ci95"]) if metric.get("ci95") else ""
+    images = metric["images"]
+    of = " and ".join(map(str, images)) if isinstance(images, list) else images
+    return f"{metric['value']:g}{ends} of {of} images"
 
 
 def check_same_prompts(run: Run, base: Run) -> None:
@@ -58,10 +82,11 @@ def one_detector(runs: Iterable[Run]) -> str | None:
 
 
 def in_pairs(run: Run, base: Run, concepts: Sequence[str], labels: Sequence[str], threshold: float) -> dict:
-    """Each metric's images counted in pairs, an image of the run beside the base's of the same case and k."""
+    """Each metric's images counted in pairs, an image of the run beside the base's of the same case and k; where one of
+    the two could not be read, neither counts."""
     before, after = (
         outcomes(pair(side.manifest, side.detections, (side.model, side.model)), concepts, labels, threshold)
-        for side in (base, run)
+        for side in (base.readable(), run.readable())
     )
     return {name: paired(before[name], after[name]) for name in after}
 
@@ -75,25 +100,31 @@ def assemble(
     concepts: Sequence[str] = (),
     labels: Sequence[str] = DEFAULT_LABELS,
     threshold: float = THRESHOLD,
+    quality: tuple[dict, dict] = (NO_QUALITY, NO_QUALITY),
 ) -> dict:
-    """report.json, schema 3: what was measured of a run, what of its base, and every setting behind the numbers."""
+    """report.json, schema 4: what was measured of a run, what of its base, and every setting behind the numbers.
+
+    `quality` is that of the run and of its base; `broken` names the images that are in no other number.
+    """
     if base:
         check_same_prompts(run, base)
-    measured, against = (
-        other and measure(other.manifest, other.detections, concepts, labels=labels, threshold=threshold)
-        for other in (run, base)
-    )
+
+    def measured(side: Run, quality: dict) -> dict:
+        whole = side.readable()
+        counted = measure(whole.manifest, whole.detections, concepts, labels=labels, threshold=threshold)
+        return counted | {"quality": quality, "broken": side.broken()}
+
     looked_at = {"concepts": list(concepts), "labels": list(labels), "threshold": threshold}
     detector = one_detector([run, base] if base else [run])
     counting = {name: protocol._asdict() for name, protocol in PROTOCOLS.items()}
     return {
-        "schema": 3,
+        "schema": 4,
         "salun_sd": __version__,
         "model": run.model,
         "prompts": prompts,
         "settings": settings | looked_at | {"detector": detector, "protocols": counting},
-        **measured,
-        "against": base and {"model": base.model, **against},
+        **measured(run, quality[0]),
+        "against": base and {"model": base.model, **measured(base, quality[1])},
         "paired": base and in_pairs(run, base, concepts, labels, threshold),
     }
 
@@ -139,9 +170,20 @@ def headline(report: dict) -> str:
     if metrics["ra"]:
         parts.append(told("ra", ("others still show" if metrics["ua"] else "images show") + " what was asked"))
     flags = [m["flag_rate"]["n"] for m in (metrics, base) if m.get("flag_rate")]
-    if any(flags) or (flags and not parts):
+    if metrics["flag_rate"] and (any(flags) or not parts):
         parts.append(told("flag_rate", f"images are flagged by the detector at a score of {threshold} or more"))
-    return "; ".join(parts) + "." if parts else "There are no images to report on."
+    told_all = "; ".join(parts) + "." if parts else "There are no images to report on."
+    return told_all + unread(len(report["broken"]), len((report["against"] or {}).get("broken", {})))
+
+
+def unread(images: int, of_base: int) -> str:
+    """The images that could not be read, in a sentence; nothing where there are none."""
+    if not images + of_base:
+        return ""
+    said = [
+        f"{n} {'image' if n == 1 else 'images'}{whose}" for n, whose in ((images, ""), (of_base, " of the base")) if n
+    ]
+    return f" {' and '.join(said)} could not be read and {'counts' if images + of_base == 1 else 'count'} for nothing."
 
 
 def evenly(rows: list, count: int) -> list:
@@ -174,6 +216,7 @@ def html(report: dict, run: Run, base: Run | None = None) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
+    run, base = run.readable(), base and base.readable()
     settings = report["settings"]
     concepts = list(report["concepts"])
     sides = [
@@ -183,7 +226,8 @@ def html(report: dict, run: Run, base: Run | None = None) -> str:
     ]
 
     def pictures(of_concept: bool) -> list[list[dict]]:
-        rows = [row for row in run.manifest if (row["class"] in concepts) == of_concept]
+        both = [row for row in run.manifest if all((row["case"], row["k"]) in lines for _, lines, _ in sides)]
+        rows = [row for row in both if (row["class"] in concepts) == of_concept]
         chosen = evenly(sorted(range(len(rows)), key=lambda i: rows[i]["class"] or ""), PAIRS)
         keys = [(rows[i]["case"], rows[i]["k"]) for i in sorted(chosen)]
         return [[picture(folder, lines[key], found[key], settings) for folder, lines, found in sides] for key in keys]

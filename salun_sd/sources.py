@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.images import images_in
 
 CAPTION_COLUMNS = ("text", "caption")  # the first that is there counts
 FILTERED = re.compile(r"(?P<id>.+):(?P<column>[^:=!]+)(?P<sign>!?=)(?P<value>.+)")  # greedy: the last colon that fits
@@ -38,7 +37,7 @@ def items(spec: str) -> list[Item]:
     Raises UsageError for what the spec names and is not there, SalunError for what cannot be used as it is.
     """
     if (folder := Path(spec)).is_dir():
-        if files := _images_in(folder):
+        if files := images_in(folder):
             captions = _captions(folder, files)
             return [Item(str(f), captions.get(f.name), None, partial(file_bytes, f)) for f in files]
         if not any(f.suffix in (".parquet", ".arrow") for f in folder.rglob("*")):
@@ -70,11 +69,6 @@ def digest(items: list[Item]) -> str:
     for item in items:
         whole.update(json.dumps([hashlib.sha256(item.read()).hexdigest(), item.caption]).encode())
     return whole.hexdigest()
-
-
-def _images_in(folder: Path) -> list[Path]:
-    known = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in known)
 
 
 def file_bytes(file: Path) -> bytes:

@@ -8,7 +8,15 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 
 from salun_sd import layout
 from salun_sd.checkpoint import POCKET
@@ -234,3 +242,22 @@ def write_single_file(folder: Path, file: Path) -> Path:
     else:
         save_file(tensors, file, {"format": "pt"})
     return file
+
+
+def write_clip(folder: Path, seed: int = 0) -> Path:
+    """A tiny random CLIP, with the pocket checkpoint's tokenizer, of 24 tokens, and images of 16 x 16."""
+    torch.manual_seed(seed)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    written = json.loads((POCKET / "text_encoder" / "config.json").read_text())
+    words = {key: written[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")}
+    model = CLIPModel(CLIPConfig(
+        text_config=small | words | {"pad_token_id": words["eos_token_id"]},
+        vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=24,
+    ))  # fmt: skip
+    for half in (model.visual_projection, model.text_projection):
+        half.weight.data.normal_()  # far from equal vectors
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(POCKET / "tokenizer").save_pretrained(folder)
+    sides = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=sides).save_pretrained(folder)
+    return folder

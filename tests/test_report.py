@@ -77,7 +77,7 @@ def test_exact_report_with_a_base(base, erased):
     got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concepts=["sneaker"])
     assert json.dumps(got, indent=1) == json.dumps(
         {
-            "schema": 3,
+            "schema": 4,
             "salun_sd": version("salun-sd"),
             "model": "out/erased",
             "prompts": "pocket",
@@ -112,6 +112,8 @@ def test_exact_report_with_a_base(base, erased):
                 "receler": {"n": 2, "of": 7, "unit": "labels"},
                 "unlearndiffatk": {"n": 2, "of": 7, "unit": "images"} | two,
             },
+            "quality": {"clip_score": None, "fid": None, "kid": None},
+            "broken": {},
             "against": {
                 "model": "pocket",
                 "metrics": {
@@ -137,6 +139,8 @@ def test_exact_report_with_a_base(base, erased):
                     "receler": {"n": 1, "of": 7, "unit": "labels"},
                     "unlearndiffatk": {"n": 2, "of": 7, "unit": "images"} | two,
                 },
+                "quality": {"clip_score": None, "fid": None, "kid": None},
+                "broken": {},
             },
             "paired": {
                 "ua": {"both": 1, "only_base": 0, "only_model": 2, "neither": 0, "p": 0.5},
@@ -289,6 +293,52 @@ def test_lists_that_speak_of_different_images_are_refused(base, erased):
         against(manifest=[line(r, prompt="a bag") if r["case"] == 3 else r for r in base.manifest])
     with pytest.raises(SalunError, match="detected by both nudenet 3.4.2 .* and nudenet 2"):
         against(detections=[line(found, detector="nudenet 2") for found in base.detections])
+
+
+def torn(run: Run, *cases: int) -> Run:
+    """The run, where the images of these cases could not be read."""
+    keep = ("file", "case", "k", "detector")
+    fault = {"error": "image file is <truncated>", "predicted": None, "score": None}
+    detections = [
+        {key: found[key] for key in keep} | fault if found["case"] in cases else found for found in run.detections
+    ]
+    return dataclasses.replace(run, detections=detections)
+
+
+def test_an_image_that_cannot_be_read_is_neither_safe_nor_flagged(base, erased):
+    """Case 0, a sneaker, is flagged in the base; case 6, a dress, is seen as a coat in the erased model."""
+    got = assemble(torn(erased, 6), torn(base, 0), prompts="p", settings={}, concepts=["sneaker"])
+    assert got["broken"] == {"images/6_0.png": "image file is <truncated>"}
+    assert list(got["against"]["broken"]) == ["images/0_0.png"]
+    assert counts(got["metrics"]["flag_rate"]) == (0, 6) and counts(got["against"]["metrics"]["flag_rate"]) == (1, 6)
+    assert counts(got["metrics"]["ra"]) == (2, 3) and counts(got["against"]["metrics"]["ua"]) == (1, 2)
+    assert {way["of"] for way in got["protocols"].values()} == {6} and got["classes"]["dress"]["of"] == 1
+    pairs = got["paired"]["flag_rate"]
+    assert sum(pairs[k] for k in ("both", "only_base", "only_model", "neither")) == 5
+    whole = assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"])
+    assert assemble(torn(erased), torn(base), prompts="p", settings={}, concepts=["sneaker"]) == whole
+
+
+def test_all_images_may_be_torn(base, erased):
+    nothing = torn(erased, *range(7))
+    got = assemble(nothing, base, prompts="p", settings={}, concepts=["sneaker"])
+    assert got["metrics"] == {"ua": None, "ra": None, "flag_rate": None} and got["paired"]["flag_rate"] is None
+    assert headline(got) == "There are no images to report on. 7 images could not be read and count for nothing."
+    assert "Files that could not be read" in html(got, nothing, base)
+
+
+def test_the_page_names_what_could_not_be_read(base, erased):
+    """Its thumbnail is not asked for, and its reason is text."""
+    (erased.folder / "images" / "6_0.png").write_bytes(b"")
+    run, other = torn(erased, 6), torn(base, 0, 1)
+    made = assemble(run, other, prompts="p", settings={}, concepts=["sneaker"])
+    page = html(made, run, other)
+    assert "1 image and 2 images of the base could not be read and count for nothing." in page
+    assert "image file is &lt;truncated&gt;" in page and page.count("images/6_0.png") == 1
+    assert len(sources(page)) == 2 * 4
+    alone = headline(assemble(run, prompts="p", settings={}))
+    assert alone.endswith(" 1 image could not be read and counts for nothing.")
+    assert "could not be read" not in html(assemble(erased, base, prompts="p", settings={}), run, base)
 
 
 def test_headline(base, erased):

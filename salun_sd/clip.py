@@ -1,0 +1,84 @@
+"""CLIP: images and texts to unit vectors of one space."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from salun_sd.errors import SalunError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+TEXTS = 256  # encoded together
+
+
+def is_clip(model: str | Path) -> bool:
+    """Whether a folder or hub id holds both halves of a CLIP; False where nothing can be found."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception:  # whoever loads it says what is wrong
+        return False
+    return config.model_type == "clip" and "CLIPForImageClassification" not in (config.architectures or ())
+
+
+class Clip:
+    """A CLIP model of a folder or hub id, in float32 on `device`; `option` is the one that named it.
+
+    Resizing and normalising are its own image processor's, the PIL version. Raises SalunError where it cannot be
+    loaded whole.
+    """
+
+    def __init__(self, model: str | Path, device: str = "cpu", option: str = "--clip"):
+        import torch
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.model, loading = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        except Exception as error:  # absent, of another kind, cut short: each comes as a different type
+            raise SalunError(f"No CLIP model could be loaded from {model} ({first_line(error)}). "
+                             f"Give {option} one, by folder or hub id.") from error  # fmt: skip
+        if loading["missing_keys"]:
+            missing = ", ".join(sorted(loading["missing_keys"])[:3])
+            raise SalunError(f"{model} is no whole CLIP model: its weights lack {missing}.")
+        self.name = str(model)
+        self.longest = self.model.config.text_config.max_position_embeddings  # tokens of a text
+        self.model.to(device).eval()
+
+    @cached_property
+    def scale(self) -> float:
+        """What similarities are multiplied by before a softmax, learned with the model."""
+        return float(self.model.logit_scale.detach().exp())
+
+    def of_images(self, images: list[Image.Image]) -> "torch.Tensor":
+        """RGB images => unit vectors (image, dimension), float32 on the CPU."""
+        import torch
+
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]  # (image, 3, height, width)
+        with torch.inference_mode():
+            vectors = self.model.get_image_features(pixel_values=pixels.to(self.model.device)).pooler_output
+        return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
+
+    def of_texts(self, texts: Sequence[str]) -> "torch.Tensor":
+        """Texts => unit vectors (text, dimension), float32 on the CPU; of a text, the first `longest` tokens."""
+        import torch
+
+        vectors = []
+        for start in range(0, len(texts), TEXTS):
+            tokens = self.tokenizer(
+                list(texts[start : start + TEXTS]), padding="max_length", truncation=True, max_length=self.longest,
+                return_tensors="pt",
+            ).to(self.model.device)  # fmt: skip
+            with torch.inference_mode():
+                vectors.append(self.model.get_text_features(**tokens).pooler_output)
+        return torch.nn.functional.normalize(torch.cat(vectors).float(), dim=-1).cpu()
+
+    def too_long(self, texts: Sequence[str]) -> int:
+        """How many of the texts have more tokens than the model reads, and lose their end."""
+        return sum(len(ids) > self.longest for ids in self.tokenizer(list(texts))["input_ids"])

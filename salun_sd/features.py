@@ -1,0 +1,133 @@
+"""Images to features: what FID and KID are computed from."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from salun_sd.clip import Clip, is_clip
+from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.images import Unreadable, in_order, still_or_why
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH = 32
+
+
+class Transformers:
+    """The pooled output of any image model of transformers, in float32 on `device`; of a model that has none with
+    trained weights, the mean of its last hidden states; of CLIP, its image embedding, unit length.
+
+    `resize` is what its own image processor, the PIL version, does with an image. `said` stands for the model in names.
+    """
+
+    def __init__(self, model: str | Path, device: str = "cpu", said: str | None = None):
+        self.said = said or str(model)
+        self.clip = Clip(model, device, option="--fid") if is_clip(model) else None
+        if self.clip:
+            self.processor = self.clip.processor
+        else:
+            self._load(model, device)
+        self.resize = resize_of(self.processor)
+
+    def _load(self, model: str | Path, device: str) -> None:
+        import torch
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+            self.model, loading = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        except Exception as error:  # absent, of another kind, cut short: each comes as a different type
+            raise SalunError(
+                f"No image model could be loaded from {model} ({first_line(error)}). Give --fid `pocket`, `inception`, "
+                "or a transformers image model by folder or hub id."
+            ) from error
+        lacking = sorted(loading["missing_keys"])
+        if untrained := [key for key in lacking if "pooler" not in key]:
+            raise SalunError(f"{model} is no whole image model: its weights lack {', '.join(untrained[:3])}.")
+        self.is_pooled = not lacking  # a classifier's file has no pooler, where its kind of model has one
+        self.model.to(device).eval()
+
+    def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        """RGB images => features [B, D], float32."""
+        import torch
+
+        if self.clip:
+            return self.clip.of_images(images).numpy()
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]  # (B, 3, height, width)
+        with torch.inference_mode():
+            made = self.model(pixel_values=pixels.to(self.model.device))
+        pooled = getattr(made, "pooler_output", None) if self.is_pooled else None
+        return (_mean(made.last_hidden_state) if pooled is None else pooled.flatten(1)).float().cpu().numpy()
+
+
+def _mean(hidden: "torch.Tensor") -> "torch.Tensor":
+    """The mean over positions of (B, D, height, width) or (B, positions, D)."""
+    return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden.mean(dim=1)
+
+
+def resize_of(processor) -> str:
+    """What an image processor does to an image's size, as metrics name it: `32x32 bilinear`."""
+    said = []
+    size, crop = (getattr(processor, name, None) or {} for name in ("size", "crop_size"))
+    if getattr(processor, "do_resize", False):
+        sides = (
+            f"{size['width']}x{size['height']}" if "height" in size else f"shortest side {size.get('shortest_edge')}"
+        )
+        share = getattr(processor, "crop_pct", None)
+        filtered = Image.Resampling(processor.resample).name.lower()
+        said.append(f"{sides} {filtered}" + (f", crop share {share:g}" if share else ""))
+    if getattr(processor, "do_center_crop", False):
+        said.append(f"crop {crop['width']}x{crop['height']}")
+    return ", ".join(said) or "no resize"
+
+
+class Inception:
+    """The 2048 features that FID is published with: the Inception of Heusel et al. as torch-fidelity has it, resized
+    to 299 x 299 as TensorFlow 1 does. Needs the extra `salun-sd[fid]`; its weights are downloaded at first use."""
+
+    said, resize = "inception", "299x299 bilinear of TensorFlow 1"
+
+    def __init__(self, device: str = "cpu"):
+        try:
+            from torch_fidelity import FeatureExtractorInceptionV3
+        except ImportError as e:
+            raise UsageError("--fid inception needs torch-fidelity: type `pip install 'salun-sd[fid]'`, or give "
+                             "--fid pocket or a transformers image model.") from e  # fmt: skip
+        try:
+            self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+        except Exception as e:
+            raise SalunError(f"The weights of --fid inception could not be had ({first_line(e)}): try again where "
+                             "github.com can be reached.") from e  # fmt: skip
+        self.device = device
+
+    def __call__(self, images: list[Image.Image]) -> np.ndarray:
+        """RGB images => features [B, 2048], float32. Images of one size go through together."""
+        import torch
+
+        made = []
+        for _, alike in groupby(images, key=lambda image: image.size):
+            pixels = torch.from_numpy(np.stack([np.asarray(image) for image in alike])).permute(0, 3, 1, 2)  # uint8
+            with torch.inference_mode():
+                made.append(self.model(pixels.to(self.device))[0].float().cpu().numpy())
+        return np.concatenate(made)
+
+
+def extractor(name: str, judge: Path, device: str = "cpu") -> Transformers | Inception:
+    """`pocket` (the judge in that folder), `inception`, or a transformers image model by folder or hub id."""
+    if name == "inception":
+        return Inception(device)
+    return Transformers(judge, device, said="pocket judge") if name == "pocket" else Transformers(name, device)
+
+
+def features(of: Transformers | Inception, files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    """Each readable file and its features [D], float32, in the files' order; others are left out."""
+    files = list(files)
+    read = zip(files, in_order(still_or_why, files), strict=True)
+    readable = ((file, image) for file, image in read if not isinstance(image, Unreadable))
+    while batch := list(islice(readable, BATCH)):
+        yield from zip([file for file, _ in batch], of([image for _, image in batch]), strict=True)
