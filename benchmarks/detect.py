@@ -73,8 +73,8 @@ def main(
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
 {date.today()}, {cpu()}, ONNX Runtime {onnxruntime.__version__}, {detector_name()}
 
-{images} PNG files of {SIDE} x {SIDE} pixels, read, resized and detected in; {sum(map(len, theirs))} boxes, the same both ways.
-Median of {rounds} rounds, slowest and fastest beside it.
+{images} PNG files of {SIDE} x {SIDE} pixels, read, resized and detected in; {sum(map(len, theirs))} boxes,
+the same both ways. Median of {rounds} rounds, slowest and fastest beside it.
 
 | | images a second | |
 | --- | --- | --- |

@@ -7,7 +7,7 @@ import skimage.data
 from models import write_clip
 from PIL import Image
 
-from salun_sd import classify
+from salun_sd import classify, prompts
 from salun_sd.classify import Classifier, ZeroShot, match_labels
 from salun_sd.errors import SalunError
 
@@ -35,6 +35,16 @@ def test_classes_match_whole_labels_and_synonyms_in_any_case():
         "CRANE",
     ]
     assert match_labels(IMAGENET, ["tench, tinca tinca"])[0] == "tench, tinca tinca"
+
+
+def test_imagenettes_classes_are_names_in_imagenets_labels():
+    imagenet = """tench, Tinca tinca; English springer, English springer spaniel; cassette player; chain saw, chainsaw;
+        church, church building; French horn, horn; garbage truck, dustcart; golf ball; parachute, chute;
+        gas pump, gasoline pump, petrol pump, island dispenser; horn; churchyard"""
+    labels = [label.strip() for label in imagenet.split(";")]
+    classes = {row.label for row in prompts.read("imagenette")}
+    matched = match_labels(labels, classes)
+    assert len(classes) == 10 and set(matched[:10]) == classes and matched[10:] == ["horn", "churchyard"]
 
 
 def test_a_class_the_classifier_does_not_know_is_named():
