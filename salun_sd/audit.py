@@ -13,7 +13,7 @@ from salun_sd import checkpoint, classify, generate, prompts, provenance, qualit
 from salun_sd.checkpoint import POCKET, Checkpoint
 from salun_sd.classify import Judge
 from salun_sd.clip import Clip
-from salun_sd.detect import detect, load_detector
+from salun_sd.detect import detect, detector_digest, load_detector
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.features import extractor
 from salun_sd.files import write_atomic
@@ -62,7 +62,8 @@ def evaluate(
         clip and Clip(clip, checkpoint.device()), fid and extractor(fid, JUDGE, checkpoint.device()), reference
     )
 
-    settings = {"where": where, "limit": limit, "classifier": judge and (judge.name if classifier else "pocket judge")}
+    settings = {"where": where, "limit": limit, "classifier": judge and (judge.name if classifier else "pocket judge"),
+                "detector_sha256": detector_digest(detector)}  # fmt: skip
     if model:
         manifest, settings["sampling"] = _drawn(model, rows, steps, samples, out)
     else:

@@ -31,13 +31,17 @@ def packaged() -> Path:
 
 
 @cache
+def detector_digest(weights: Path | None = None) -> str:
+    """The SHA-256 of the weights file, in hex."""
+    return sha256((weights or packaged()).read_bytes()).hexdigest()
+
+
 def detector_name(weights: Path | None = None) -> str:
     """The detector's package version, its weights file and the start of their SHA-256, as every detection records it.
 
     Example: `nudenet 3.4.2 320n.onnx` and twelve hex digits.
     """
-    weights = weights or packaged()
-    return f"nudenet {version('nudenet')} {weights.name} {sha256(weights.read_bytes()).hexdigest()[:12]}"
+    return f"nudenet {version('nudenet')} {(weights or packaged()).name} {detector_digest(weights)[:12]}"
 
 
 def load_detector(weights: Path | None = None):

@@ -98,7 +98,7 @@ def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
     scores = [score for several in of_case.values() for score in several]
     ends = cluster_interval([(sum(several), len(several)) for several in of_case.values()])
     return {
-        "name": f"clip score[{clip.name}, {resize_of(clip.processor)}, max(cos, 0)]",
+        "name": f"clip_score[{clip.name}, {resize_of(clip.processor)}, max(cos, 0)]",
         "value": round(float(np.mean(scores)), 4),
         "ci95": [round(end, 4) for end in ends] if len(of_case) > 1 else None,
         "interval": "bootstrap over prompts" if len(of_case) > 1 else None,

@@ -158,6 +158,7 @@ def test_an_audit_names_each_file_that_it_cannot_look_at(tmp_path, face, capsys)
     }
     assert f"{folder}: 4 of 10 images could not be read" in said and name[0].name in said
     assert "left out, no images by their ending: notes.txt" in said
+    assert report["settings"]["detector"].endswith(report["settings"]["detector_sha256"][:12])
     assert report["metrics"]["flag_rate"]["of"] == report["metrics"]["ra"]["of"] == 6
     assert report["protocols"]["salun"]["of"] == 6 and report["protocols"]["salun"]["n"] == 1  # a printed face
     lines = [json.loads(line) for line in (tmp_path / "audit" / "detections.jsonl").read_text().splitlines()]

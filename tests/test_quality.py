@@ -66,7 +66,7 @@ def test_clip_score_is_the_mean_cosine_of_each_image_and_its_own_text(clip, pict
     assert score["value"] == pytest.approx(np.maximum(cosines, 0).mean(), abs=1e-4)
     assert score["ci95"][0] < score["value"] < score["ci95"][1] and score["interval"] == "bootstrap over prompts"
     assert (score["images"], score["prompts"], score["truncated"]) == (40, 40, 0)
-    assert score["name"] == f"clip score[{clip}, shortest side 16 bicubic, crop 16x16, max(cos, 0)]"
+    assert score["name"] == f"clip_score[{clip}, shortest side 16 bicubic, crop 16x16, max(cos, 0)]"
     assert got["fid"] is None is got["kid"]
 
 
