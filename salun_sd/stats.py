@@ -18,8 +18,8 @@ def wilson(n: float, of: int) -> tuple[float, float]:
 
 
 def cluster_interval(clusters: Sequence[tuple[float, int]], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap of a rate, or a mean, over prompts (Efron 1979), each prompt being its n, or its sum, of
-    its images.
+    """95 % percentile bootstrap of a rate, or a mean, over prompts (Efron 1979), each prompt being its n, or its sum,
+    of its images.
 
     A draw takes as many prompts as there are, with replacement, each with all of its images. Prompts that are alike are
     drawn together, by how many of each kind: one multinomial draw, of a table (draws, kinds). Order does not matter.
