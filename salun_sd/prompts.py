@@ -18,6 +18,7 @@ FOLDER = next(p for p in (Path(__file__).parent / "prompt_sets", Path(__file__).
 I2P = ("AIML-TUDA/i2p", "i2p_benchmark.csv")  # data set on the hub, file
 COLUMNS = ["case_number", "prompt", "evaluation_seed", "evaluation_guidance"]
 HUB_NAMES = {"evaluation_seed": "sd_seed", "evaluation_guidance": "sd_guidance_scale"}  # in the hub's copy of I2P
+SIZE = ["sd_image_width", "sd_image_height"]  # columns that a set may have, both or none
 UNNAMED = ("", "Unnamed: 0")  # the column of pandas's row numbers, as written and as written again
 CONDITION = re.compile(r"\s*([^~=!<>]*[^~=!<>\s])\s*(!=|>=|<=|[~=><])\s*(.*\S)\s*", re.DOTALL)
 EQUAL = {"=": operator.eq, "!=": operator.ne}
@@ -25,7 +26,8 @@ ORDER = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.l
 
 
 class Prompt(NamedTuple):
-    """A row of a prompt set: what to draw, from which seed, at which classifier-free guidance scale (diffusers')."""
+    """A row of a prompt set: what to draw, from which seed, at which classifier-free guidance scale (diffusers') and
+    size."""
 
     case: int
     text: str
@@ -33,6 +35,7 @@ class Prompt(NamedTuple):
     guidance: float
     label: str | None = None  # the column `class`: what the image has to show
     categories: tuple[str, ...] = ()  # I2P's: what the prompt may bring about
+    size: tuple[int, int] | None = None  # width, height in pixels; None: the model's own
 
 
 def builtin() -> list[str]:
@@ -44,8 +47,8 @@ def read(name_or_path: str, where: Sequence[str] = (), limit: int | None = None)
     """A prompt set by name, from a CSV file or from a .txt with a prompt a line; of its rows those for which all of
     `where` holds, such as "categories~sexual", and of these the first `limit`.
 
-    A CSV has the columns of COLUMNS, or the hub's names for them; `class` and `categories` may be there. Without
-    case_number, the cases are those of an unnamed first column of numbers, or the rows' numbers from 0.
+    A CSV has the columns of COLUMNS, or the hub's names for them; `class`, `categories` and those of SIZE may be
+    there. Without case_number, the cases are those of an unnamed first column of numbers, or the rows' numbers from 0.
 
     Raises UsageError when the set or a column of `where` is not there and when no row is left, SalunError naming the
     line when the content is wrong.
@@ -179,6 +182,9 @@ def _prompt(row: dict, where: str) -> Prompt:
 
     if not row["prompt"]:
         raise SalunError(f"{where}: the prompt is empty.")
+    sides = [column for column in SIZE if (row.get(column) or "").strip()]
+    if len(sides) == 1:
+        raise SalunError(f"{where} has {sides[0]} alone: a size is both {' and '.join(SIZE)}.")
     return Prompt(
         number("case_number", int),
         row["prompt"],
@@ -186,13 +192,31 @@ def _prompt(row: dict, where: str) -> Prompt:
         number("evaluation_guidance", float),
         row.get("class") or None,
         tuple(dict.fromkeys(c.strip() for c in (row.get("categories") or "").split(",") if c.strip())),
+        (number(SIZE[0], int), number(SIZE[1], int)) if sides else None,
     )
+
+
+def overridden(prompts: Iterable[Prompt], guidance: float | None, size: tuple[int, int] | None) -> list[Prompt]:
+    """The prompts with another guidance scale or size, where one is given."""
+    typed = {name: value for name, value in (("guidance", guidance), ("size", size)) if value is not None}
+    return [p._replace(**typed) for p in prompts]
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Width and height that "512" or "512x384" says, in pixels. Raises UsageError where it says none."""
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if not match:
+        raise UsageError(f"--size {text} is no size: give pixels, as in 512, or width and height, as in 512x384.")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def write(prompts: Iterable[Prompt]) -> str:
     """The text of a CSV file that `read` takes."""
-    lines = [[*COLUMNS, "class", "categories"]]
-    lines += ([p.case, p.text, p.seed, f"{p.guidance:g}", p.label or "", ", ".join(p.categories)] for p in prompts)
+    lines = [[*COLUMNS, "class", "categories", *SIZE]]
+    lines += (
+        [p.case, p.text, p.seed, f"{p.guidance:g}", p.label or "", ", ".join(p.categories), *(p.size or ("", ""))]
+        for p in prompts
+    )
     return "".join(",".join(_quote(str(v)) for v in line) + "\n" for line in lines)
 
 

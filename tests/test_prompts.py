@@ -8,11 +8,12 @@ from salun_sd.errors import SalunError, UsageError
 HEADER = "case_number,prompt,evaluation_seed,evaluation_guidance,class\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # I2P's form: a nameless column of row numbers, byte-order mark, emoji, quotes, a comma and a line break in prompts.
-I2P = """\ufeff,prompt,categories,hard,nudity_percentage,lexica_url,sd_seed,sd_guidance_scale,sd_image_width,sd_model
-0,"grave 🪦, ""science"" fiction ","violence, self-harm",1,0.0,https://lexica.art/0,4261553411,13,512,sd-v1-4
+I2P = """\ufeff,prompt,categories,hard,nudity_percentage,lexica_url,sd_seed,sd_guidance_scale,\
+sd_image_width,sd_image_height,sd_model
+0,"grave 🪦, ""science"" fiction ","violence, self-harm",1,0.0,https://lexica.art/0,4261553411,13,512,384,sd-v1-4
 7,"two
-lines","shocking, Sexual",0,50.0,,9007199254740993,7,768,sd-v1-4
-9,plain,sexual,1,,,3,7.5,512,sd-v1-4
+lines","shocking, Sexual",0,50.0,,9007199254740993,7,768,512,sd-v1-4
+9,plain,sexual,1,,,3,7.5,,,sd-v1-4
 """
 
 
@@ -39,7 +40,7 @@ def test_the_shipped_sets_read_and_every_prompt_has_a_seed_of_its_own():
 def test_write_gives_back_what_read_takes(tmp_path):
     rows = [
         prompts.Prompt(0, 'a "quoted", prompt 🪦\nwith a line break', 2**40, 7.5, None),
-        prompts.Prompt(7, "<b>מימין לשמאל</b>", 0, 3.0, "bag", ("sexual", "self-harm")),
+        prompts.Prompt(7, "<b>מימין לשמאל</b>", 0, 3.0, "bag", ("sexual", "self-harm"), (512, 128)),
     ]
     file = tmp_path / "p.csv"
     file.write_text("\ufeff" + prompts.write(rows), encoding="utf-8")
@@ -61,6 +62,8 @@ def test_write_gives_back_what_read_takes(tmp_path):
         (HEADER + "0,a\n", "line 2: evaluation_seed is None, not a number"),
         (HEADER + "0,,1,7,\n", "line 2: the prompt is empty"),
         (HEADER + "0,a,1,7,\n0,b,2,7,\n", "has case_number 0 twice"),
+        (I2P.replace("13,512,384", "13,512,"), "line 2 has sd_image_width alone: a size is both"),
+        (I2P.replace("13,512,384", "13,wide,384"), "line 2: sd_image_width is 'wide', not a number"),
         (b"\xff\xfe\x00", "no CSV file in UTF-8"),
     ],
 )  # fmt: skip
@@ -78,8 +81,8 @@ def test_a_missing_set_lists_the_built_in_ones():
 
 def test_i2p_is_read_as_it_is_in_the_wild(i2p):
     assert prompts.read(str(i2p)) == [
-        prompts.Prompt(0, 'grave 🪦, "science" fiction ', 4261553411, 13, None, ("violence", "self-harm")),
-        prompts.Prompt(7, "two\nlines", 9007199254740993, 7, None, ("shocking", "Sexual")),
+        prompts.Prompt(0, 'grave 🪦, "science" fiction ', 4261553411, 13, None, ("violence", "self-harm"), (512, 384)),
+        prompts.Prompt(7, "two\nlines", 9007199254740993, 7, None, ("shocking", "Sexual"), (768, 512)),
         prompts.Prompt(9, "plain", 3, 7.5, None, ("sexual",)),
     ]
 
@@ -126,7 +129,7 @@ def test_both_copies_of_i2p_are_the_same_prompts(i2p, tmp_path):
         (["case_number>0", "hard=1"], [9]),
         (["prompt~two\nlines"], [7]),
         (['prompt=grave 🪦, "science" fiction'], [0]),  # trailing spaces are not seen
-        ([" categories ~ sexual ", "sd_image_width=512"], [9]),
+        ([" categories ~ sexual ", "sd_image_width=768"], [7]),
     ],
 )
 def test_rows_for_which_all_conditions_hold_are_left_with_their_own_cases(i2p, where, expected):
@@ -134,6 +137,18 @@ def test_rows_for_which_all_conditions_hold_are_left_with_their_own_cases(i2p, w
     assert cases(i2p, *where) == expected
     assert cases(i2p, *where, limit=1) == expected[:1]
     assert cases(i2p, *where, limit=9) == expected
+
+
+def test_what_is_typed_stands_in_for_the_rows_own_guidance_and_size(i2p):
+    rows = prompts.read(str(i2p))
+    assert prompts.overridden(rows, None, None) == rows
+    typed = prompts.overridden(rows, 0.0, (512, 512))
+    assert {(p.guidance, p.size) for p in typed} == {(0.0, (512, 512))}
+    assert [p._replace(guidance=q.guidance, size=q.size) for p, q in zip(typed, rows, strict=True)] == rows
+    assert prompts.size_of("512") == (512, 512) and prompts.size_of("512x384") == (512, 384)
+    for text in ("", "0", "512x", "x512", "512x0", "512X384", "-512", "512 x 384", "1000000", "512.0"):
+        with pytest.raises(UsageError, match=f"--size {text} is no size: give pixels, as in 512"):
+            prompts.size_of(text)
 
 
 def test_the_built_in_sets_are_filtered_too():
@@ -146,8 +161,8 @@ def test_the_built_in_sets_are_filtered_too():
     ("where", "error", "said"),
     [
         ("nudity>=50", UsageError, "copy.csv has no column nudity: it has prompt, categories, hard, nudity_percentage, "
-         "lexica_url, sd_seed, sd_guidance_scale, sd_image_width, sd_model, case_number, evaluation_seed, "
-         "evaluation_guidance."),
+         "lexica_url, sd_seed, sd_guidance_scale, sd_image_width, sd_image_height, sd_model, case_number, "
+         "evaluation_seed, evaluation_guidance."),
         ("hard=2", UsageError, "copy.csv has no prompt with hard=2: give another --where."),
         ("sd_model>1", SalunError, "copy.csv, line 2: sd_model is 'sd-v1-4', not a number; --where compares it by "
          "=, != or ~ only."),
