@@ -1,10 +1,13 @@
 """The work of `evaluate`, files in and files out: draw or collect images, detect, classify, report."""
 
+import hashlib
 import json
 import os
 import re
 import sys
+from collections.abc import Container
 from functools import cache, partial
+from itertools import repeat
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,13 +16,15 @@ from salun_sd import checkpoint, classify, generate, prompts, provenance, qualit
 from salun_sd.checkpoint import POCKET, Checkpoint
 from salun_sd.classify import Judge
 from salun_sd.clip import Clip
-from salun_sd.detect import detect, detector_digest, load_detector
+from salun_sd.detect import detect, detector_digest, detector_name, load_detector
+from salun_sd.drawn import drawn
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.features import extractor
-from salun_sd.files import write_atomic
+from salun_sd.files import place, write_atomic
 from salun_sd.images import images_in
 from salun_sd.prompts import Prompt
 from salun_sd.report import Run
+from salun_sd.sample import Row, scheduler_class
 
 JUDGE = POCKET / "judge"
 MATCHES = 20  # classes whose labels are printed
@@ -30,18 +35,20 @@ WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report
 
 def evaluate(
     model: Checkpoint | None, *, prompt_set: str, where: list[str], limit: int | None, against: Checkpoint | None,
-    images: Path | None, concepts: list[str], classifier: str | None, steps: int | None, samples: int, record: bool,
-    detector: Path | None = None, clip: str | None = None, fid: str | None = None, reference: Path | None = None,
-    out: Path,
+    images: Path | None, concepts: list[str], classifier: str | None, steps: int | None, scheduler: str | None,
+    guidance: float | None, size: str | None, samples: int, record: bool, detector: Path | None = None,
+    clip: str | None = None, fid: str | None = None, reference: Path | None = None, out: Path,
 ) -> dict:  # fmt: skip
     """Audit a checkpoint, or a folder of images, on a prompt set, or on its rows that meet `where` and of these the
     first `limit`: writes the audit into `out`, gives back the report; with `record`, its headline numbers go into the
-    erased checkpoint.
+    erased checkpoint. `scheduler` is one of sample.SCHEDULERS; `guidance` and `size` stand in for the rows' own.
 
-    Running it again draws only what is missing.
+    Running it again draws and detects only what is missing.
     """
     if (model is None) == (images is None):
         raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
+    if images and not against and any(option is not None for option in (steps, scheduler, guidance, size)):
+        raise UsageError("--steps, --scheduler, --guidance and --size are for images that are drawn: leave them out.")
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir() if not PARTIAL.fullmatch(p.name)} - WRITES):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
     known = provenance.read(model.path) if model else None
@@ -49,7 +56,10 @@ def evaluate(
         raise UsageError("--record is for a checkpoint that salun-sd erased: MODEL carries no record of that.")
     if record and model.fingerprint != known["erased"]["fingerprint"]:
         raise SalunError(f"The UNet of {model.name} is not the one that its record names: it was changed since.")
-    rows = prompts.read(prompt_set, where, limit)
+    rows = _rows(prompt_set, where, limit, guidance, size)
+    for each in filter(None, (model, against)):
+        generate.check(each, rows, steps)
+    how = {"steps": steps, "scheduler": scheduler and scheduler_class(scheduler)}
     asked = prompt_set + (f" where {' and '.join(where)}" if where else "") + (f", the first {limit}" if limit else "")
     classes = list(dict.fromkeys(p.label for p in rows if p.label))
     concepts = _concepts(concepts, classes, known)
@@ -62,17 +72,18 @@ def evaluate(
         clip and Clip(clip, checkpoint.device()), fid and extractor(fid, JUDGE, checkpoint.device()), reference
     )
 
-    settings = {"where": where, "limit": limit, "classifier": judge and (judge.name if classifier else "pocket judge"),
+    settings = {"where": where, "limit": limit, "guidance": guidance, "size": size,
+                "classifier": judge and (judge.name if classifier else "pocket judge"),
                 "detector_sha256": detector_digest(detector)}  # fmt: skip
     if model:
-        manifest, settings["sampling"] = _drawn(model, rows, steps, samples, out)
+        manifest, settings["sampling"] = _drawn(model, rows, samples, out, **how)
     else:
         manifest, settings["sampling"] = _collected(images, rows, out, subset=bool(where or limit)), None
         samples = len(manifest) // len(rows)
     run = _examined(model.name if model else str(images), manifest, judge, detector, out)
     base = None
     if against:
-        manifest, settings["sampling_against"] = _drawn(against, rows, steps, samples, out / "against")
+        manifest, settings["sampling_against"] = _drawn(against, rows, samples, out / "against", keep=True, **how)
         base = _examined(against.name, manifest, judge, detector, out / "against")
     of_quality = quality.measure(asked_for, run, base, concepts)
     made = report.assemble(run, base, prompts=asked, settings=settings, concepts=concepts, quality=of_quality)
@@ -144,22 +155,38 @@ def _judge(classifier: str | None, classes: list[str]) -> Judge | None:
     return None
 
 
+def _rows(
+    prompt_set: str, where: list[str], limit: int | None, guidance: float | None, size: str | None
+) -> list[Prompt]:  # fmt: skip
+    """The prompts that are asked for, with what was typed in place of their own guidance and size."""
+    if guidance is not None and not 0 <= guidance < float("inf"):
+        raise UsageError(f"--guidance {guidance:g} is no guidance scale: give a number from 0 on, such as 7.5.")
+    return prompts.overridden(prompts.read(prompt_set, where, limit), guidance, prompts.size_of(size) if size else None)
+
+
 def _drawn(
-    model: Checkpoint, rows: list[Prompt], steps: int | None, samples: int, out: Path
+    model: Checkpoint, rows: list[Prompt], samples: int, out: Path, *, steps: int | None, scheduler: str | None,
+    keep: bool = False,
 ) -> tuple[list[dict], dict]:  # fmt: skip
-    """Draw what is missing in out/images; the manifest, a line for each image in the order of the prompts, and how."""
-    steps = steps or model.sampling[0]
-    pipeline = cache(partial(checkpoint.load, model))
-    drawing = generate.draw(pipeline, rows, out, steps=steps, identity=model.identity, samples=samples)
-    for _ in tqdm(drawing, total=len(rows) * samples, desc=f"draw {Path(model.name).name}", unit="image"):
-        pass
-    manifest = [
-        _line(p, k, generate.file_of(p, k), generate.seed_of(p, k), p.guidance, steps)
-        for p in rows
-        for k in range(samples)
-    ]
-    return manifest, {"identity": model.identity, "scheduler": model.scheduler, "steps": steps, "samples": samples,
-                      "safety_checker": "off"}  # fmt: skip
+    """Draw what is missing in out/images; the manifest, a line for each image in the order of the prompts, and how.
+
+    With `keep`, the images are kept in the user's cache for the next audit, too.
+    """
+    how = {"scheduler": scheduler or model.scheduler, "steps": steps or model.sampling[0]}
+    own = model.image_size, model.image_size
+    wanted = {(p, k): generate.row_of(p, k, own) for p in rows for k in range(samples)}
+    files = {out / generate.file_of(p, k): row for (p, k), row in wanted.items()}
+    pipeline, what = cache(partial(checkpoint.load, model)), Path(model.name).name
+    if not keep:
+        drawing = generate.draw(pipeline, files, identity=model.identity, **how)
+        for _ in tqdm(drawing, total=len(files), desc=f"draw {what}", unit="image"):
+            pass
+    elif left := generate.missing(files, identity=model.identity, **how):
+        with drawn("audited", model, pipeline, list(left.values()), what=what, **how) as kept:
+            for source, file in zip(kept, left, strict=True) if ranks.is_main() else ():
+                place(source, file)
+    manifest = [_line(p, k, generate.file_of(p, k), row, how["steps"]) for (p, k), row in wanted.items()]
+    return manifest, {"identity": model.identity, **how, "samples": samples, "safety_checker": "off"}
 
 
 def _collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> list[dict]:
@@ -190,14 +217,13 @@ def _collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> lis
         of = len(of_case) * samples
         raise SalunError(f"{folder} has no {absent[0][0]}_{absent[0][1]}.png ({len(absent)} of {of} images missing).")
     return [
-        _line(of_case[case], k, os.path.relpath(file, out), None, None, None)
-        for (case, k), file in sorted(found.items())
+        _line(of_case[case], k, os.path.relpath(file, out), None, None) for (case, k), file in sorted(found.items())
     ]
 
 
-def _line(p: Prompt, k: int, file: str, seed: int | None, guidance: float | None, steps: int | None) -> dict:
-    line = {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": seed,
-            "guidance": guidance, "steps": steps}  # fmt: skip
+def _line(p: Prompt, k: int, file: str, row: Row | None, steps: int | None) -> dict:
+    line = {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": row and row.seed,
+            "guidance": row and row.guidance, "size": row and list(row.size), "steps": steps}  # fmt: skip
     return line | ({"categories": list(p.categories)} if p.categories else {})
 
 
@@ -206,22 +232,72 @@ def _examined(
     out: Path,
 ) -> Run:  # fmt: skip
     """Run the detector, and the judge if there is one, over the manifest's images, each process over its share; writes
-    both .jsonl files."""
+    both .jsonl files.
+
+    A line is written as soon as it is found, into a file for each process until all are; an image that has a line
+    already, by the SHA-256 of its bytes, is not looked at again by the same detector and judge.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    share = [n for n in range(len(manifest)) if n // BATCH % ranks.count() == ranks.rank()]
-    files = [out / manifest[n]["file"] for n in share]
-    answers = judge.classify(files, BATCH) if judge else ((None, None) for _ in files)
-    bar = tqdm(share, desc="detect", unit="image")
-    found = ranks.gathered([
-        (n, boxes | {"predicted": predicted, "score": score})
-        for n, boxes, (predicted, score) in zip(bar, detect(files, detector), answers, strict=True)
-    ])  # fmt: skip
+    by = {"detector": detector_name(detector), "classifier": judge and judge.digest}
+    digests, known = [_digest(out / line["file"]) for line in manifest], _known(out, by)
+    found = {n: known[digest] for n, digest in enumerate(digests) if digest in known}
+    ranks.wait()  # all know the same
+    mine = _share(len(manifest), found)
+    answers = judge.classify([out / manifest[n]["file"] for n in mine], BATCH) if judge else repeat((None, None))
+    left = [out / manifest[n]["file"] for n in mine if n not in found]
+    boxes = detect(left, detector) if left else iter(())
+    bar = tqdm(total=len(left), desc="detect", unit="image")
+    new = []
+    with bar, (out / f".detections.{ranks.rank()}.partial").open("a", encoding="utf-8") as lines:
+        lines.write("\n")  # a kill may have left half a line
+        for n, (predicted, score) in zip(mine, answers, strict=False):
+            if n not in found:
+                answer = {"sha256": digests[n], **by, **next(boxes), "predicted": predicted, "score": score}
+                lines.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                lines.flush()
+                new.append((n, answer))
+                bar.update()
+    found |= dict(ranks.gathered(new))
     detections = [
-        {key: manifest[n][key] for key in ("file", "case", "k")} | answer
-        for n, answer in sorted(found, key=lambda pair: pair[0])
-    ]
-    if not ranks.is_main():
-        return Run(model, out, manifest, detections)
-    for name, lines in (("manifest.jsonl", manifest), ("detections.jsonl", detections)):
-        write_atomic(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        {key: line[key] for key in ("file", "case", "k")} | found[n] for n, line in enumerate(manifest)
+    ]  # fmt: skip
+    if ranks.is_main():
+        for name, lines in (("manifest.jsonl", manifest), ("detections.jsonl", detections)):
+            write_atomic(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        for file in _partial_detections(out):
+            file.unlink()
     return Run(model, out, manifest, detections)
+
+
+def _digest(image: Path) -> str | None:
+    """SHA-256 of an image's file; None where it cannot be read, as its line will say."""
+    try:
+        return hashlib.sha256(image.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def _partial_detections(out: Path) -> list[Path]:
+    return sorted(out.glob(".detections.*.partial"))
+
+
+def _known(out: Path, by: dict) -> dict[str, dict]:
+    """What this detector and classifier found in earlier runs into `out`, by the SHA-256 of the image's bytes."""
+    known = {}
+    for file in filter(Path.is_file, [out / "detections.jsonl", *_partial_detections(out)]):
+        for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # half a line of a run that was killed
+            if {key: line.get(key) for key in by} == by and line.get("sha256"):
+                known[line["sha256"]] = {key: v for key, v in line.items() if key not in ("file", "case", "k")}
+    return known
+
+
+def _share(count: int, found: Container[int]) -> list[int]:
+    """The images that this process classifies: blocks with any that is not found. Whole ones, as a batch of other
+    images could round another way."""
+    blocks = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    left = [block for block in blocks if any(n not in found for n in block)]
+    return [n for block in left[ranks.rank() :: ranks.count()] for n in block]

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from salun_sd import ranks
 from salun_sd.errors import SalunError
 
-KINDS = ("drawn", "encoded")  # the folders of the cache; nothing outside them is ever deleted
+KINDS = ("drawn", "encoded", "audited")  # the folders of the cache; nothing outside them is ever deleted
 ABOUT = ".about"  # in an entry: one line for its reader
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 

@@ -122,6 +122,11 @@ class Checkpoint:
         """What the UNet was trained to predict, as the scheduler says: "epsilon" or "v_prediction"."""
         return self._scheduler.get("prediction_type", "epsilon")
 
+    @property
+    def timesteps(self) -> int:
+        """How many levels of noise the UNet was trained on, the most steps that it can draw in."""
+        return self._scheduler.get("num_train_timesteps", 1000)
+
     def settings(self, part: str) -> dict:
         """A part's config."""
         return families.config(self.config, part, self.name)

@@ -1,6 +1,9 @@
 """Images to classes: any transformers image classifier, or CLIP without training, by the classes' names."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,13 +60,23 @@ def some(labels: Sequence[str], count: int = 10) -> str:
     return ", ".join(map(repr, labels[:count])) + rest
 
 
+def digest_of(model, processor, answers: Sequence) -> str:
+    """The start of the SHA-256 over what a judge answers by: its weights, how it takes images, the names it gives."""
+    whole = hashlib.sha256(f"{processor.to_json_string()} {json.dumps(answers)}".encode())
+    for name, t in model.state_dict().items():
+        whole.update(name.encode() + t.cpu().numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
 class Judge:
     """A classifier of either kind: images read ahead in order, answered in batches.
 
-    `name` says which model it is and how it is asked; `matches` the classes and what each stands for in the model.
+    `name` says which model it is and how it is asked; `matches` the classes and what each stands for in the model;
+    `digest` is the same for two that answer the same.
     """
 
     name: str
+    digest: str
     matches: list[tuple[str, str]]
 
     def chances(self, images: list[Image.Image]) -> "tuple[list[str], torch.Tensor]":
@@ -119,6 +132,10 @@ class Classifier(Judge):
         self.matches = [(name, label) for name, label in zip(self.labels, labels, strict=True) if name in classes]
         self.model.to(device).eval()
 
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self.model, self.processor, self.labels)
+
     def chances(self, images: list[Image.Image]) -> "tuple[list[str], torch.Tensor]":
         import torch
 
@@ -146,6 +163,10 @@ class ZeroShot(Judge):
         self.name = f"{model}, zero-shot among {len(self.classes)} classes, asked as {ZERO_SHOT.format('CLASS')!r}"
         self.matches = [(name, ZERO_SHOT.format(name)) for name in self.classes]
         self.texts = self.clip.of_texts([text for _, text in self.matches])  # (class, dimension)
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self.clip.model, self.clip.processor, self.matches)
 
     def chances(self, images: list[Image.Image]) -> "tuple[list[str], torch.Tensor]":
         return self.classes, (self.clip.scale * self.clip.of_images(images) @ self.texts.T).softmax(dim=-1)

@@ -392,6 +392,21 @@ def evaluate(
     ] = None,  # fmt: skip
     reference: Annotated[Path | None, typer.Option(help="Folder of images that --fid compares with.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; 25 for pocket.")] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="ddim, dpm++, euler, lms or pndm; for a quick look, dpm++ in 20 steps. Default: MODEL's own."
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale of all images. Default: each row's own.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Pixels of all images, as 512 or 512x384 (width, height). Default: each row's, or MODEL's own."
+        ),
+    ] = None,
     samples_per_prompt: Annotated[int, typer.Option(min=1, help="Images a prompt, from its seed on.")] = 1,
     record: Annotated[
         bool, typer.Option("--record", help="Add the headline numbers to MODEL's record and model card.")
@@ -417,8 +432,9 @@ def evaluate(
     base = found(against, audit.revision_of_base(erased, against)) if against else None
     report = audit.evaluate(
         erased, prompt_set=prompts, where=where or [], limit=limit, against=base, images=images,
-        concepts=concept or [], classifier=classifier, steps=steps, samples=samples_per_prompt, record=record,
-        detector=detector_model, clip=clip, fid=fid, reference=reference, out=out,
+        concepts=concept or [], classifier=classifier, steps=steps, scheduler=scheduler, guidance=guidance, size=size,
+        samples=samples_per_prompt, record=record, detector=detector_model, clip=clip, fid=fid, reference=reference,
+        out=out,
     )  # fmt: skip
     columns = {str(report["model"]): report}
     if report["against"]:
@@ -442,7 +458,7 @@ def show_cache(
         float | None, typer.Option(min=0, help="With --clear: only what was not used for so many days.")
     ] = None,
 ) -> None:
-    """Show or clear the images that models drew to train on, and their encodings."""
+    """Show or clear the images that models drew to train on or to compare with, and their encodings."""
     from salun_sd import cache
 
     if older_than is not None and not clear:

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from salun_sd import budget, checkpoint, generate
+from salun_sd import budget, checkpoint
 from salun_sd.budget import Drawing, Work
 from salun_sd.checkpoint import Checkpoint
 from salun_sd.precision import Precision, named
+from salun_sd.sample import images_per_pass
 
 LARGE = 100_000_000  # weights of a UNet whose activations are worth recomputing
 
@@ -48,9 +49,10 @@ class Compute(NamedTuple):
 
     def drawing(self, resolution: int, draws: bool) -> Drawing:
         """The step that makes images and encodes them, or only encodes them; all of it in float32."""
+        latents = self.model.settings("unet")["sample_size"]
         others = sum(t.shape.numel() for part, ts in self.model.parts.items() if part != "unet" for t in ts.values())
         return Drawing(
-            resolution, generate.images_per_pass(self.model.settings("unet")), Precision(torch.float32, False, ""),
+            resolution, images_per_pass(latents, latents), Precision(torch.float32, False, ""),
             pixels=self.model.pixels, vae=self.model.settings("vae"), weights=others,
             drawn=self.model.image_size if draws else 0,
         )  # fmt: skip

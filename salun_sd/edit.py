@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from salun_sd import __version__, checkpoint, generate, memory, patch, provenance, ranks, save, sources
+from salun_sd import __version__, checkpoint, memory, patch, provenance, ranks, save, sources
 from salun_sd import erase as erasing
 from salun_sd import mask as masks
 from salun_sd.adam import SalientAdam
@@ -31,6 +31,7 @@ from salun_sd.plan import Concept
 from salun_sd.precision import named
 from salun_sd.resume import Progress, State, patient
 from salun_sd.saliency import Saliency
+from salun_sd.sample import Row, Sampler
 
 
 class Data(NamedTuple):
@@ -309,10 +310,11 @@ def _strips(compute: Compute, unet, texts: list[str], folder: Path, every: int) 
 def _write_strip(pipeline, model: Checkpoint, texts: list[str], file: Path) -> None:
     """One row of images."""
     steps, guidance = model.sampling
-    rows, size = [(text, 2**31 + i) for i, text in enumerate(texts)], generate.images_per_pass(pipeline.unet.config)
+    size = model.image_size, model.image_size
+    sampler, rows = Sampler(pipeline, steps), [Row(text, 2**31 + i, guidance, size) for i, text in enumerate(texts)]
     images = []
-    for start in range(0, len(rows), size):
-        images += generate.sample(pipeline, rows[start : start + size], guidance, steps)
+    for places in sampler.passes(rows):
+        images += sampler.draw([rows[i] for i in places], len(places))
     width, height = images[0].size
     strip = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +14,13 @@ from tqdm import tqdm
 from salun_sd import cache, checkpoint, data, ranks, sources, tensors
 from salun_sd.checkpoint import Checkpoint
 from salun_sd.diffusion import Condition, Examples
-from salun_sd.drawn import drawn_images
+from salun_sd.drawn import drawn
 from salun_sd.errors import SalunError
 from salun_sd.files import new_file
 from salun_sd.images import read_image
 from salun_sd.plan import Concept
-from salun_sd.sources import Item
+from salun_sd.sample import Row
+from salun_sd.sources import Item, file_bytes
 
 
 class Base:
@@ -45,11 +48,10 @@ def forget_items(
     over the concept's prompts."""
     guidance = base.model.sampling[1]
 
-    def drawn(c: Concept) -> list[Item]:
-        rows = [(text, guidance) for text in spread(c.prompts(), samples)]
-        return drawn_images(base.model, base.pipeline, rows, "forget images")
+    def made(c: Concept) -> list[Item]:
+        return drawn_items(base, [(text, guidance) for text in spread(c.prompts(), samples)], "forget images")
 
-    return [sources.captioned(own, c.prompt) if own else drawn(c) for c, own in zip(concepts, images, strict=True)]
+    return [sources.captioned(own, c.prompt) if own else made(c) for c, own in zip(concepts, images, strict=True)]
 
 
 def retain_items(
@@ -59,7 +61,18 @@ def retain_items(
     prompts and their guidance scales."""
     if images:
         return sources.captioned(images, caption)
-    return drawn_images(base.model, base.pipeline, spread(kept, samples), "retain images")
+    return drawn_items(base, spread(kept, samples), "retain images")
+
+
+def drawn_items(base: Base, texts: list[tuple[str, float]], what: str) -> list[Item]:
+    """One image for each (text, guidance scale), drawn by the base once; the n-th of a text starts from seed n."""
+    model, seen, rows = base.model, Counter(), []
+    for text, guidance in texts:
+        rows.append(Row(text, seen[text, guidance], guidance, (model.image_size, model.image_size)))
+        seen[text, guidance] += 1
+    how = {"scheduler": model.scheduler, "steps": model.sampling[0], "what": what}
+    with drawn("drawn", model, base.pipeline, rows, **how) as files:
+        return [Item(str(f), row.text, None, partial(file_bytes, f)) for f, row in zip(files, rows, strict=True)]
 
 
 def spread(choices, count: int) -> list:

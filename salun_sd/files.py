@@ -17,6 +17,15 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def place(source: Path, file: Path) -> None:
+    """A file with the bytes of another, as a hard link where the file system has them; whole or not there."""
+    with new_file(file) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A file to write beside `path`; it becomes `path` at the end, or is removed if anything goes wrong."""

@@ -1,31 +1,22 @@
-"""Prompts to images: one seed per image, resumable, nothing drawn twice."""
+"""Rows to image files: resumable, nothing drawn twice."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from salun_sd import ranks
+from salun_sd.checkpoint import Checkpoint
 from salun_sd.errors import UsageError
 from salun_sd.files import write_atomic
 from salun_sd.prompts import Prompt
+from salun_sd.sample import Row, Sampler
 
 PNG_END = b"IEND\xaeB`\x82"
 PROVENANCE = "salun_sd"  # key of the PNG text chunk that says what an image was drawn from
-
-
-def images_per_pass(unet: Mapping) -> int:
-    """How many images go through the UNet together, from the latents' area: 32 at 8 x 8, 4 at 64 x 64, 1 at 128 x 128.
-
-    A constant for a checkpoint, by its UNet's config, not a setting. Matrix kernels round by the shape of the whole
-    batch, so an image can only be the same bytes in every run if every pass has the same shape: a pass with fewer
-    images is padded.
-    """
-    return max(1, min(32, 2**14 // unet["sample_size"] ** 2))
 
 
 def seed_of(prompt: Prompt, k: int) -> int:
@@ -37,55 +28,75 @@ def file_of(prompt: Prompt, k: int) -> str:
     return f"images/{prompt.case}_{k}.png"
 
 
-def draw(
-    pipeline: Callable, prompts: list[Prompt], out: Path, *, steps: int, identity: str, samples: int = 1
-) -> Iterator[tuple[Prompt, int]]:
-    """Draw what is missing of out/images/<case>_<k>.png, k < samples; yields each (prompt, k) once it is on disk.
-    Processes that run together take passes in turn, and end together. `pipeline` gives the pipeline, and is called
-    only if there is something to draw.
+def row_of(prompt: Prompt, k: int, size: tuple[int, int]) -> Row:
+    """What image k of a prompt is drawn from; `size` is that of prompts without one."""
+    return Row(prompt.text, seed_of(prompt, k), prompt.guidance, prompt.size or size)
 
-    Image k of a prompt starts from noise drawn on the CPU from seed_of(prompt, k), and depends on nothing but its
-    prompt, seed, guidance, steps and checkpoint (`identity`): the bytes are the same in any order, subset or resumed
-    run (on a GPU, to the rounding of its kernels). Each PNG carries these in a text chunk; a file with others is a
-    UsageError.
+
+def check(model: Checkpoint, prompts: Iterable[Prompt], steps: int | None) -> None:
+    """UsageError where a model cannot draw in so many steps, or a prompt's size; says where sizes are far from its own.
+
+    A side is a multiple of what one latent stands for; where a level of the UNet cannot be halved, diffusers resizes
+    on the way up.
     """
-    missing = []
-    for prompt in prompts:
-        for k in range(samples):
-            provenance = f"{identity} steps={steps} guidance={prompt.guidance:g} seed={seed_of(prompt, k)}"
-            if _is_drawn(out / file_of(prompt, k), f"{provenance} {prompt.text}"):
-                yield prompt, k
-            else:
-                missing.append((prompt, k, f"{provenance} {prompt.text}"))
-    missing.sort(key=lambda m: m[0].guidance)  # stable: a pass has one guidance scale
+    if steps and steps > model.timesteps:
+        raise UsageError(f"--steps {steps} is more than the {model.timesteps} that {model.name} was trained on.")
+    sizes = {p.size: p for p in prompts if p.size}
+    for (width, height), prompt in sizes.items():
+        if not width or not height or width % model.pixels or height % model.pixels:
+            raise UsageError(f"Case {prompt.case} is to be {width} x {height} pixels, and {model.name} draws multiples "
+                             f"of {model.pixels}: give --size {model.image_size}, or another.")  # fmt: skip
+    largest, own = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0)), model.image_size
+    if max(largest) > 2 * own:
+        print(f"The prompts ask for images of up to {largest[0]} x {largest[1]} pixels, and {model.name} was made for "
+              f"{own} x {own}: give --size {own} to draw these.", file=sys.stderr)  # fmt: skip
+
+
+def missing(wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int) -> dict[Path, Row]:
+    """Of the files those that are not there whole. One that was drawn otherwise than its row says is a UsageError."""
+    return {
+        file: row
+        for file, row in wanted.items()
+        if not _is_drawn(file, _provenance(row, identity=identity, scheduler=scheduler, steps=steps))
+    }
+
+
+def draw(
+    pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int
+) -> Iterator[Path]:  # fmt: skip
+    """Draw what is missing of the files, a PNG for each row; yields each once it is on disk. Processes that run
+    together take passes in turn, and end together. `pipeline` gives the pipeline, and is called only if there is
+    something to draw; `scheduler` is a class of diffusers.
+
+    An image starts from noise that its row's seed draws on the CPU, and depends on nothing but its row, the scheduler,
+    the steps and the checkpoint (`identity`): the bytes are the same in any order, subset or resumed run (on a GPU, to
+    the rounding of its kernels). Each PNG carries these in a text chunk; a file with others is a UsageError.
+    """
+    how = {"identity": identity, "scheduler": scheduler, "steps": steps}
+    left = missing(wanted, **how)
+    yield from (file for file in wanted if file not in left)
     ranks.wait()  # all have seen the same images missing
-    for _, same_guidance in groupby(missing, key=lambda m: m[0].guidance):
-        group, size = list(same_guidance), images_per_pass(pipeline().unet.config)
-        for start in range(ranks.rank() * size, len(group), ranks.count() * size):
-            rows = group[start : start + size]
-            images = sample(pipeline(), [(p.text, seed_of(p, k)) for p, k, _ in rows], rows[0][0].guidance, steps, size)
-            for (prompt, k, provenance), image in zip(rows, images, strict=True):
-                info = PngImagePlugin.PngInfo()
-                info.add_itxt(PROVENANCE, provenance)
-                png = io.BytesIO()
-                image.save(png, "png", pnginfo=info)
-                write_atomic(out / file_of(prompt, k), png.getvalue())
-                yield prompt, k
+    if left:
+        sampler, files, rows = Sampler(pipeline(), steps, scheduler), list(left), list(left.values())
+        for places in sampler.passes(rows)[ranks.rank() :: ranks.count()]:
+            for i, image in zip(places, sampler.draw([rows[i] for i in places]), strict=True):
+                _write(files[i], image, _provenance(rows[i], **how))
+                yield files[i]
     ranks.wait()
 
 
-@torch.no_grad()
-def sample(
-    pipeline, rows: list[tuple[str, int]], guidance: float, steps: int, size: int | None = None
-) -> list[Image.Image]:
-    """One pass through the pipeline: (text, seed) rows => images; padded to `size` rows with copies of the first."""
-    padded = rows + [rows[0]] * ((size or len(rows)) - len(rows))
-    return pipeline(
-        [text for text, _ in padded],
-        generator=[torch.Generator().manual_seed(seed) for _, seed in padded],
-        guidance_scale=guidance,
-        num_inference_steps=steps,
-    ).images[: len(rows)]
+def _provenance(row: Row, *, identity: str, scheduler: str, steps: int) -> str:
+    width, height = row.size
+    return (f"{identity} scheduler={scheduler} steps={steps} size={width}x{height} guidance={row.guidance} "
+            f"seed={row.seed} {row.text}")  # fmt: skip
+
+
+def _write(file: Path, image: Image.Image, provenance: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PROVENANCE, provenance)
+    png = io.BytesIO()
+    image.save(png, "png", pnginfo=info)
+    write_atomic(file, png.getvalue())
 
 
 def _is_drawn(file: Path, provenance: str) -> bool:

@@ -1,7 +1,14 @@
-import pytest
+import json
+import os
 
-from salun_sd import audit
+import pytest
+from models import write_pipeline
+from PIL import Image
+from skimage import data
+
+from salun_sd import audit, cli, prompts
 from salun_sd.errors import SalunError
+from salun_sd.generate import PROVENANCE
 from salun_sd.prompts import Prompt
 
 ROWS = [Prompt(3, "a", 1, 7.5, None, ("sexual", "shocking")), Prompt(5, "b", 2, 7.5, "bag")]
@@ -23,3 +30,131 @@ def test_a_line_of_the_manifest_has_categories_where_its_prompt_has_any(tmp_path
         (tmp_path / name).write_bytes(b"")
     first, second = audit._collected(tmp_path, ROWS, tmp_path, subset=False)
     assert first["categories"] == ["sexual", "shocking"] and "categories" not in second
+
+
+def lines_of(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def evaluate(*argv) -> dict:
+    """The report of an audit, as typed."""
+    cli.run(["evaluate", *map(str, argv)])
+    return json.loads((argv[-1] / "report.json").read_text())
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Three crops of a photograph with a face, and the prompts that some program made them from."""
+    (tmp_path / "p.csv").write_text(prompts.write([Prompt(i, "a face", i, 7.5) for i in range(3)]))
+    (tmp_path / "photographs").mkdir()
+    for i in range(3):
+        crop = Image.fromarray(data.astronaut()[: 300 - i, : 300 + i])
+        crop.save(tmp_path / "photographs" / f"{i}_0.png")
+    return ["--images", tmp_path / "photographs", "--prompts", tmp_path / "p.csv", "--out", tmp_path / "audit"]
+
+
+def test_a_run_that_was_killed_while_it_detected_goes_on_to_the_same_bytes(photographs, tmp_path):
+    evaluate(*photographs)
+    out = tmp_path / "audit"
+    whole = {f.name: f.read_bytes() for f in out.iterdir()}
+    first, second, third = whole["detections.jsonl"].decode().splitlines()
+    assert "FACE_FEMALE" in first
+    (out / "detections.jsonl").unlink()
+    (out / ".detections.0.partial").write_text(f"{second}\n{third[:-5]}")  # the kill came within the third
+    evaluate(*photographs)
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == whole
+
+
+def test_what_was_found_is_not_looked_at_again_unless_the_image_or_the_detector_is_another(photographs, tmp_path):
+    evaluate(*photographs)
+    file = tmp_path / "audit" / "detections.jsonl"
+    before = lines_of(file)
+    marked = [line | {"boxes": []} for line in before]  # what no detector would find
+    marked[1]["detector"] = "another"
+    file.write_text("".join(json.dumps(line) + "\n" for line in marked))
+    Image.fromarray(data.astronaut()[:301]).save(tmp_path / "photographs" / "2_0.png")
+    evaluate(*photographs)
+    after = lines_of(file)
+    assert after[0]["boxes"] == [] and after[1] == before[1]
+    assert after[2]["boxes"] and after[2]["sha256"] != before[2]["sha256"]
+
+
+def test_another_classifier_judges_anew(tmp_path):
+    """The pocket's judge answers for sneakers; a set without classes has none, and takes nothing over from it."""
+    rows = prompts.read("pocket", ["class=sneaker"], 2)
+    for name, labels in (("judged", ["sneaker"] * 2), ("renamed", ["bag", "sneaker"]), ("plain", [None] * 2)):
+        named = [p._replace(label=label) for p, label in zip(rows, labels, strict=True)]
+        (tmp_path / f"{name}.csv").write_text(prompts.write(named))
+        evaluate("pocket", "--steps", "1", "--prompts", tmp_path / f"{name}.csv", "--out", tmp_path / "audit")
+        found = lines_of(tmp_path / "audit" / "detections.jsonl")
+        assert [line["predicted"] is None for line in found] == [name == "plain"] * 2
+        assert [line["classifier"] is None for line in found] == [name == "plain"] * 2
+
+
+def test_base_images_are_drawn_once_for_every_model_that_is_audited_against_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))
+    write_pipeline(tmp_path / "erased", "sd1")
+    rows = prompts.read("pocket", limit=4)
+    (tmp_path / "p.csv").write_text(
+        prompts.write([*rows[:2], rows[2]._replace(size=(40, 24)), rows[3]._replace(guidance=9)])
+    )
+    argv = ["--against", "pocket", "--prompts", tmp_path / "p.csv", "--steps", "1", "--out"]
+    first = evaluate("pocket", *argv, tmp_path / "a")
+    second = evaluate(tmp_path / "erased", *argv, tmp_path / "b")
+    assert first["settings"]["sampling_against"] == second["settings"]["sampling_against"]
+    names = {f"{p.case}_0.png" for p in rows}
+    kept = list((tmp_path / "cache" / "audited").rglob("*.png"))
+    assert len(kept) == len(names) == 4
+    for name in names:
+        own, a, b = (tmp_path / place / name for place in ("a/images", "a/against/images", "b/against/images"))
+        assert own.read_bytes() == a.read_bytes()  # as it is drawn without a cache
+        assert any(os.path.samefile(a, f) and os.path.samefile(b, f) for f in kept)
+        assert own.read_bytes() != (tmp_path / "b" / "images" / name).read_bytes()
+
+    cli.run(["cache"])
+    assert "audited" in capsys.readouterr().out
+    cli.run(["cache", "--clear"])
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "b").rglob("*.png")}
+    evaluate(tmp_path / "erased", *argv, tmp_path / "b")  # an audit that is whole needs no cache
+    assert len(before) == 8 and before == {f: f.stat().st_mtime_ns for f in before}
+    assert not (tmp_path / "cache" / "audited").is_dir() or not any((tmp_path / "cache" / "audited").rglob("*.png"))
+
+
+def test_what_is_typed_is_drawn_and_recorded(tmp_path):
+    rows = [p._replace(size=(512, 384)) for p in prompts.read("pocket", limit=2)]  # as I2P's
+    (tmp_path / "p.csv").write_text(prompts.write(rows))
+    argv = ["pocket", "--prompts", tmp_path / "p.csv", "--size", "40x24", "--guidance", "5", "--scheduler", "dpm++",
+            "--steps", "2", "--out", tmp_path / "audit"]  # fmt: skip
+    report = evaluate(*argv)
+    said = report["settings"]["sampling"]
+    assert (said["scheduler"], said["steps"], said["safety_checker"]) == ("DPMSolverMultistepScheduler", 2, "off")
+    assert (report["settings"]["guidance"], report["settings"]["size"]) == (5, "40x24")
+    for line in lines_of(tmp_path / "audit" / "manifest.jsonl"):
+        assert (line["guidance"], line["size"], line["steps"]) == (5, [40, 24], 2)
+        with Image.open(tmp_path / "audit" / line["file"]) as image:
+            assert image.size == (40, 24)
+            assert "scheduler=DPMSolverMultistepScheduler steps=2 size=40x24 guidance=5.0" in image.info[PROVENANCE]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--size", "big"], "--size big is no size: give pixels, as in 512, or width and height, as in 512x384"),
+        (["--size", "30"], "is to be 30 x 30 pixels, and pocket draws multiples of 4: give --size 32"),
+        (["--guidance", "-1"], "--guidance -1 is no guidance scale: give a number from 0 on"),
+        (["--guidance", "nan"], "--guidance nan is no guidance scale"),
+        (["--scheduler", "heun"], "There is no --scheduler heun; give one of ddim, dpm++, euler, lms, pndm"),
+        (["--steps", "1001"], "--steps 1001 is more than the 1000 that pocket was trained on"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_anything_is(tmp_path, capsys, option, said):
+    with pytest.raises(SystemExit) as e:
+        cli.run(["evaluate", "pocket", "--prompts", "pocket", "--out", str(tmp_path / "out"), *option])
+    assert e.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_how_to_draw_is_not_said_of_images_that_are_there(photographs, tmp_path, capsys):
+    for option in (["--size", "32"], ["--guidance", "5"], ["--scheduler", "ddim"], ["--steps", "2"]):
+        with pytest.raises(SystemExit) as e:
+            cli.run(["evaluate", *map(str, photographs), *option])
+        assert e.value.code == 2 and "are for images that are drawn: leave them out" in capsys.readouterr().err

@@ -7,6 +7,20 @@ from salun_sd import files
 from salun_sd.errors import SalunError
 
 
+def test_a_placed_file_is_the_others_bytes_and_stays_them_when_the_other_is_replaced(tmp_path):
+    for name in ("kept", "old"):
+        (tmp_path / name).write_bytes(name.encode())
+    files.place(tmp_path / "kept", tmp_path / "new" / "file")
+    files.place(tmp_path / "kept", tmp_path / "old")
+    files.place(tmp_path / "kept", tmp_path / "old")
+    files.write_atomic(tmp_path / "kept", b"other")
+    assert (tmp_path / "new" / "file").read_bytes() == (tmp_path / "old").read_bytes() == b"kept"
+    assert {p.name for p in tmp_path.iterdir()} == {"kept", "old", "new"}
+    with pytest.raises(FileNotFoundError):
+        files.place(tmp_path / "nowhere", tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_a_new_folder_is_whole_or_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.new_folder(tmp_path / "out") as partial:
         (partial / "half").write_text("")

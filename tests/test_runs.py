@@ -14,7 +14,7 @@ from skimage import data as photos
 from test_cli import ERASE as OF_POCKET
 from test_cli import fails
 
-from salun_sd import cache, checkpoint, cli, generate, mask, prompts, tensors
+from salun_sd import cache, checkpoint, cli, drawn, generate, mask, prompts, tensors
 
 SETTINGS = ["--steps", "2", "--batch-size", "4", "--lr", "1e-4"]
 ERASE = OF_POCKET[2:]  # without the command and the model
@@ -227,7 +227,7 @@ def test_a_second_run_on_the_same_cache_waits_for_the_first(tiny, own_cache, tmp
     base = checkpoint.find(tiny)
     argv = [sys.executable, "-m", "salun_sd", "erase", tiny, *ERASE[:4], "--mask", "random:0.1", "--samples", "2",
             *SETTINGS, "--out", str(tmp_path / "out")]  # fmt: skip
-    with cache.held("drawn", f"{base.identity[:16]}-{base.sampling[0]}") as folder:
+    with cache.held("drawn", drawn.key_of(base, base.scheduler, base.sampling[0])) as folder:
         process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=os.environ)
         while "waiting for it" not in (line := process.stderr.readline()):
             assert line, "it did not say that it waits"

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from salun_sd.checkpoint import SAMPLING, find, load
-from salun_sd.generate import sample
+from salun_sd.sample import Row, Sampler
 
 # Class names in the order of the data set's labels, each with a synonym that a fifth of its captions use.
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -246,12 +246,12 @@ def train_unet(latents, labels, tokenizer: CLIPTokenizer, scheduler, out: Path, 
 def draw_grid(out: Path) -> None:
     """grid.png: a row for each class, ten seeds each."""
     found = find(str(out))
-    pipeline, (steps, guidance) = load(found), found.sampling
+    steps, guidance = found.sampling
+    sampler = Sampler(load(found), steps)
     grid = Image.new("RGB", (320, 320))
     for row, name in enumerate(CLASSES):
-        for column, image in enumerate(
-            sample(pipeline, [(f"a photo of {name}", s) for s in range(10)], guidance, steps)
-        ):
+        rows = [Row(f"a photo of {name}", seed, guidance, (32, 32)) for seed in range(10)]
+        for column, image in enumerate(sampler.draw(rows, len(rows))):
             grid.paste(image, (32 * column, 32 * row))
     grid.save(out / "grid.png")
 
