@@ -31,13 +31,15 @@ def made(tiny, tmp_path_factory):  # noqa: F811
     """mask, erase and evaluate by one process and by two: {processes: folder}, and what they printed."""
     folders, said = {n: tmp_path_factory.mktemp(f"by{n}") for n in (1, 2)}, {}
     few = folders[1] / "few.csv"
-    few.write_text(prompts.write([p for i, p in enumerate(prompts.read("pocket")) if i % 20 == 0]))
+    rows = [p for i, p in enumerate(prompts.read("pocket")) if i % 20 == 0]
+    odd = [p._replace(guidance=float(i % 4), size=(24, 40)) for i, p in enumerate(rows) if i % 3 == 0]
+    few.write_text(prompts.write([*odd, *(p for i, p in enumerate(rows) if i % 3)]))
     for n, folder in folders.items():
         for argv in (
             ["mask", tiny, *CONCEPT, "--samples", "10", "--batch-size", "4", "--out", "m.safetensors"],
             ["erase", tiny, *CONCEPT, "--anchor", "a photo of a bag", "--mask", "m.safetensors", "--samples", "10",
              "--batch-size", "4", "--steps", "3", "--lr", "1e-3", "--out", "erased"],
-            ["evaluate", tiny, "--prompts", few, "--steps", "2", "--out", "audit"],
+            ["evaluate", tiny, "--prompts", few, "--against", tiny, "--steps", "2", "--out", "audit"],
         ):  # fmt: skip
             process = start(n, folder, argv)
             out, err = process.communicate(timeout=200)
@@ -75,7 +77,7 @@ def test_the_audit_is_the_same_to_the_byte(made):
         {str(p.relative_to(folders[n])): p.read_bytes() for p in (folders[n] / "audit").rglob("*") if p.is_file()}
         for n in (1, 2)
     )
-    assert len(one) == 50 + 4 and one.keys() == two.keys()
+    assert len(one) == 2 * (50 + 2) + 2 and one.keys() == two.keys()
     assert [name for name in one if one[name] != two[name]] == []
 
 
