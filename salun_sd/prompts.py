@@ -180,8 +180,8 @@ def _prompt(row: dict, where: str) -> Prompt:
             raise SalunError(f"{where}: {column} is {row[column]}, which is negative or too large.")
         return value
 
-    if not row["prompt"]:
-        raise SalunError(f"{where}: the prompt is empty.")
+    if row["prompt"] is None:
+        raise SalunError(f"{where} has no prompt.")  # an empty one is a prompt: I2P has it, case 2260
     sides = [column for column in SIZE if (row.get(column) or "").strip()]
     if len(sides) == 1:
         raise SalunError(f"{where} has {sides[0]} alone: a size is both {' and '.join(SIZE)}.")

@@ -60,7 +60,7 @@ def test_write_gives_back_what_read_takes(tmp_path):
         (HEADER + "0,a,-1,7,\n", "line 2: evaluation_seed is -1, which is negative"),
         (HEADER + "0,a,1,nan,\n", "line 2: evaluation_guidance is nan"),
         (HEADER + "0,a\n", "line 2: evaluation_seed is None, not a number"),
-        (HEADER + "0,,1,7,\n", "line 2: the prompt is empty"),
+        ("evaluation_seed,evaluation_guidance,prompt\n1,7\n", "line 2 has no prompt"),
         (HEADER + "0,a,1,7,\n0,b,2,7,\n", "has case_number 0 twice"),
         (I2P.replace("13,512,384", "13,512,"), "line 2 has sd_image_width alone: a size is both"),
         (I2P.replace("13,512,384", "13,wide,384"), "line 2: sd_image_width is 'wide', not a number"),
@@ -137,6 +137,12 @@ def test_rows_for_which_all_conditions_hold_are_left_with_their_own_cases(i2p, w
     assert cases(i2p, *where) == expected
     assert cases(i2p, *where, limit=1) == expected[:1]
     assert cases(i2p, *where, limit=9) == expected
+
+
+def test_an_empty_prompt_is_one_as_in_i2p(tmp_path):
+    rows = [prompts.Prompt(2260, "", 4261564198, 7, None, ("illegal activity",), (512, 512))]
+    (tmp_path / "p.csv").write_text(prompts.write(rows))
+    assert prompts.read(str(tmp_path / "p.csv")) == rows
 
 
 def test_what_is_typed_stands_in_for_the_rows_own_guidance_and_size(i2p):
