@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from salun_sd import checkpoint, classify, generate, prompts, provenance, quality, ranks, report
+from salun_sd import checkpoint, classify, gate, generate, markdown, prompts, provenance, quality, ranks, report
 from salun_sd.checkpoint import POCKET, Checkpoint
 from salun_sd.classify import Judge
 from salun_sd.clip import Clip
@@ -30,18 +30,20 @@ JUDGE = POCKET / "judge"
 MATCHES = 20  # classes whose labels are printed
 BATCH = 32  # images that are classified together, by one process
 PARTIAL = re.compile(r"\..*\.\d+\.partial")  # what a kill leaves, and the next run takes away
-WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "against"}
+WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "report.md", "against"}
 
 
 def evaluate(
     model: Checkpoint | None, *, prompt_set: str, where: list[str], limit: int | None, against: Checkpoint | None,
     images: Path | None, concepts: list[str], classifier: str | None, steps: int | None, scheduler: str | None,
     guidance: float | None, size: str | None, samples: int, record: bool, detector: Path | None = None,
-    clip: str | None = None, fid: str | None = None, reference: Path | None = None, out: Path,
+    clip: str | None = None, fid: str | None = None, reference: Path | None = None,
+    fail_if: list[str], confident: bool, out: Path,
 ) -> dict:  # fmt: skip
     """Audit a checkpoint, or a folder of images, on a prompt set, or on its rows that meet `where` and of these the
     first `limit`: writes the audit into `out`, gives back the report; with `record`, its headline numbers go into the
-    erased checkpoint. `scheduler` is one of sample.SCHEDULERS; `guidance` and `size` stand in for the rows' own.
+    erased checkpoint. `scheduler` is one of sample.SCHEDULERS; `guidance` and `size` stand in for the rows' own. The
+    bounds of `fail_if` are read before anything is drawn; whether they hold is in the report.
 
     Running it again draws and detects only what is missing.
     """
@@ -65,6 +67,9 @@ def evaluate(
     concepts = _concepts(concepts, classes, known)
     has_others = any(p.label not in concepts for p in rows)
     quality.check(clip, fid, reference, has_base=against is not None, has_others=has_others)
+    known_names = gate.names(concepts, list(dict.fromkeys(category for p in rows for category in p.categories)))
+    given = {"against": against, "clip_score": clip, "fid": fid, "kid": fid}
+    bounds = [gate.parse(text, known_names, [name for name, of in given.items() if of]) for text in fail_if]
     judge = _judge(classifier, classes)
     if detector:
         load_detector(detector)  # a wrong file is said before anything is drawn
@@ -87,11 +92,13 @@ def evaluate(
         base = _examined(against.name, manifest, judge, detector, out / "against")
     of_quality = quality.measure(asked_for, run, base, concepts)
     made = report.assemble(run, base, prompts=asked, settings=settings, concepts=concepts, quality=of_quality)
+    made["gate"] = [gate.judge(made, bound, confident) for bound in bounds] or None
     _warn(made)
     if not ranks.is_main():
         return made
     write_atomic(out / "report.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / "report.html", report.html(made, run, base))
+    write_atomic(out / "report.md", markdown.page(made))
     if record:
         provenance.add_audit(model.path, report.headline_metrics(made) | {"sampling": settings["sampling"]})
     return made

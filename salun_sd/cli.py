@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from salun_sd import ranks
@@ -411,15 +412,28 @@ def evaluate(
     record: Annotated[
         bool, typer.Option("--record", help="Add the headline numbers to MODEL's record and model card.")
     ] = False,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Exit with 3 if this is true of the audit, e.g. 'flag_rate > 0.01' or 'ra < against.ra - 0.02'; may "
+            "be repeated."
+        ),
+    ] = None,  # fmt: skip
+    confident: Annotated[
+        bool, typer.Option("--confident", help="Judge --fail-if at the unfavourable ends of the 95 % intervals.")
+    ] = False,
     config: ConfigOpt = None,
     revision: RevisionOpt = None,
     variant: VariantOpt = None,
 ) -> None:
     """Draw a prompt set, run NudeNet and a classifier over the images, write an audit."""
     from salun_sd import audit
+    from salun_sd.gate import told
     from salun_sd.report import in_words, rate
 
     begin()
+    if confident and not fail_if:
+        raise UsageError("--confident is for --fail-if: give both.")
     are_files = [Path(name).is_file() for name in (model, against) if name]
     if (config and not any(are_files)) or (variant and all(are_files)) or (revision and not model):
         raise UsageError("--config is for a single file, --revision and --variant for a MODEL that is none.")
@@ -434,6 +448,7 @@ def evaluate(
         erased, prompt_set=prompts, where=where or [], limit=limit, against=base, images=images,
         concepts=concept or [], classifier=classifier, steps=steps, scheduler=scheduler, guidance=guidance, size=size,
         samples=samples_per_prompt, record=record, detector=detector_model, clip=clip, fid=fid, reference=reference,
+        fail_if=fail_if or [], confident=confident,
         out=out,
     )  # fmt: skip
     columns = {str(report["model"]): report}
@@ -449,6 +464,38 @@ def evaluate(
             table.add_row(name, *(in_words(side["quality"][name]) for side in columns.values()))
     Console().print(table)
     print(f"{out / 'report.html'}")
+    if broken := [entry for entry in report["gate"] or () if not entry["holds"]]:
+        for entry in broken:
+            print(f"Failed: {entry['bound']}: {told(entry)}.", file=sys.stderr)
+        ranks.wait()  # the others would end the main process before it has written
+        raise typer.Exit(3)
+
+
+@app.command(cls=OneOfEach, name="compare", epilog=example("compare audit-salun audit-esd audit-uce --out audits.md"))
+def show_compared(
+    audits: Annotated[
+        list[Path], typer.Argument(help="Folders that `evaluate` wrote, or their report.json.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="File for the tables: .md, .csv or .json. Default: the terminal.")
+    ] = None,
+) -> None:
+    """Put several audits into one table for each prompt set, a column for each model."""
+    from salun_sd import compare, files
+
+    if out and out.suffix not in compare.FORMS:
+        raise UsageError(f"--out {out} ends in none of {', '.join(compare.FORMS)}: give it one of these.")
+    tables = compare.compare(audits)
+    if out:
+        files.write_atomic(out, compare.FORMS[out.suffix](tables))
+        print(out)
+        return
+    for found in tables:
+        print("\n".join([found.prompts, *compare.sentences(found)]))
+        table = Table("metric", *(escape(column.name) for column in found.columns), box=None)
+        for name, *cells in compare.lines(found):
+            table.add_row(Text(name), *(Text(cell.replace(" [", "\n[").replace(" (", "\n(")) for cell in cells))
+        Console().print(table)
 
 
 @app.command(cls=OneOfEach, name="cache", epilog=example("cache --clear --older-than 30"))

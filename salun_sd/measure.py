@@ -1,11 +1,11 @@
 """Lines of manifest.jsonl and detections.jsonl to counts, rates and intervals. Pure."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from salun_sd.errors import SalunError
-from salun_sd.protocols import DEFAULT_LABELS, PROTOCOLS, THRESHOLD, Protocol, count, of_image
-from salun_sd.stats import interval, mcnemar
+from salun_sd.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS, THRESHOLD, Protocol, count, of_image
+from salun_sd.stats import difference_interval, interval, mcnemar
 
 Key = tuple[int, int]  # case and k, which name an image
 
@@ -32,6 +32,13 @@ def share(hits: dict[Key, bool]) -> dict | None:
 def most_first(counts: dict[str, int]) -> dict[str, int]:
     """Largest count first, then by name."""
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def of_labels(shown: dict[Key, set[str]], labels: Iterable[str]) -> dict[str, dict]:
+    """Of each label the share of images that show it, in the order of `most_first`; of no images, nothing."""
+    hits = {label: {key: label in seen for key, seen in shown.items()} for label in set(labels)}
+    order = most_first({label: sum(of.values()) for label, of in hits.items()})
+    return {label: share(hits[label]) for label in order} if shown else {}
 
 
 def by_image(rows: list[dict], name: str) -> dict[Key, dict]:
@@ -128,12 +135,11 @@ def measure(
         return share({key: hit for key, hit in metric.items() if classes[key][0] == name})
 
     as_asked = {key: asked == seen for key, (asked, seen) in classes.items()}
-    shown = [labels_in(found, threshold) for found in detections]
-    boxed = {box["label"] for found in detections for box in found["boxes"]}
+    shown = {(found["case"], found["k"]): labels_in(found, threshold) for found in detections}
     return {
         "metrics": {name: share(metric) for name, metric in hits.items()},
         "concepts": {name: {"ua": of_class(name, hits["ua"])} for name in concepts},
-        "labels": most_first({label: sum(label in seen for seen in shown) for label in boxed}),
+        "labels": of_labels(shown, [*LABELS, *labels]),
         "classes": {name: of_class(name, as_asked) | {"became": most_first(became[name])} for name in became},
         "categories": {name: share(categories[name]) for name in sorted(categories)},
         "protocols": {name: counted(detections, protocol) for name, protocol in PROTOCOLS.items()},
@@ -141,18 +147,28 @@ def measure(
 
 
 def paired(base: dict[Key, bool], model: dict[Key, bool]) -> dict | None:
-    """A metric's images of the same (case, k) in four counts, and the p of exact McNemar to 6 digits; None without any.
+    """A metric's images of the same (case, k) in four counts, the p of exact McNemar to 6 digits, and the difference of
+    the model's rate from the base's on these images, with its interval; None without any.
 
-    The p takes images for independent: with several of a prompt it is too small.
+    The p takes images for independent: with several of a prompt it is too small. The interval does not.
     """
-    pairs = Counter((base[key], hit) for key, hit in model.items() if key in base)
+    pairs: dict[int, Counter] = {}  # case => (base's, model's) => images
+    for key, hit in model.items():
+        if key in base:
+            pairs.setdefault(key[0], Counter())[base[key], hit] += 1
     if not pairs:
         return None
-    only_base, only_model = pairs[True, False], pairs[False, True]
+    kinds = (True, True), (True, False), (False, True), (False, False)
+    clusters = [tuple(of[kind] for kind in kinds) for of in pairs.values()]
+    both, only_base, only_model, neither = map(sum, zip(*clusters, strict=True))
+    kind, ends = difference_interval(clusters)
     return {
-        "both": pairs[True, True],
+        "both": both,
         "only_base": only_base,
         "only_model": only_model,
-        "neither": pairs[False, False],
+        "neither": neither,
         "p": float(f"{mcnemar(only_base, only_model):.6g}"),
+        "difference": round((only_model - only_base) / (both + only_base + only_model + neither), 6),
+        "ci95": [round(end, 6) for end in ends],
+        "interval": kind,
     }

@@ -5,7 +5,7 @@ Two layers: the report with its settings and base beside it (`assemble`, pure), 
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files as resources
 from pathlib import Path
@@ -16,6 +16,7 @@ from salun_sd.images import read_image
 from salun_sd.measure import by_image, labels_in, measure, outcomes, pair, paired
 from salun_sd.protocols import DEFAULT_LABELS, PROTOCOLS, THRESHOLD
 
+SCHEMA = 4  # of report.json
 PAIRS = 24  # most images of the concepts on the page, and of the rest
 THUMBNAIL = 192  # longest side in pixels
 NO_QUALITY = {"clip_score": None, "fid": None, "kid": None}
@@ -102,7 +103,7 @@ def assemble(
     threshold: float = THRESHOLD,
     quality: tuple[dict, dict] = (NO_QUALITY, NO_QUALITY),
 ) -> dict:
-    """report.json, schema 4: what was measured of a run, what of its base, and every setting behind the numbers.
+    """report.json without its `gate`: what was measured of a run, what of its base, every setting behind the numbers.
 
     `quality` is that of the run and of its base; `broken` names the images that are in no other number.
     """
@@ -118,7 +119,7 @@ def assemble(
     detector = one_detector([run, base] if base else [run])
     counting = {name: protocol._asdict() for name, protocol in PROTOCOLS.items()}
     return {
-        "schema": 4,
+        "schema": SCHEMA,
         "salun_sd": __version__,
         "model": run.model,
         "prompts": prompts,
@@ -139,6 +140,7 @@ def headline_metrics(report: dict) -> dict:
     measured, against = {name: metric for name, metric in by_name(report).items() if metric}, report["against"]
     return {
         "prompts": report["prompts"],
+        "headline": headline(report),
         "images": (report["metrics"]["flag_rate"] or {"of": 0})["of"],
         "metrics": {name: rate(metric) for name, metric in measured.items()},
         "detector": report["settings"]["detector"],
@@ -147,14 +149,18 @@ def headline_metrics(report: dict) -> dict:
     }
 
 
-def named(names: Sequence[str]) -> str:
+def quoted(name: str) -> str:
+    return f"“{name}”"
+
+
+def named(names: Sequence[str], shown: Callable[[str], str] = quoted) -> str:
     """“a”, “b” and “c”."""
-    quoted = [f"“{name}”" for name in names]
-    return " and ".join(filter(None, [", ".join(quoted[:-1]), *quoted[-1:]]))
+    each = [shown(name) for name in names]
+    return " and ".join(filter(None, [", ".join(each[:-1]), *each[-1:]]))
 
 
-def headline(report: dict) -> str:
-    """What happened, in one sentence with its numbers."""
+def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
+    """What happened, in one sentence with its numbers, names of concepts as `shown` makes them."""
     metrics, base = report["metrics"], (report["against"] or {}).get("metrics", {})
     concepts = [name for name, own in report["concepts"].items() if own["ua"]]
     threshold = report["settings"]["threshold"]
@@ -166,7 +172,7 @@ def headline(report: dict) -> str:
     parts = []
     if metrics["ua"]:
         gone = "no longer show what was asked" if len(concepts) > 1 else "are no longer recognised as one"
-        parts.append(told("ua", f"images asked for as {named(concepts)} {gone}"))
+        parts.append(told("ua", f"images asked for as {named(concepts, shown)} {gone}"))
     if metrics["ra"]:
         parts.append(told("ra", ("others still show" if metrics["ua"] else "images show") + " what was asked"))
     flags = [m["flag_rate"]["n"] for m in (metrics, base) if m.get("flag_rate")]

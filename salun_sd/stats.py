@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 
 
-def wilson(n: float, of: int) -> tuple[float, float]:
+def wilson(n: float, of: float) -> tuple[float, float]:
     """95 % Wilson score interval of the rate n / of (Wilson 1927, without continuity correction); (0, 1) of nothing."""
     if of == 0:
         return 0.0, 1.0
@@ -23,6 +23,7 @@ def cluster_interval(clusters: Sequence[tuple[float, int]], seed: int = 0, draws
 
     A draw takes as many prompts as there are, with replacement, each with all of its images. Prompts that are alike are
     drawn together, by how many of each kind: one multinomial draw, of a table (draws, kinds). Order does not matter.
+    An n may be below zero: then it is a difference of rates.
     Too narrow where few prompts have a hit, or few have none: a draw knows no others.
     """
     kinds, times = np.unique(np.asarray(clusters), axis=0, return_counts=True)  # (kinds, 2), (kinds,)
@@ -45,6 +46,41 @@ def interval(clusters: Sequence[tuple[int, int]]) -> tuple[str, tuple[float, flo
     if len({hits / images for hits, images in clusters}) == 1:
         return "wilson over prompts", wilson(n / of * len(clusters), len(clusters))
     return "bootstrap over prompts", cluster_interval(clusters)
+
+
+def newcombe(both: float, only_a: float, only_b: float, neither: float) -> tuple[float, float]:
+    """95 % interval of rate b - rate a of paired yes-or-no data, from the four counts of pairs.
+
+    Newcombe 1998, Statistics in Medicine 17:2635, method 10: the distances of both rates to their Wilson ends, squared
+    and added with the pairs' correlation phi, of which a positive one is made smaller by a continuity correction.
+    """
+    of = both + only_a + only_b + neither
+    if of == 0:
+        return -1.0, 1.0
+    a, b = both + only_a, both + only_b
+    (low_a, high_a), (low_b, high_b) = wilson(a, of), wilson(b, of)
+    covariance = both * neither - only_a * only_b
+    spread = (a * b * (of - a) * (of - b)) ** 0.5
+    phi = (max(covariance - of / 2, 0) if covariance > 0 else covariance) / spread if spread else 0.0
+
+    def half(of_a: float, of_b: float) -> float:
+        return max(0.0, of_a * of_a - 2 * phi * of_a * of_b + of_b * of_b) ** 0.5
+
+    difference = (b - a) / of
+    return difference - half(high_a - a / of, b / of - low_b), difference + half(a / of - low_a, high_b - b / of)
+
+
+def difference_interval(clusters: Sequence[tuple[int, int, int, int]]) -> tuple[str, tuple[float, float]]:
+    """The kind and ends of the 95 % interval of rate b - rate a, each prompt being its pairs (both, only a, only b,
+    neither); the kinds are those of `interval`, Newcombe's standing for Wilson's."""
+    counts = [sum(pairs) for pairs in zip(*clusters, strict=True)]
+    images, prompts = sum(counts), len(clusters)
+    if images == prompts:
+        return "newcombe", newcombe(*counts)
+    differences = [(only_b - only_a, both + only_a + only_b + neither) for both, only_a, only_b, neither in clusters]
+    if len({n / of for n, of in differences}) == 1:
+        return "newcombe over prompts", newcombe(*(n * prompts / images for n in counts))
+    return "bootstrap over prompts", cluster_interval(differences)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -15,8 +15,9 @@ from PIL import Image
 from salun_sd import report
 from salun_sd.errors import SalunError
 from salun_sd.measure import measure
-from salun_sd.protocols import DEFAULT_LABELS, PROTOCOLS
+from salun_sd.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS
 from salun_sd.report import Run, assemble, evenly, headline, headline_metrics, html, named, rate
+from salun_sd.stats import newcombe
 
 ASKED = ["sneaker", "sneaker", "sneaker", "bag", "bag", "dress", "dress"]
 BASE = ["sneaker", "sneaker", "bag", "bag", "bag", "dress", "dress"]
@@ -74,6 +75,12 @@ def test_exact_report_with_a_base(base, erased):
         return {"n": n, "of": of, "rate": rate, "ci95": ci95, "interval": "wilson"}
 
     none, two = share(0, 7, 0.0, 0.0, 0.35433), share(2, 7, 0.285714, 0.082219, 0.641066)
+    one = share(1, 7, 0.142857, 0.02568, 0.513128)
+    shown = ["ANUS_EXPOSED", "FACE_FEMALE", "FEMALE_BREAST_EXPOSED"]
+
+    def difference(value: float, counts: tuple) -> dict:
+        return {"difference": value, "ci95": [round(end, 6) for end in newcombe(*counts)], "interval": "newcombe"}
+
     got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concepts=["sneaker"])
     assert json.dumps(got, indent=1) == json.dumps(
         {
@@ -95,7 +102,7 @@ def test_exact_report_with_a_base(base, erased):
                 "flag_rate": none,
             },
             "concepts": {"sneaker": {"ua": share(3, 3, 1.0, 0.438503, 1.0)}},
-            "labels": {"FACE_FEMALE": 1, "BUTTOCKS_EXPOSED": 0},
+            "labels": {"FACE_FEMALE": one} | {label: none for label in sorted(LABELS) if label != "FACE_FEMALE"},
             "classes": {
                 "sneaker": share(0, 3, 0.0, 0.0, 0.561497) | {"became": {"bag": 2, "dress": 1}},
                 "bag": share(1, 2, 0.5, 0.094531, 0.905469) | {"became": {"bag": 1, "sneaker": 1}},
@@ -122,7 +129,7 @@ def test_exact_report_with_a_base(base, erased):
                     "flag_rate": two,
                 },
                 "concepts": {"sneaker": {"ua": share(1, 3, 0.333333, 0.061492, 0.79234)}},
-                "labels": {"ANUS_EXPOSED": 1, "FACE_FEMALE": 1, "FEMALE_BREAST_EXPOSED": 1},
+                "labels": {label: one for label in shown} | {label: none for label in sorted({*LABELS} - {*shown})},
                 "classes": {
                     "sneaker": share(2, 3, 0.666667, 0.20766, 0.938508) | {"became": {"sneaker": 2, "bag": 1}},
                     "bag": share(2, 2, 1.0, 0.34238, 1.0) | {"became": {"bag": 2}},
@@ -143,9 +150,12 @@ def test_exact_report_with_a_base(base, erased):
                 "broken": {},
             },
             "paired": {
-                "ua": {"both": 1, "only_base": 0, "only_model": 2, "neither": 0, "p": 0.5},
-                "ra": {"both": 2, "only_base": 2, "only_model": 0, "neither": 0, "p": 0.5},
-                "flag_rate": {"both": 0, "only_base": 2, "only_model": 0, "neither": 5, "p": 0.5},
+                "ua": {"both": 1, "only_base": 0, "only_model": 2, "neither": 0, "p": 0.5}
+                | difference(0.666667, (1, 0, 2, 0)),
+                "ra": {"both": 2, "only_base": 2, "only_model": 0, "neither": 0, "p": 0.5}
+                | difference(-0.5, (2, 2, 0, 0)),
+                "flag_rate": {"both": 0, "only_base": 2, "only_model": 0, "neither": 5, "p": 0.5}
+                | difference(-0.285714, (0, 2, 0, 5)),
             },
         },
         indent=1,
@@ -227,7 +237,9 @@ def test_pairs_are_of_the_same_image_and_add_up_to_both_rates(base, erased):
     turned = dataclasses.replace(base, manifest=base.manifest[::-1], detections=base.detections[::-1])
     assert assemble(erased, turned, prompts="p", settings={}, concepts=["sneaker"])["paired"] == got["paired"]
     alike = assemble(base, base, prompts="p", settings={})["paired"]
-    assert alike["flag_rate"] == {"both": 2, "only_base": 0, "only_model": 0, "neither": 5, "p": 1.0}
+    flags = alike["flag_rate"]
+    assert {"both": 2, "only_base": 0, "only_model": 0, "neither": 5, "p": 1.0, "difference": 0}.items() < flags.items()
+    assert flags["ci95"][0] == -flags["ci95"][1] < 0
     assert alike["ua"] is None
     unjudged = assemble(erased, without_classifier(base), prompts="p", settings={}, concepts=["sneaker"])["paired"]
     assert unjudged["ua"] is None is unjudged["ra"] and unjudged["flag_rate"]["only_base"] == 2
@@ -264,7 +276,21 @@ def test_several_images_of_a_prompt_are_no_more_evidence_than_one(base):
     assert counts(ten) == (20, 70) and ten["rate"] == one["rate"]
     assert [one["interval"], ten["interval"]] == ["wilson", "bootstrap over prompts"]
     assert ten["ci95"] == flags(several(base, 5))["ci95"]
+    by_label = measure(several(base, 10).manifest, several(base, 10).detections, [])["labels"]
+    assert counts(by_label["FACE_FEMALE"]) == (10, 70) and by_label["FACE_FEMALE"]["interval"] == ten["interval"]
+    assert by_label["FACE_MALE"]["interval"] == "wilson over prompts"
     assert ten["ci95"][1] - ten["ci95"][0] > 0.4  # of 70 independent images it would be 0.21
+
+
+def test_a_difference_in_pairs_knows_several_images_a_prompt(base, erased):
+    def pairs(samples):
+        made = several(erased, samples), several(base, samples)
+        return assemble(*made, prompts="p", settings={}, concepts=["sneaker"])["paired"]["ra"]
+
+    one, ten = pairs(1), pairs(10)
+    assert [one["interval"], ten["interval"]] == ["newcombe", "bootstrap over prompts"]
+    assert ten["difference"] == one["difference"] == -0.5 and ten["ci95"] == pairs(5)["ci95"]
+    assert ten["ci95"][1] - ten["ci95"][0] > 0.7
 
 
 def test_order_of_detections_does_not_matter(erased):
@@ -373,6 +399,7 @@ def test_headline_metrics_are_what_was_measured_in_words(base, erased):
     ra, flags = "1 / 2 = 0.500 [0.095, 0.905]", "0 / 7 = 0.000 [0.000, 0.354]"
     assert told(erased, base, "sneaker", "bag") == {
         "prompts": "pocket",
+        "headline": headline(assemble(erased, base, prompts="pocket", settings={}, concepts=["sneaker", "bag"])),
         "images": 7,
         "metrics": {
             "ua": "4 / 5 = 0.800 [0.376, 0.964]",

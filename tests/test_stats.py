@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from salun_sd.stats import cluster_interval, interval, mcnemar, wilson
+from salun_sd.stats import cluster_interval, difference_interval, interval, mcnemar, newcombe, wilson
 
 
 @pytest.mark.parametrize("of", [1, 2, 7, 100, 4703])
@@ -75,3 +75,40 @@ def test_prompts_of_one_rate_are_as_many_observations_as_prompts():
     assert interval([(0, 4)] * 10) == ("wilson over prompts", wilson(0, 10))
     assert interval([(4, 4)] * 10) == ("wilson over prompts", wilson(10, 10))
     assert interval([(3, 4)]) == ("wilson over prompts", wilson(0.75, 1))
+
+
+# Rows of Newcombe's table III, method 10: both, only b, only a, neither => the ends of b - a.
+PUBLISHED = {
+    (36, 12, 2, 0): (0.0569, 0.3404), (20, 12, 2, 16): (0.0562, 0.3292), (18, 12, 2, 18): (0.0562, 0.3290),
+    (36, 14, 0, 0): (0.1528, 0.4167), (2, 97, 1, 0): (0.8721, 0.9854), (0, 30, 0, 0): (0.8395, 1.0),
+    (54, 0, 0, 0): (-0.0664, 0.0664), (27, 0, 0, 27): (-0.0351, 0.0351),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("both, only_b, only_a, neither", PUBLISHED)
+def test_newcombe_gives_the_published_intervals(both, only_b, only_a, neither):
+    low, high = newcombe(both, only_a, only_b, neither)
+    assert (low, high) == pytest.approx(PUBLISHED[both, only_b, only_a, neither], abs=6e-5)
+    assert newcombe(both, only_b, only_a, neither) == pytest.approx((-high, -low))
+
+
+def test_newcombe_covers_what_it_says():
+    """Over draws of 100 pairs, of rates that are far from a half and correlated."""
+    chances, rng = np.array([0.85, 0.06, 0.03, 0.06]), np.random.default_rng(0)
+    drawn = rng.multinomial(100, chances, size=3000)
+    ends = [newcombe(*counts) for counts in drawn]
+    assert 0.94 < np.mean([low <= -0.03 <= high for low, high in ends]) < 0.985
+
+
+def test_pairs_that_agree_say_more_than_two_separate_rates():
+    together, apart = newcombe(40, 5, 5, 50), newcombe(20, 25, 25, 30)
+    assert width(together) < 0.6 * width(apart)
+    assert newcombe(0, 0, 0, 0) == (-1, 1)
+
+
+def test_difference_interval_says_its_kind():
+    assert difference_interval([(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1)]) == ("newcombe", newcombe(1, 1, 0, 1))
+    mixed = [(1, 1, 0, 0), (0, 0, 2, 0), (2, 0, 0, 1)]
+    assert difference_interval(mixed) == ("bootstrap over prompts", cluster_interval([(-1, 2), (2, 2), (0, 3)]))
+    alike = [(3, 0, 0, 1), (1, 1, 1, 1), (4, 0, 0, 0)]
+    assert difference_interval(alike) == ("newcombe over prompts", newcombe(8 / 4, 1 / 4, 1 / 4, 2 / 4))

@@ -1,0 +1,312 @@
+"""Several audits side by side: a table for each prompt set, and what makes its numbers not compare."""
+
+import csv
+import io
+import json
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from salun_sd import __version__
+from salun_sd.errors import SalunError, UsageError
+from salun_sd.markdown import code, plain, settings_of
+from salun_sd.markdown import table as markdown_table
+from salun_sd.report import SCHEMA, Run, check_same_prompts, in_pairs, in_words, quoted, rate
+
+OLDEST = 3  # schema whose numbers are those of today
+COUNTING = ("concepts", "labels", "threshold", "detector", "classifier")  # settings without which pairs mean nothing
+OF_CONCEPT = "ua of "
+VALUE = 60  # most letters of a setting's value in a sentence
+AGAIN = "Run its evaluate command again: nothing is drawn twice."
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A report.json, and the lines of manifest.jsonl and detections.jsonl where they lie beside it."""
+
+    file: Path
+    report: dict
+    run: Run | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model, by the name that its table has for it; `report` is the file its numbers are from."""
+
+    name: str
+    model: str
+    report: str
+    is_base: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """The audits of one prompt set, the bases last.
+
+    A row has a cell for each column: a share, a metric of quality, a count, or None where nothing was measured.
+    `differs` has of each setting that is not the same in all: value => names. `paired` has the pairs of each model, by
+    name, with the first one; `unpaired` why there are none.
+    """
+
+    prompts: str
+    columns: list[Column]
+    rows: dict[str, list]
+    differs: dict[str, dict[str, list[str]]]
+    paired: dict[str, dict[str, dict | None]]
+    unpaired: dict[str, str]
+
+
+def read(path: Path) -> Audit:
+    """An audit by its folder or its report.json. UsageError where there is none, SalunError where it cannot be read."""
+    file = path / "report.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"There is no {file}: give the folder that `salun-sd evaluate` wrote, or its report.json.")
+    report = _report(file)
+    tables = [file.parent / name for name in ("manifest.jsonl", "detections.jsonl")]
+    if not all(table.is_file() for table in tables):
+        return Audit(file, report, None)
+    return Audit(file, report, Run(report["model"], file.parent, *map(_lines, tables)))
+
+
+def _report(file: Path) -> dict:
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise SalunError(f"{file} is damaged: it is no JSON. {AGAIN}") from e
+    if not isinstance(report, dict) or not isinstance(schema := report.get("schema"), int) or "metrics" not in report:
+        raise SalunError(f"{file} is no report of an audit: give one that `salun-sd evaluate` wrote.")
+    if schema < OLDEST:
+        raise SalunError(f"{file} has schema {schema}, and compare reads {OLDEST} to {SCHEMA}. {AGAIN}")
+    if schema > SCHEMA:
+        raise SalunError(f"{file} has schema {schema}, of a newer salun-sd, and this one knows {SCHEMA}: update it.")
+    try:
+        sides = [report, report["against"]] if report["against"] else [report]
+        for side in sides:
+            [text(cell) for cell in _cells(side).values()]
+            os.fspath(side["model"])
+        os.fspath(report["prompts"]), [settings_of(report)[name] for name in COUNTING]
+        return report
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise SalunError(f"{file} is damaged: it is not what `salun-sd evaluate` wrote. {AGAIN}") from e
+
+
+def _lines(file: Path) -> list[dict]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except ValueError as e:
+        raise SalunError(f"{file} is damaged: a line is no JSON. {AGAIN}") from e
+
+
+def compare(paths: Sequence[Path]) -> list[Table]:
+    """A table for each prompt set that the audits are of, in their order.
+
+    Raises UsageError where fewer than two are given, or one twice; SalunError where no two are of the same prompts.
+    """
+    audits = [read(path) for path in paths]
+    files = [audit.file.resolve() for audit in audits]
+    if twice := [audit.file for i, audit in enumerate(audits) if files[i] in files[:i]]:
+        raise UsageError(f"{twice[0]} is given twice: give each audit once.")
+    if len(audits) < 2:
+        raise UsageError("compare takes two audits or more: give the folders that `salun-sd evaluate` wrote.")
+    groups: list[list[Audit]] = []
+    for audit in audits:
+        group = next((group for group in groups if _same_prompts(group[0], audit)), None)
+        groups.append([audit]) if group is None else group.append(audit)
+    if len(groups) == len(audits):
+        of = ", ".join(f"{audit.file} is of {audit.report['prompts']!r}" for audit in audits)
+        raise SalunError(f"No two of these audits are of the same prompts: {of}. Evaluate with the same --prompts.")
+    models, places = _short([audit.report["model"] for audit in audits]), _short([str(file.parent) for file in files])
+    return [_table(group, _names(group, models, places)) for group in groups]
+
+
+def _same_prompts(a: Audit, b: Audit) -> bool:
+    """By name, or, where a set has been called by two, by its rows."""
+
+    def rows(run: Run) -> list[tuple]:
+        return sorted((row["case"], row["k"], row["prompt"], str(row["class"])) for row in run.manifest)
+
+    return a.report["prompts"] == b.report["prompts"] or bool(a.run and b.run and rows(a.run) == rows(b.run))
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """Name => what is left of it without the folders that all of several names begin with."""
+    parts = {name: name.rstrip("/").split("/") for name in names}
+    shared = len(os.path.commonprefix([split[:-1] for split in parts.values()])) if len(parts) > 1 else 0
+    return {name: "/".join(split[shared:]) for name, split in parts.items()}
+
+
+def _names(group: list[Audit], models: dict[str, str], places: dict[str, str]) -> list[str]:
+    """The columns' names of a group: the models', with their audits' folders where two have the same."""
+    names = [models[audit.report["model"]] for audit in group]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({places[str(a.file.resolve().parent)]})" for name, a in zip(names, group, strict=True)]
+
+
+def _table(group: list[Audit], names: list[str]) -> Table:
+    of_name = dict(zip(names, group, strict=True))
+    columns = [Column(name, audit.report["model"], str(audit.file), False) for name, audit in of_name.items()]
+    bases: dict[str, tuple[dict, list[str]]] = {}  # what was measured => the base, and whose it is
+    for name, audit in of_name.items():
+        if base := audit.report["against"]:
+            same = json.dumps([base["model"], *(text(cell) for cell in _cells(base).values())])
+            bases.setdefault(same, (base, []))[1].append(name)
+    for base, whose in bases.values():
+        name = f"base: {base['model']}" if len(bases) == 1 else f"base of {', '.join(whose)}: {base['model']}"
+        columns.append(Column(name, base["model"], str(of_name[whose[0]].file), True))
+    cells = [_cells(side) for side in (*(audit.report for audit in group), *(base for base, _ in bases.values()))]
+    order = sorted(dict.fromkeys(key for own in cells for key in own), key=lambda key: key[0])
+    rows = {key: [own.get(key) for own in cells] for key in order}
+    if len([name for _, name in order if name.startswith(OF_CONCEPT)]) == 1:
+        rows = {key: row for key, row in rows.items() if not key[1].startswith(OF_CONCEPT)}
+    paired, unpaired = _paired(of_name)
+    return Table(
+        group[0].report["prompts"], columns, {name: row for (_, name), row in rows.items()}, _differs(of_name), paired,
+        unpaired,
+    )  # fmt: skip
+
+
+def _cells(side: dict) -> dict[tuple[int, str], object]:
+    """(place, name) => cell of each row that a model's side of a report fills."""
+    rows = (
+        side["metrics"],
+        {f"{OF_CONCEPT}{name}": own["ua"] for name, own in side["concepts"].items()},
+        {f"{name}, {count['unit']}": count["n"] for name, count in side["protocols"].items()},
+        {metric["name"]: metric for metric in (side.get("quality") or {}).values() if metric},
+        {"images": (side["metrics"]["flag_rate"] or {"of": 0})["of"], "broken": len(side.get("broken") or {})},
+    )
+    return {(place, name): cell for place, part in enumerate(rows) for name, cell in part.items()}
+
+
+def _differs(of_name: dict[str, Audit]) -> dict[str, dict[str, list[str]]]:
+    """Each setting, and the number of images, that is not the same in all audits: value => names."""
+    settings = {
+        name: settings_of(audit.report)
+        | {"reference": ((audit.report.get("quality") or {}).get("fid") or {}).get("reference")}
+        | {"images": _cells(audit.report)[4, "images"]}
+        for name, audit in of_name.items()
+    }
+    found: dict[str, dict[str, list[str]]] = {}
+    for setting in dict.fromkeys(key for own in settings.values() for key in own if key not in ("where", "limit")):
+        values: dict[str, list[str]] = {}
+        for name, own in settings.items():
+            values.setdefault(plain(own.get(setting)), []).append(name)
+        if len(values) > 1:
+            found[setting] = values
+    return found
+
+
+def _paired(of_name: dict[str, Audit]) -> tuple[dict[str, dict], dict[str, str]]:
+    """Each model's images beside the first one's of the same case and k: the pairs of each metric; or why there are
+    none."""
+    (_, first), *others = of_name.items()
+    paired, unpaired = {}, {}
+    own = first.report["settings"]
+    for name, other in others:
+        differ = [setting for setting in COUNTING if own[setting] != other.report["settings"][setting]]
+        if lacking := [audit.file.parent for audit in (first, other) if audit.run is None]:
+            unpaired[name] = f"{lacking[0]} holds no manifest.jsonl and detections.jsonl"
+        elif differ:
+            unpaired[name] = f"{' and '.join(differ)} differ"
+        else:
+            try:
+                check_same_prompts(other.run, first.run)
+                paired[name] = in_pairs(other.run, first.run, own["concepts"], own["labels"], own["threshold"])
+            except SalunError as e:
+                unpaired[name] = str(e).partition(". ")[0].rstrip(".")
+            except (KeyError, TypeError) as e:
+                raise SalunError(
+                    f"The .jsonl files of {first.file.parent} or {other.file.parent} are damaged. {AGAIN}"
+                ) from e
+    return paired, unpaired
+
+
+def sentences(table: Table, shown: Callable[[str], str] = quoted) -> list[str]:
+    """What makes the numbers of a table not compare, and which models have no pairs; names as `shown` makes them."""
+
+    def all_of(names: list[str]) -> str:
+        return ", ".join(map(shown, names))
+
+    said = []
+    for setting, values in table.differs.items():
+        each = [f"{shown(textwrap.shorten(v, VALUE, placeholder=' …'))} for {all_of(n)}" for v, n in values.items()]
+        said.append(f"Not the same: {setting}: {'; '.join(each)}.")
+    first = table.columns[0].name
+    said += [f"No pairs of {shown(name)} and {shown(first)}: {shown(why)}." for name, why in table.unpaired.items()]
+    if table.paired:
+        said.append(f"p: exact McNemar, image by image, against {shown(first)}; of several images a prompt too small.")
+    return said
+
+
+def text(cell: dict | int | None) -> str:
+    """A cell in one line."""
+    if isinstance(cell, dict):
+        return rate(cell) if "of" in cell else in_words(cell)
+    return "not measured" if cell is None else f"{cell:,}"
+
+
+def lines(table: Table) -> list[list[str]]:
+    """A table's rows as text, the name first; those of the pairs follow the metrics they are of."""
+    found = []
+    for name, row in table.rows.items():
+        found.append([name, *map(text, row)])
+        pairs = [
+            table.paired.get(column.name, {}).get(name) if not column.is_base else None for column in table.columns
+        ]
+        if any(pairs):
+            found.append([f"{name}: p", *(_pairs(p) if p else "" for p in pairs)])
+    return found
+
+
+def _pairs(pairs: dict) -> str:
+    return f"{pairs['p']:.3g} ({pairs['only_base']} only there, {pairs['only_model']} only here)"
+
+
+def as_markdown(tables: Sequence[Table]) -> str:
+    parts = ["# Audits side by side\n"]
+    for table in tables:
+        parts.append(f"## {code(table.prompts)}\n")
+        if said := sentences(table, code):
+            parts.append("".join(f"- {sentence}\n" for sentence in said))
+        rows = [[code(name), *cells] for name, *cells in lines(table)]
+        parts.append(markdown_table(["metric", *(code(column.name) for column in table.columns)], rows))
+    return "\n".join(parts)
+
+
+def as_csv(tables: Sequence[Table]) -> str:
+    """A line for each cell; p is of the pairs with the first model of the same prompts."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["prompts", "model", "base", "metric", "value", "n", "of", "low", "high", "p"])
+    for table in tables:
+        for name, row in table.rows.items():
+            for column, cell in zip(table.columns, row, strict=True):
+                pairs = None if column.is_base else table.paired.get(column.name, {}).get(name)
+                own = cell if isinstance(cell, dict) else {}
+                value = own.get("rate", own.get("value", cell))
+                low_high = own.get("ci95") or ("", "")
+                writer.writerow(
+                    [
+                        table.prompts,
+                        column.name,
+                        int(column.is_base),
+                        name,
+                        value,
+                        own.get("n"),
+                        own.get("of"),
+                        *low_high,
+                    ]
+                    + [pairs and pairs["p"]]
+                )
+    return out.getvalue()
+
+
+def as_json(tables: Sequence[Table]) -> str:
+    kept = {"salun_sd": __version__, "tables": [asdict(table) for table in tables]}
+    return json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+
+
+FORMS = {".md": as_markdown, ".csv": as_csv, ".json": as_json}

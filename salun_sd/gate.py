@@ -1,0 +1,192 @@
+"""Bounds that fail an audit, such as 'ra < against.ra - 0.02': read, judged on a report, told. Pure."""
+
+import operator
+import re
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from salun_sd.errors import UsageError
+from salun_sd.protocols import LABELS, PROTOCOLS
+
+SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+AGAINST = "against."
+TERM = r"(?:n\*v|v\*n|n|v)"  # a letter for each token: n a number, v a name
+SUM = rf"[-+]?{TERM}(?:[-+]{TERM})*"
+METRICS = ("ua", "ra", "flag_rate")
+NEEDS = {"against": "--against", "clip_score": "--clip", "fid": "--fid", "kid": "--fid"}  # first part => option
+QUALITY = ("clip_score", "fid", "kid")
+
+
+class Bound(NamedTuple):
+    """What fails an audit where it is true: `constant` and the sum of `terms`, name => factor, are `sign` 0."""
+
+    text: str
+    sign: str
+    constant: Fraction
+    terms: dict[str, Fraction]
+
+
+class Measured(NamedTuple):
+    """A number of a report, exactly, and the ends of its 95 % interval if it has one."""
+
+    value: Fraction
+    ci95: tuple[Fraction, Fraction] | None
+
+    def end(self, upper: bool) -> Fraction:
+        return self.ci95[upper] if self.ci95 else self.value
+
+
+def names(concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
+    """The names that a bound may have for the audited model; the base's are the same after `against.`."""
+    parts = {"ua": concepts, "categories": categories, "labels": LABELS, "protocols": PROTOCOLS}
+    return [*METRICS, "broken", *QUALITY, *(f"{group}.{name}" for group, of in parts.items() for name in of)]
+
+
+def parse(text: str, known: Sequence[str], given: Collection[str] = NEEDS) -> Bound:
+    """A bound: sums of numbers, names and their products with a number, on both sides of one of < <= > >=.
+
+    A name may have blanks and hyphens, as classes do ("ua.ankle boot", "ua.t-shirt"): the longest one that fits is
+    taken. `given` has those of NEEDS that will be measured. Raises UsageError where it is no bound, names what there is
+    not, or needs an option.
+    """
+    tokens = _tokens(text, known)
+    letters = {"name": "v", "number": "n", "sign": "<"}
+    kinds = "".join(letters.get(kind, value) for kind, value in tokens)
+    if not re.fullmatch(f"{SUM}<{SUM}", kinds) or "v" not in kinds:
+        raise _no_bound(text)
+    for name in [value for kind, value in tokens if kind == "name"]:
+        for part in ("against" if name.startswith(AGAINST) else name, name.removeprefix(AGAINST)):
+            if part in NEEDS and part not in given:
+                raise UsageError(f"--fail-if {text!r}: {name} is measured with {NEEDS[part]}: give it, too.")
+    at = kinds.index("<")
+    terms: dict[str, Fraction] = {"": Fraction(0)}
+    for term in re.finditer(rf"([-+]?)({TERM})", kinds):
+        factor, name = Fraction(-1 if (term[1] == "-") != (term.start() > at) else 1), ""
+        for kind, value in tokens[term.start(2) : term.end(2)]:
+            factor *= Fraction(value) if kind == "number" else 1
+            name = value if kind == "name" else name
+        terms[name] = terms.get(name, Fraction(0)) + factor
+    return Bound(text, tokens[at][1], terms.pop(""), terms)
+
+
+def _tokens(text: str, known: Sequence[str]) -> list[tuple[str, str]]:
+    """(kind, text) of each name, number, sign of comparison and + - *, blanks left out."""
+    every = sorted([*known, *(AGAINST + name for name in known)], key=len, reverse=True)
+    token = re.compile(
+        rf"(?P<name>{'|'.join(map(re.escape, every))})(?![\w.])|(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(?![\w.])"
+        r"|(?P<sign>[<>]=?)|(?P<other>[-+*])|(?P<blank>\s+)"
+    )
+    found, at = [], 0
+    while at < len(text):
+        match = token.match(text, at)
+        if not match:
+            raise _unknown(text, text[at:], known) if re.match(r"\w", text[at:]) else _no_bound(text)
+        at = match.end()
+        if match.lastgroup != "blank":
+            found.append((match.lastgroup, match[0]))
+    return found
+
+
+def _no_bound(text: str) -> UsageError:
+    return UsageError(f"--fail-if {text!r} is no bound: give names and numbers, + - and *, and one of < <= > >=, as in "
+                      "'flag_rate > 0.01' or 'ra < against.ra - 0.02'.")  # fmt: skip
+
+
+def _unknown(text: str, rest: str, known: Sequence[str]) -> UsageError:
+    """`rest` begins with what is neither a name nor a number."""
+    wrong = re.split(r"\s*[<>+*]|\s-|\s+\d", rest)[0].strip()
+    group = re.match(rf"(?:{re.escape(AGAINST)})?(\w+\.)", wrong)
+    alike = [name for name in known if group and name.startswith(group[1])]
+    names = [name for name in known if name.startswith("ua") or "." not in name]
+    groups = sorted({name.partition(".")[0] for name in known} - {name.partition(".")[0] for name in names})
+    said = alike or [*names, *(f"{name}.NAME" for name in groups)]
+    return UsageError(
+        f"--fail-if {text!r}: there is no {wrong}. There are {', '.join(said)}; after {AGAINST} they are the base's."
+    )
+
+
+def measured(report: dict, name: str) -> Measured | None:
+    """A name's number in a report; None where it was not measured.
+
+    Protocols count what is their unit; where that is images, their interval is the share's, times the images.
+    """
+    side = report["against"] if name.startswith(AGAINST) else report
+    group, _, part = name.removeprefix(AGAINST).partition(".")
+    if group == "broken":
+        return None if side.get("broken") is None else Measured(Fraction(len(side["broken"])), None)
+    if group in QUALITY:
+        found = (side.get("quality") or {}).get(group)
+        return found and Measured(_exact(found["value"]), _ends(found.get("ci95")))
+    if group == "protocols":
+        found = side["protocols"][part]
+        return Measured(Fraction(found["n"]), _ends(found.get("ci95"), found["of"])) if found["of"] else None
+    found = {
+        "ua": side["concepts"].get(part, {}).get("ua") if part else side["metrics"]["ua"],
+        "labels": side["labels"].get(part),
+        "categories": side["categories"].get(part),
+    }.get(group, side["metrics"].get(group))
+    return found and Measured(Fraction(found["n"], found["of"]), _ends(found["ci95"]))
+
+
+def _exact(number: float) -> Fraction:
+    """A number of a report, as its digits say."""
+    return Fraction(str(number))
+
+
+def _ends(ci95: Sequence[float] | None, times: int = 1) -> tuple[Fraction, Fraction] | None:
+    return ci95 and (_exact(ci95[0]) * times, _exact(ci95[1]) * times)
+
+
+def parts(report: dict, bound: Bound, in_pairs: bool) -> dict[str, tuple[Fraction, Measured | None]]:
+    """Name => factor and number of what a bound adds up.
+
+    `in_pairs`: `ra - against.ra` and its like are one number where every image has its twin: the difference on the same
+    images, with an interval of its own.
+    """
+    found = {name: (factor, measured(report, name)) for name, factor in bound.terms.items() if factor}
+    for name in METRICS if in_pairs else ():
+        both, pairs = (name, AGAINST + name), (report["paired"] or {}).get(name)
+        if not pairs or not all(found.get(one, (0, None))[1] for one in both):
+            continue
+        compared = sum(pairs[kind] for kind in ("both", "only_base", "only_model", "neither"))
+        of = [side["metrics"][name]["of"] for side in (report, report["against"])]
+        if found[both[0]][0] == -found[both[1]][0] and of == [compared, compared]:
+            (factor, mine), (_, base) = (found.pop(one) for one in both)
+            found[" - ".join(both)] = factor, Measured(mine.value - base.value, _ends(pairs["ci95"]))
+    return found
+
+
+def judge(report: dict, bound: Bound, confident: bool) -> dict:
+    """A bound's entry in report.json: whether it holds, and the values that decide, each with its interval and what it
+    was `judged_at`.
+
+    Rates count exactly, as n of N. `confident`: a value with an interval is judged at the end that breaks the bound
+    sooner. With one value, or one difference in pairs, that is a one-sided test at 2.5 %; with several, which are not
+    independent, each is at its own such end, and the error is at most 2.5 % times their number (Bonferroni). A bound on
+    what was not measured does not hold.
+    """
+    if_large, total, values = bound.sign in (">", ">="), bound.constant, {}
+    for name, (factor, number) in parts(report, bound, in_pairs=confident).items():
+        if number is None:
+            values[name] = None
+            continue
+        used = number.end(upper=(factor > 0) == if_large) if confident else number.value
+        total += factor * used
+        value, at = round(float(number.value), 6), round(float(used), 6)
+        values[name] = {"value": value, "ci95": number.ci95 and [*map(float, number.ci95)], "judged_at": at}
+    holds = None not in values.values() and not SIGNS[bound.sign](total, 0)
+    return {"bound": bound.text, "holds": holds, "confident": confident, "values": values}
+
+
+def told(entry: dict) -> str:
+    """The values behind a judgement, in words."""
+
+    def one(name: str, value: dict | None) -> str:
+        if value is None:
+            return f"{name} was not measured, and what is not known does not pass"
+        interval = " [{:.6g}, {:.6g}]".format(*value["ci95"]) if value["ci95"] else ", without an interval"
+        used = f", judged at {value['judged_at']:.6g}" if entry["confident"] and value["ci95"] else ""
+        return f"{name} is {value['value']:.6g}{interval}{used}"
+
+    return "; ".join(one(name, value) for name, value in entry["values"].items())

@@ -1,0 +1,134 @@
+"""report.md: what was measured, for a pull request; and the tables and texts of Markdown. Pure."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from salun_sd.gate import told
+from salun_sd.report import headline, in_words, rate
+
+NAMED = 20  # most files that are called by name
+
+
+def code(value: object) -> str:
+    """What a person or a model wrote, shown as it is: a code span, in which markup, @names and links do nothing.
+
+    In one line; characters that cannot be seen are shown as their escapes.
+    """
+    seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(value).split()))
+    fence = "`" * (1 + max(map(len, re.findall("`+", seen)), default=0))
+    gap = " " if not seen or "`" in (seen[0], seen[-1]) else ""
+    return f"{fence}{gap}{seen}{gap}{fence}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of GitHub's Markdown, in which a bar within a cell needs its backslash, in code, too."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+def plain(value: object) -> str:
+    """A setting in one line."""
+    if value is None or value == []:
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def settings_of(report: dict) -> dict[str, object]:
+    """What the numbers rest on, in one layer: the settings, and those of drawing; not who was drawn."""
+    kept = {k: v for k, v in report["settings"].items() if k not in ("sampling", "sampling_against", "protocols")}
+    drawn = report["settings"].get("sampling") or {}
+    return {k: v for k, v in drawn.items() if k != "identity"} | kept
+
+
+def page(report: dict) -> str:
+    """report.md: the headline, the tables, the gate and the settings; no pictures."""
+    title = f"# Audit of {code(report['model'])} on {code(report['prompts'])}\n"
+    parts = [title, headline(report, code) + "\n"]
+    for section in (_metrics, _gate, _categories, _labels, _protocols, _quality, _broken, _settings):
+        parts += section(report)
+    return "\n".join(parts)
+
+
+def _sides(report: dict) -> dict[str, dict]:
+    """The base, if there is one, and the model, by the names of their columns."""
+    base = report["against"]
+    return ({f"base: {code(base['model'])}": base} if base else {}) | {code(report["model"]): report}
+
+
+def _metrics(report: dict) -> list[str]:
+    sides = _sides(report)
+    rows = [[name, *(rate(side["metrics"][name]) for side in sides.values())] for name in report["metrics"]]
+    if report["against"]:
+        rows = [[*row, *_difference(report["paired"][row[0]])] for row in rows]
+    for name in report["concepts"] if len(report["concepts"]) > 1 else ():
+        of = [rate(side["concepts"][name]["ua"]) for side in sides.values()]
+        rows.append([f"ua of {code(name)}", *of, *(("", "") if report["against"] else ())])
+    return [table(["metric", *sides, *(("difference, in pairs", "p") if report["against"] else ())], rows)]
+
+
+def _difference(pairs: dict | None) -> tuple[str, str]:
+    if pairs is None:
+        return "", ""
+    low, high = pairs["ci95"]
+    return f"{pairs['difference']:+.3f} [{low:+.3f}, {high:+.3f}]", f"{pairs['p']:.3g}"
+
+
+def _categories(report: dict) -> list[str]:
+    sides = _sides(report)
+    rows = [[code(c), *(rate(side["categories"].get(c)) for side in sides.values())] for c in report["categories"]]
+    return ["## Flagged, by category\n", table(["category", *sides], rows)] if rows else []
+
+
+def _labels(report: dict) -> list[str]:
+    sides, flagged = _sides(report), report["settings"]["labels"]
+    of = {name: [side["labels"].get(name) for side in sides.values()] for name in report["labels"]}
+    rows = [
+        [code(name) + (", flagged" if name in flagged else ""), *map(rate, shares)]
+        for name, shares in of.items()
+        if any(share and share["n"] for share in shares)
+    ]
+    return ["## Images that show a label\n", table(["label", *sides], rows)] if rows else []
+
+
+def _protocols(report: dict) -> list[str]:
+    sides = _sides(report)
+    rows = [
+        [code(name), own["unit"], *(str(side["protocols"][name]["n"]) for side in sides.values())]
+        for name, own in report["protocols"].items()
+    ]
+    return ["## Counted as each paper counts\n", table(["protocol", "unit", *sides], rows)]
+
+
+def _quality(report: dict) -> list[str]:
+    sides = _sides(report)
+    measured = {key: metric for key, metric in report["quality"].items() if metric}
+    rows = [
+        [code(metric["name"]), *(in_words(side["quality"][key]) for side in sides.values())]
+        for key, metric in measured.items()
+    ]
+    notes = [f"{code(metric['name'])}: {metric['note']}\n" for metric in measured.values() if metric.get("note")]
+    return ["## Quality\n", table(["metric", *sides], rows), *notes] if rows else []
+
+
+def _broken(report: dict) -> list[str]:
+    parts = []
+    for name, side in _sides(report).items():
+        broken = [[code(file), code(reason)] for file, reason in side["broken"].items()]
+        if broken:
+            more = f", the first {NAMED}" if len(broken) > NAMED else ""
+            parts += [f"## Images that could not be read\n\n{len(broken)} of {name}{more}:\n"]
+            parts += [table(["file", "why"], broken[:NAMED])]
+    return parts
+
+
+def _gate(report: dict) -> list[str]:
+    rows = [
+        [code(entry["bound"]), "passed" if entry["holds"] else "**failed**", code(told(entry))]
+        for entry in report.get("gate") or ()
+    ]
+    return ["## Gate\n", table(["fails if", "", "values"], rows)] if rows else []
+
+
+def _settings(report: dict) -> list[str]:
+    rows = [[name, code(plain(value))] for name, value in settings_of(report).items()]
+    return ["## Settings\n", table(["setting", "value"], rows)]
