@@ -210,7 +210,7 @@ def _paired(of_name: dict[str, Audit]) -> tuple[dict[str, dict], dict[str, str]]
         if lacking := [audit.file.parent for audit in (first, other) if audit.run is None]:
             unpaired[name] = f"{lacking[0]} holds no manifest.jsonl and detections.jsonl"
         elif differ:
-            unpaired[name] = f"{' and '.join(differ)} differ"
+            unpaired[name] = f"other {', other '.join(differ)}"
         else:
             try:
                 check_same_prompts(other.run, first.run)

@@ -72,7 +72,7 @@ def test_the_three_commands_write_exactly_these_files(made, few):
     images = {f"images/{p.case}_0.png" for p in prompts.read(str(few))}
     tables = {"manifest.jsonl", "detections.jsonl"}
     assert files_in(made / "audit") == (
-        images | tables | {"report.json", "report.html"} | {f"against/{name}" for name in images | tables}
+        images | tables | {"report.json", "report.html", "report.md"} | {f"against/{name}" for name in images | tables}
     )
     assert files_in(made / "erased") == {
         "README.md", "losses.jsonl", "mask.safetensors", "model_index.json", "run.json", "salun.json", "sampling.json",
@@ -195,13 +195,54 @@ def test_folders_of_images_to_forget_and_to_retain(tmp_path):
     assert record["images"] == {"forget": 3, "retain": 3} and record["settings"]["steps"] == 2  # one pass
 
 
+def test_a_gate_ends_with_3_once_everything_is_written(made, few, tmp_path, capsys):
+    images = ["evaluate", "--images", str(made / "audit" / "images"), "--prompts", str(few), "--concept", "sneaker"]
+    argv = [*images, "--out", str(tmp_path / "a")]
+    said = fails([*argv, "--fail-if", "flag_rate > 0.1", "--fail-if", "ra <= 1 + 0 * ua.sneaker"], 3, capsys)
+    assert said.startswith("Failed: ra <= 1 + 0 * ua.sneaker: ra is ") and "ua.sneaker" not in said.split(": ", 2)[2]
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert [entry["holds"] for entry in report["gate"]] == [True, False]
+    assert "**failed**" in (tmp_path / "a" / "report.md").read_text() and (tmp_path / "a" / "report.html").is_file()
+    cli.run([*argv, "--fail-if", "flag_rate > 0.1"])
+    assert "Failed" not in capsys.readouterr().err
+    said = fails([*argv, "--fail-if", "flag_rate > 0.1", "--confident"], 3, capsys)
+    assert "flag_rate is 0 [0, 0.242494], judged at 0.242494" in said  # 12 images are too few to know
+    cli.run(argv)
+    assert json.loads((tmp_path / "a" / "report.json").read_text())["gate"] is None
+
+
+def test_a_bound_that_is_none_is_said_before_anything_is_drawn(few, tmp_path, capsys):
+    argv = ["evaluate", "pocket", "--prompts", few, "--concept", "sneaker", "--out", tmp_path / "a"]
+    assert "there is no ua.boat. There are ua.sneaker;" in fails([*argv, "--fail-if", "ua.boat < 1"], 2, capsys)
+    assert "give --against" in fails([*argv, "--fail-if", "ra < against.ra"], 2, capsys)
+    assert "--confident is for --fail-if" in fails([*argv, "--confident"], 2, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_audits_are_compared_on_the_terminal_and_in_files(made, few, tmp_path, capsys, monkeypatch):
+    images = ["evaluate", "--images", str(made / "audit" / "against" / "images"), "--prompts", str(few)]
+    cli.run([*images, "--concept", "sneaker", "--out", str(tmp_path / "base")])
+    capsys.readouterr()
+    audits = [str(made / "audit"), str(tmp_path / "base" / "report.json")]
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.run(["compare", *audits])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{few}\nNot the same: scheduler: ") and "base: pocket" in shown and "ra: p" in shown
+    for suffix in (".md", ".csv", ".json"):
+        cli.run(["compare", *audits, "--out", str(tmp_path / f"both{suffix}")])
+        assert (tmp_path / f"both{suffix}").stat().st_size > 500
+    assert "ends in none of .md, .csv, .json" in fails(["compare", *audits, "--out", "x.txt"], 2, capsys)
+    assert "There is no" in fails(["compare", audits[0], tmp_path / "nowhere"], 2, capsys)
+
+
 def test_a_folder_of_images_some_other_program_made(made, few, tmp_path, capsys):
     shutil.copytree(made / "audit" / "images", tmp_path / "images")
     Image.fromarray(photos.astronaut()).save(tmp_path / "images" / "0_0.png")
     audit = ["evaluate", "--images", str(tmp_path / "images"), "--prompts", str(few), "--concept", "sneaker",
              "--out", str(tmp_path / "audit")]  # fmt: skip
     cli.run(audit)
-    assert files_in(tmp_path / "audit") == {"manifest.jsonl", "detections.jsonl", "report.json", "report.html"}
+    assert files_in(tmp_path / "audit") == {
+        "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "report.md"}  # fmt: skip
     first = json.loads((tmp_path / "audit" / "detections.jsonl").read_text().splitlines()[0])
     assert first["width"] == 512 and "FACE_FEMALE" in {box["label"] for box in first["boxes"]}
     cli.run([*audit, "--where", "class=sneaker", "--limit", "2"])

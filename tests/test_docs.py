@@ -12,7 +12,7 @@ from salun_sd import cli, plan, prompts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ["mask", "erase", "apply", "evaluate", "cache", "demo"]
+COMMANDS = ["mask", "erase", "apply", "evaluate", "compare", "cache", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,7 +28,9 @@ def test_every_command_is_documented():
 
 
 def test_every_command_line_in_the_docs_parses():
-    lines = re.findall(r"salun-sd (?:mask|erase|apply|evaluate|cache|demo) [^`\n]*", README.replace("\\\n", " "))
+    lines = re.findall(
+        r"salun-sd (?:mask|erase|apply|evaluate|compare|cache|demo) [^`\n]*", README.replace("\\\n", " ")
+    )
     lines = [line for line in lines if "[OPTIONS]" not in line and "--help" not in line]
     assert lines
     group = typer.main.get_command(cli.app)

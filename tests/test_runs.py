@@ -83,6 +83,21 @@ def test_a_recorded_audit_is_in_the_record_and_in_the_card(tiny, two):
     named = [line.split("|")[1].strip() for line in table[2:]]
     assert named == ["ua", "ra", "flag\\_rate", "ua of sneaker", "ua of coat"]
     assert len({line.count("|") for line in table}) == 1 and table[1] == "| --- | --- | --- |"
+    told = card.text.partition("## Audit on ")[2].splitlines()[2]
+    assert told.startswith(f"{report['metrics']['ua']['n']} of 4 images asked for as “sneaker” and “coat”")
+    assert told == audit["headline"]
+
+
+def test_recording_again_replaces_the_audit_of_the_same_prompts(two, tmp_path):
+    shutil.copytree(two / "erased", tmp_path / "erased")
+    argv = ["evaluate", str(tmp_path / "erased"), "--prompts", str(two / "few.csv"), "--steps", "1", "--record"]
+    for name, more in (("one", []), ("other", ["--where", "class=coat"])):
+        cli.run([*argv, *more, "--out", str(tmp_path / name)])
+    audits = record_of(tmp_path / "erased")["audits"]
+    assert list(audits) == [str(two / "few.csv"), f"{two / 'few.csv'} where class=coat"]
+    assert audits[str(two / "few.csv")]["sampling"]["steps"] == 1 and audits[str(two / "few.csv")]["against"] is None
+    card = (tmp_path / "erased" / "README.md").read_text()
+    assert card.count("## Audit on ") == 2 and card.count("1 denoising steps") == 2
 
 
 def test_an_audit_of_weights_that_changed_since_is_not_recorded(tiny, two, tmp_path, capsys):
