@@ -237,7 +237,10 @@ def sentences(table: Table, shown: Callable[[str], str] = quoted) -> list[str]:
     first = table.columns[0].name
     said += [f"No pairs of {shown(name)} and {shown(first)}: {shown(why)}." for name, why in table.unpaired.items()]
     if table.paired:
-        said.append(f"p: exact McNemar, image by image, against {shown(first)}; of several images a prompt too small.")
+        said.append(
+            f"p: exact McNemar, image by image, against {shown(first)}; in brackets the images that count there only : "
+            "here only. With several images of a prompt p is too small."
+        )
     return said
 
 
@@ -262,7 +265,7 @@ def lines(table: Table) -> list[list[str]]:
 
 
 def _pairs(pairs: dict) -> str:
-    return f"{pairs['p']:.3g} ({pairs['only_base']} only there, {pairs['only_model']} only here)"
+    return f"{pairs['p']:.3g} ({pairs['only_base']} : {pairs['only_model']})"
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
