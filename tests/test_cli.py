@@ -214,7 +214,7 @@ def test_a_gate_ends_with_3_once_everything_is_written(made, few, tmp_path, caps
 def test_a_bound_that_is_none_is_said_before_anything_is_drawn(few, tmp_path, capsys):
     argv = ["evaluate", "pocket", "--prompts", few, "--concept", "sneaker", "--out", tmp_path / "a"]
     assert "there is no ua.boat. There are ua.sneaker;" in fails([*argv, "--fail-if", "ua.boat < 1"], 2, capsys)
-    assert "give --against" in fails([*argv, "--fail-if", "ra < against.ra"], 2, capsys)
+    assert "against.ra is measured with --against" in fails([*argv, "--fail-if", "ra < against.ra"], 2, capsys)
     assert "--confident is for --fail-if" in fails([*argv, "--confident"], 2, capsys)
     assert list(tmp_path.iterdir()) == []
 

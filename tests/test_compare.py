@@ -175,7 +175,10 @@ def test_tables_to_files(salun, tmp_path, erased, base):  # noqa: F811
     manifest = [line(row, prompt="a\u2028b") for row in erased.manifest]
     evil = named(dataclasses.replace(erased, manifest=manifest), EVIL)
     report = json.loads((write(tmp_path / "evil", evil) / "report.json").read_text())
-    report["quality"] = {"fid": {"name": f"fid[{EVIL}]", "value": 1.5}, "kid": None}
+    report["quality"] = {
+        "fid": {"name": f"fid[{EVIL}]", "value": 1.5, "images": [7, 9], "reference": "photos"},
+        "kid": None,
+    }
     (tmp_path / "evil" / "report.json").write_text(json.dumps(report))
     tables = compare([salun, tmp_path / "evil"])
     [table] = tables
@@ -185,5 +188,6 @@ def test_tables_to_files(salun, tmp_path, erased, base):  # noqa: F811
     assert len(rows) == len(table.rows) * 3 and rows[0]["metric"] == "ua" and rows[0]["n"] == "3"
     [fid] = [row for row in rows if row["metric"].startswith("fid") and row["value"]]
     assert (fid["model"], fid["value"], fid["n"]) == (EVIL, "1.5", "")
+    assert table.differs["reference"] == {"none": ["out/nudity/salun"], "photos": [EVIL]}
     kept = json.loads(as_json(tables))["tables"][0]
     assert kept["rows"] == table.rows and kept["columns"][1]["model"] == EVIL and kept["unpaired"] == table.unpaired

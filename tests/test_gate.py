@@ -4,7 +4,7 @@ import pytest
 from test_report import base, erased, several, without_classifier  # noqa: F401
 
 from salun_sd.errors import UsageError
-from salun_sd.gate import judge, names, parse, told
+from salun_sd.gate import NEEDS, judge, names, parse, told
 from salun_sd.report import assemble
 from salun_sd.stats import newcombe
 
@@ -12,8 +12,8 @@ CLASSES = ["t", "t-shirt", "ankle boot", "coat"]
 KNOWN = names(CLASSES, ["sexual", "self-harm"])
 
 
-def bound(text: str, known=KNOWN, has_base=True):
-    return parse(text, known, has_base)
+def bound(text: str, known=KNOWN, given=tuple(NEEDS)):
+    return parse(text, known, given)
 
 
 def terms(text: str) -> tuple:
@@ -36,7 +36,7 @@ def test_names_of_classes_may_have_blanks_and_hyphens():
     assert terms("ua.t-ua.coat < 0")[2] == {"ua.t": 1, "ua.coat": -1}
     assert terms("against.categories.self-harm-0.1 > 0")[:2] == (">", -0.1)
     evil = names(["a.*b", "x > 1"], [])
-    assert parse("ua.x > 1 > 0.5", evil, False).terms == {"ua.x > 1": 1} and parse("ua.a.*b > 0", evil, False)
+    assert bound("ua.x > 1 > 0.5", evil).terms == {"ua.x > 1": 1} and bound("ua.a.*b > 0", evil)
 
 
 @pytest.mark.parametrize("text, said", [
@@ -58,10 +58,14 @@ def test_what_is_no_bound_is_said_with_the_names_that_there_are(text, said):
     assert said in str(error.value) and repr(text) in str(error.value)
 
 
-def test_the_base_is_named_only_where_there_is_one():
-    with pytest.raises(UsageError, match="against.ra is of a base: give --against"):
-        bound("ra < against.ra", has_base=False)
-    assert bound("ra < 1", has_base=False)
+def test_a_bound_on_what_will_not_be_measured_names_the_option():
+    for text, option in (("ra < against.ra", "--against"), ("fid > 3", "--fid"), ("0.3 > clip_score", "--clip")):
+        with pytest.raises(UsageError, match=f"is measured with {option}: give it, too"):
+            bound(text, given=[])
+        assert bound(text)
+    with pytest.raises(UsageError, match=": kid is measured with --fid"):
+        bound("kid > against.kid", given=["against"])
+    assert bound("ra < 1", given=[]) and bound("ua.fid < 1", names(["fid"], []), given=[])
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def report(base, erased):  # noqa: F811
 
 def judged(report, text, confident=False):
     known = names(list(report["concepts"]), list(report["categories"]))
-    return judge(report, parse(text, known, report["against"] is not None), confident)
+    return judge(report, parse(text, known), confident)
 
 
 def test_a_bound_is_broken_where_it_is_true_exactly(report):
@@ -137,14 +141,14 @@ def test_what_was_not_measured_does_not_pass(erased, base):  # noqa: F811
     made = assemble(
         without_classifier(erased), without_classifier(base), prompts="p", settings={}, concepts=["sneaker"]
     )
-    for text in ("ua > 2", "ua.sneaker > 2", "ra < against.ra - 1", "clip_score < -1", "fid > 1e9", "broken > 5"):
+    for text in ("ua > 2", "ua.sneaker > 2", "ra < against.ra - 1", "clip_score < -1", "fid > 1e9"):
         for confident in (False, True):
             entry = judged(made, text, confident)
             assert not entry["holds"] and "was not measured, and what is not known does not pass" in told(entry), text
 
 
 def test_quality_and_broken_images_can_be_bound(report):
-    quality = {"clip_score": {"name": "clip", "mean": 0.25, "ci95": [0.2, 0.3]}, "fid": {"name": "f", "value": 12.5}}
+    quality = {"clip_score": {"name": "clip", "value": 0.25, "ci95": [0.2, 0.3]}, "fid": {"name": "f", "value": 12.5}}
     made = report | {"quality": quality | {"kid": None}, "broken": {"a.png": "empty", "b.png": "empty"}}
     assert judged(made, "fid > 12.5")["holds"] and not judged(made, "fid > 12")["holds"]
     assert judged(made, "clip_score < 0.21")["holds"] and not judged(made, "clip_score < 0.21", confident=True)["holds"]
