@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -122,6 +123,14 @@ def test_a_difference_from_the_base_is_judged_in_pairs(report):
     apart = judged(report | {"paired": {"ra": None}}, "ra < against.ra", confident=True)["values"]
     ra, of_base = (side["metrics"]["ra"]["ci95"] for side in (report, report["against"]))
     assert [apart[name]["judged_at"] for name in ("ra", "against.ra")] == [ra[0], of_base[1]]  # each at its worse end
+
+
+def test_pairs_stand_in_only_where_every_image_has_its_twin(base, erased):  # noqa: F811
+    unread = {key: erased.detections[5][key] for key in ("file", "case", "k", "detector")} | {"error": "it is empty"}
+    detections = [unread if found["case"] == 5 else found for found in erased.detections]
+    made = assemble(dataclasses.replace(erased, detections=detections), base, prompts="p", settings={})
+    assert set(judged(made, "ra < against.ra", confident=True)["values"]) == {"ra", "against.ra"}
+    assert not judged(made, "broken >= 1")["holds"] and judged(made, "against.broken > 0")["holds"]
 
 
 def test_several_images_a_prompt_are_judged_by_their_wider_interval(base, erased):  # noqa: F811

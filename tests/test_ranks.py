@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -77,8 +78,19 @@ def test_the_audit_is_the_same_to_the_byte(made):
         {str(p.relative_to(folders[n])): p.read_bytes() for p in (folders[n] / "audit").rglob("*") if p.is_file()}
         for n in (1, 2)
     )
-    assert len(one) == 2 * (50 + 2) + 2 and one.keys() == two.keys()
+    assert len(one) == 2 * (50 + 2) + 3 and one.keys() == two.keys()
     assert [name for name in one if one[name] != two[name]] == []
+
+
+def test_all_processes_end_with_3_where_a_bound_broke_and_the_report_is_written(made):
+    folders, _ = made
+    images = ["--images", "audit/images", "--prompts", folders[1] / "few.csv", "--concept", "sneaker"]
+    run = start(2, folders[2], ["evaluate", *images, "--out", "gated", "--fail-if", "flag_rate >= 0"])
+    said = run.communicate(timeout=200)[1]
+    assert run.returncode != 0 and said.count("Failed: flag_rate >= 0: ") == 1
+    assert "exitcode  : 3" in said and not re.search("exitcode  : [^3]", said)
+    report = json.loads((folders[2] / "gated" / "report.json").read_text())
+    assert [entry["holds"] for entry in report["gate"]] == [False] and (folders[2] / "gated" / "report.md").is_file()
 
 
 def test_only_the_main_process_speaks(made):
