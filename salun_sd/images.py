@@ -88,9 +88,9 @@ def still_or_why(file: Path) -> Image.Image | Unreadable:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The files of a folder whose ending is that of an image, sorted."""
+    """The files of a folder whose ending is that of an image, sorted, without hidden ones."""
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in known)
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in known and file.name[0] != ".")
 
 
 def in_order(work: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

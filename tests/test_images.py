@@ -122,7 +122,7 @@ def test_work_in_order_whatever_takes_long():
 
 
 def test_images_in_a_folder_are_those_by_their_ending(tmp_path):
-    for name in ("b.PNG", "a.jpeg", "c.gif", "notes.txt", "d", ".DS_Store"):
+    for name in ("b.PNG", "a.jpeg", "c.gif", "notes.txt", "d", ".DS_Store", "._a.jpeg"):
         (tmp_path / name).write_bytes(b"")
     assert [file.name for file in images_in(tmp_path)] == ["a.jpeg", "b.PNG", "c.gif"]
 
