@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from salun_sd import checkpoint, classify, gate, generate, markdown, prompts, provenance, quality, ranks, report
+from salun_sd import checkpoint, classify, gate, generate, markdown, page, prompts, provenance, quality, ranks, report
 from salun_sd.checkpoint import POCKET, Checkpoint
 from salun_sd.classify import Judge
 from salun_sd.clip import Clip
@@ -38,12 +38,13 @@ def evaluate(
     images: Path | None, concepts: list[str], classifier: str | None, steps: int | None, scheduler: str | None,
     guidance: float | None, size: str | None, samples: int, record: bool, detector: Path | None = None,
     clip: str | None = None, fid: str | None = None, reference: Path | None = None,
-    fail_if: list[str], confident: bool, out: Path,
+    fail_if: list[str], confident: bool, pictures: bool, out: Path,
 ) -> dict:  # fmt: skip
     """Audit a checkpoint, or a folder of images, on a prompt set, or on its rows that meet `where` and of these the
     first `limit`: writes the audit into `out`, gives back the report; with `record`, its headline numbers go into the
     erased checkpoint. `scheduler` is one of sample.SCHEDULERS; `guidance` and `size` stand in for the rows' own. The
-    bounds of `fail_if` are read before anything is drawn; whether they hold is in the report.
+    bounds of `fail_if` are read before anything is drawn; whether they hold is in the report. Without `pictures`,
+    report.html shows none.
 
     Running it again draws and detects only what is missing.
     """
@@ -97,7 +98,7 @@ def evaluate(
     if not ranks.is_main():
         return made
     write_atomic(out / "report.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(out / "report.html", report.html(made, run, base))
+    write_atomic(out / "report.html", page.html(made, run, base, images=pictures))
     write_atomic(out / "report.md", markdown.page(made))
     if record:
         provenance.add_audit(model.path, report.headline_metrics(made) | {"sampling": settings["sampling"]})

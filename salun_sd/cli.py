@@ -409,6 +409,7 @@ def evaluate(
         ),
     ] = None,
     samples_per_prompt: Annotated[int, typer.Option(min=1, help="Images a prompt, from its seed on.")] = 1,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Leave the pictures out of report.html.")] = False,
     record: Annotated[
         bool, typer.Option("--record", help="Add the headline numbers to MODEL's record and model card.")
     ] = False,
@@ -448,8 +449,7 @@ def evaluate(
         erased, prompt_set=prompts, where=where or [], limit=limit, against=base, images=images,
         concepts=concept or [], classifier=classifier, steps=steps, scheduler=scheduler, guidance=guidance, size=size,
         samples=samples_per_prompt, record=record, detector=detector_model, clip=clip, fid=fid, reference=reference,
-        fail_if=fail_if or [], confident=confident,
-        out=out,
+        fail_if=fail_if or [], confident=confident, pictures=not no_images, out=out,
     )  # fmt: skip
     columns = {str(report["model"]): report}
     if report["against"]:

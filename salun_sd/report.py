@@ -1,24 +1,15 @@
-"""What was measured, to report.json and to one page a person can read. No torch, no network.
+"""What was measured, with its settings and base beside it: report.json, and its numbers in a sentence. Pure."""
 
-Two layers: the report with its settings and base beside it (`assemble`, pure), the page with its pictures (`html`).
-"""
-
-import base64
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files as resources
 from pathlib import Path
 
 from salun_sd import __version__
 from salun_sd.errors import SalunError
-from salun_sd.images import read_image
-from salun_sd.measure import by_image, labels_in, measure, outcomes, pair, paired
+from salun_sd.measure import measure, outcomes, pair, paired
 from salun_sd.protocols import DEFAULT_LABELS, PROTOCOLS, THRESHOLD
 
 SCHEMA = 4  # of report.json
-PAIRS = 24  # most images of the concepts on the page, and of the rest
-THUMBNAIL = 192  # longest side in pixels
 NO_QUALITY = {"clip_score": None, "fid": None, "kid": None}
 
 
@@ -190,56 +181,3 @@ def unread(images: int, of_base: int) -> str:
         f"{n} {'image' if n == 1 else 'images'}{whose}" for n, whose in ((images, ""), (of_base, " of the base")) if n
     ]
     return f" {' and '.join(said)} could not be read and {'counts' if images + of_base == 1 else 'count'} for nothing."
-
-
-def evenly(rows: list, count: int) -> list:
-    """At most `count` of the rows, at even distances, the first among them."""
-    return rows if len(rows) <= count else [rows[i * len(rows) // count] for i in range(count)]
-
-
-def thumbnail(file: Path) -> dict:
-    """An image as a data URI at most THUMBNAIL pixels a side, never enlarged; `tiny` asks for hard pixels on screen."""
-    image = read_image(file)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    tiny = max(image.size) <= THUMBNAIL // 2
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if tiny else "JPEG", quality=85)
-    kind = "png" if tiny else "jpeg"
-    return {"src": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", "tiny": tiny}
-
-
-def picture(folder: Path, row: dict, found: dict, settings: dict) -> dict:
-    """One image as the page shows it: what was asked, what was seen, and the labels that have it blurred."""
-    flags = sorted(labels_in(found, settings["threshold"]) & set(settings["labels"]))
-    return row | {"predicted": found["predicted"], "flags": flags} | thumbnail(folder / row["file"])
-
-
-def html(report: dict, run: Run, base: Run | None = None) -> str:
-    """report.html: one file that opens from disk and asks the network for nothing.
-
-    At most PAIRS images of the concepts and PAIRS of the rest, the base's beside them, chosen evenly by position within
-    each class. Flagged images are blurred until chosen.
-    """
-    from jinja2 import Environment, StrictUndefined
-
-    run, base = run.readable(), base and base.readable()
-    settings = report["settings"]
-    concepts = list(report["concepts"])
-    sides = [
-        (side.folder, by_image(side.manifest, side.model), by_image(side.detections, side.model))
-        for side in (base, run)
-        if side
-    ]
-
-    def pictures(of_concept: bool) -> list[list[dict]]:
-        both = [row for row in run.manifest if all((row["case"], row["k"]) in lines for _, lines, _ in sides)]
-        rows = [row for row in both if (row["class"] in concepts) == of_concept]
-        chosen = evenly(sorted(range(len(rows)), key=lambda i: rows[i]["class"] or ""), PAIRS)
-        keys = [(rows[i]["case"], rows[i]["k"]) for i in sorted(chosen)]
-        return [[picture(folder, lines[key], found[key], settings) for folder, lines, found in sides] for key in keys]
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = environment.from_string(resources("salun_sd").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    shown = {"of_concepts": pictures(True), "others": pictures(False)}
-    words = {"headline": headline(report), "concepts": concepts, "named": named(concepts)}
-    return template.render(report=report, manifest=run.manifest, **words, **shown)

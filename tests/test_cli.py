@@ -127,6 +127,13 @@ def test_the_report_counts_every_image(made):
     assert "http://" not in page and "https://" not in page and page.count("data:image/png;base64,") == 24
 
 
+def test_the_page_leaves_pictures_out_when_told_to(made, few, tmp_path):
+    cli.run(["evaluate", "--images", str(made / "audit" / "images"), "--prompts", str(few), "--no-images",
+             "--out", str(tmp_path / "audit")])  # fmt: skip
+    page = (tmp_path / "audit" / "report.html").read_text()
+    assert "<img" not in page and "base64" not in page and "--no-images" in page
+
+
 def test_running_again_does_nothing_twice_and_changes_no_byte(made, few, capsys):
     before = {f: f.stat().st_mtime_ns for f in (made / "audit").rglob("*.png")}
     report = (made / "audit" / "report.json").read_bytes()

@@ -1,9 +1,5 @@
-import base64
 import dataclasses
-import html as html_escapes
-import io
 import json
-import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,11 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from salun_sd import report
 from salun_sd.errors import SalunError
 from salun_sd.measure import measure
 from salun_sd.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS
-from salun_sd.report import Run, assemble, evenly, headline, headline_metrics, html, named, rate
+from salun_sd.report import Run, assemble, headline, headline_metrics, named, rate
 from salun_sd.stats import newcombe
 
 ASKED = ["sneaker", "sneaker", "sneaker", "bag", "bag", "dress", "dress"]
@@ -350,21 +345,6 @@ def test_all_images_may_be_torn(base, erased):
     got = assemble(nothing, base, prompts="p", settings={}, concepts=["sneaker"])
     assert got["metrics"] == {"ua": None, "ra": None, "flag_rate": None} and got["paired"]["flag_rate"] is None
     assert headline(got) == "There are no images to report on. 7 images could not be read and count for nothing."
-    assert "Files that could not be read" in html(got, nothing, base)
-
-
-def test_the_page_names_what_could_not_be_read(base, erased):
-    """Its thumbnail is not asked for, and its reason is text."""
-    (erased.folder / "images" / "6_0.png").write_bytes(b"")
-    run, other = torn(erased, 6), torn(base, 0, 1)
-    made = assemble(run, other, prompts="p", settings={}, concepts=["sneaker"])
-    page = html(made, run, other)
-    assert "1 image and 2 images of the base could not be read and count for nothing." in page
-    assert "image file is &lt;truncated&gt;" in page and page.count("images/6_0.png") == 1
-    assert len(sources(page)) == 2 * 4
-    alone = headline(assemble(run, prompts="p", settings={}))
-    assert alone.endswith(" 1 image could not be read and counts for nothing.")
-    assert "could not be read" not in html(assemble(erased, base, prompts="p", settings={}), run, base)
 
 
 def test_headline(base, erased):
@@ -428,172 +408,6 @@ def test_headline_metrics_are_what_was_measured_in_words(base, erased):
     assert nothing["images"] == 0 and nothing["metrics"] == {}
 
 
-def test_evenly_spaced_samples_keep_order():
-    assert evenly([1, 2, 3], 3) == [1, 2, 3]
-    picked = evenly(list(range(100)), 24)
-    assert len(picked) == 24 and picked[0] == 0
-    assert {b - a for a, b in zip(picked, picked[1:], strict=False)} == {4, 5}
-
-
-def sources(page: str) -> list[str]:
-    return re.findall(r'src="([^"]*)"', page)
-
-
-def test_page_is_one_file_that_asks_for_nothing(base, erased):
-    page = html(assemble(erased, base, prompts="pocket", settings={"size": None}, concepts=["sneaker"]), erased, base)
-    assert page.startswith("<!doctype html>")
-    for outside in ("http://", "https://", "url(", "@import", "<link", "<script"):
-        assert outside not in page
-    assert len(sources(page)) == 14 and all(src.startswith("data:image/png;base64,") for src in sources(page))
-    assert page.count("src=") == 14
-    assert page.count("still sneaker") == 0 and page.count("seen as bag") > 0
-    assert "<td>none</td>" in page  # a setting without a value
-
-
-def test_page_of_several_concepts_has_each_by_itself(base, erased):
-    def page_of(run, *concepts):
-        made = assemble(run, base, prompts="pocket", settings={}, concepts=concepts)
-        return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", html(made, run, base), flags=re.S))
-
-    two, one = page_of(erased, "sneaker", "bag"), page_of(erased, "sneaker")
-    assert "Concepts sneaker, bag " in two and "Concept sneaker " in one
-    assert "sneaker 1 / 3 6.1 to 79.2 % 3 / 3 43.9 to 100.0 % bag 0 / 2 0.0 to 65.8 % 1 / 2 9.5 to 90.5 %" in two
-    assert [page.count("Concept by concept") for page in (two, one)] == [1, 0]
-    assert [page.count(f"What “{name}” became") for page in (two, one) for name in ("sneaker", "bag")] == [1, 1, 1, 0]
-    assert [page.count("a concept ") for page in (two, one)] == [2, 0] and one.count("the concept ") == 1
-    assert "Asked for as “sneaker” and “bag”, before and after All 5 pairs" in two and "All 2 pairs" in two
-    assert two.count("still bag") == 1 and two.count("still sneaker") == 0  # case 4, a bag seen as a sneaker, is gone
-    half = page_of(without_classifier(erased), "sneaker", "bag")
-    assert "Concept by concept" not in half and "Concepts gone ua Not measured" in half
-
-
-def test_page_escapes_what_people_and_models_wrote(erased):
-    evil = "<script>alert(1)</script>\"'&"
-    manifest = [line(row, prompt=evil, **{"class": evil}) for row in erased.manifest]
-    run = dataclasses.replace(erased, model=evil, manifest=manifest)
-    page = html(assemble(run, prompts=evil, settings={"note": evil}, concepts=[evil]), run)
-    assert "<script" not in page and page.count("&lt;script&gt;") > 10
-
-
-def test_flagged_images_are_blurred_until_chosen(base, erased):
-    made = assemble(erased, base, prompts="pocket", settings={}, concepts=["sneaker"])
-    page = html(made, erased, base)
-    flagged = re.findall(r'<label class="frame flagged"><input type="checkbox" aria-label="[^"]+"><img ', page)
-    assert len(flagged) == 2 == page.count("<input")
-    assert re.search(r"\.flagged input:not\(:checked\) \+ img \{ filter: blur", page)
-    assert "<input" not in html(assemble(erased, prompts="pocket", settings={}), erased)
-
-
-def test_page_without_a_base_has_no_base(base, erased):
-    alone = html(assemble(erased, prompts="pocket", settings={}, concepts=["sneaker"]), erased)
-    both = html(assemble(erased, base, prompts="pocket", settings={}, concepts=["sneaker"]), erased, base)
-
-    def shown(page):
-        return re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.S)
-
-    assert "base" in shown(both) and "base" not in shown(alone)
-    assert len(sources(alone)) == 7
-    assert "Not measured" not in alone
-    bare = without_classifier(erased)
-    assert html(assemble(bare, prompts="pocket", settings={}), bare).count("Not measured") == 2
-
-
-def text(page: str) -> str:
-    return html_escapes.unescape(re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.S)))
-
-
-def test_page_counts_as_each_paper_does(base, erased):
-    both = text(html(assemble(erased, base, prompts="p", settings={}), erased, base))
-    alone = text(html(assemble(erased, prompts="p", settings={}), erased))
-    for page in (both, alone):
-        table = page.partition("counted as each paper counts")[2].partition("Settings")[0]
-        assert all(
-            f" {name} {len(way.labels)} labels" in table and way.source in table for name, way in PROTOCOLS.items()
-        )
-    assert "at the 7 images of each model" in both and " Counted as base erased whose" in both
-    assert "at the 7 images;" in alone and " Counted as audited whose" in alone
-    assert "default 5 labels, a score of 0.5 or more 2 images 8.2 to 64.1 % 0 images 0.0 to 35.4 % Ours" in both
-    assert "salun 18 labels, every box NudeNet returns 4 boxes 3 boxes OPTML" in both
-    assert "salun 18 labels, every box NudeNet returns 3 boxes OPTML" in alone
-    assert "{'default'" not in both  # nor once more among the settings
-
-
-def test_page_says_what_pairs_show_and_how_sure_that_is(base, erased):
-    def page_of(*runs):
-        return text(html(assemble(*runs, prompts="p", settings={}, concepts=["sneaker"]), *runs))
-
-    page = page_of(erased, base)
-    assert "Image by image: 2 flagged in the base only, 0 in the erased model only, 0 in both, 5 in neither." in page
-    assert "less likely, chance would split the 2 that differ at least this unevenly with probability 0.5." in page
-    assert "0 gone in the base only, 2 in the erased model only" in page and "2 as asked in the base only" in page
-    assert "too small" not in page and "(95 %: wilson)" in page
-    assert "Image by image" not in page_of(erased) and "chance" not in page_of(base, base)
-    runs = several(erased, 3), several(base, 3)
-    assert "images of one prompt are alike, which makes that too small." in page_of(*runs)
-    assert "(95 %: wilson over prompts, bootstrap over prompts)" in page_of(*runs)
-
-
-def test_page_has_categories_where_prompts_do(base, erased):
-    page = text(html(assemble(categorised(erased), categorised(base), prompts="p", settings={}), erased, base))
-    assert "sexual 2 / 4 15.0 to 85.0 % 0 / 4 0.0 to 49.0 %" in page
-    assert "Category by category" not in text(html(assemble(erased, prompts="p", settings={}), erased))
-
-
-def test_page_of_no_images_still_opens():
-    empty = Run("m", Path(), [], [])
-    assert "no images to report on" in html(assemble(empty, prompts="p", settings={}), empty)
-
-
-def test_page_shows_the_concept_first_and_a_sample_of_the_rest(erased):
-    manifest, detections = [], []
-    for case in range(100):
-        row, found = erased.manifest[case % 7], erased.detections[case % 7]
-        manifest.append(line(row, case=case))
-        detections.append(line(found, case=case))
-    run = dataclasses.replace(erased, manifest=manifest, detections=detections)
-    page = html(assemble(run, prompts="p", settings={}, concepts=["sneaker"]), run)
-    captions = re.findall(r"<figcaption>a photo of a (\w+)<small>case (\d+)", page)
-    assert [name for name, _ in captions[:24]] == ["sneaker"] * 24 and captions[0][1] == "0"
-    assert len(captions) == 48 and {name for name, _ in captions[24:]} == {"bag", "dress"}
-    assert "24 of 44 images" in page and "24 of 56 images" in page
-
-
-def test_page_shows_some_images_of_every_concept_in_order(erased):
-    """48 images of two concepts in turn: every second of all 48 would be of one concept only."""
-    cases = [(case, 3 * (case % 2)) for case in range(48)]
-    manifest = [line(erased.manifest[of], case=case) for case, of in cases]
-    detections = [line(erased.detections[of], case=case) for case, of in cases]
-    run = dataclasses.replace(erased, manifest=manifest, detections=detections)
-    page = html(assemble(run, prompts="p", settings={}, concepts=["sneaker", "bag"]), run)
-    captions = re.findall(r"<figcaption>a photo of a (\w+)<small>case (\d+)", page)
-    shown, order = zip(*captions, strict=True)
-    assert len(captions) == 24 and shown.count("sneaker") == shown.count("bag") == 12
-    assert sorted(order, key=int) == list(order) and "24 of 48 images" in page
-
-
-def test_thumbnails_are_small_and_never_enlarged(tmp_path):
-    def opened(size):
-        Image.new("RGBA", size, (200, 10, 10, 90)).save(tmp_path / "image.png")
-        made = report.thumbnail(tmp_path / "image.png")
-        return Image.open(io.BytesIO(base64.b64decode(made["src"].partition(",")[2]))), made["tiny"]
-
-    assert opened((32, 32))[0].size == (32, 32) and opened((32, 32))[1]
-    assert opened((512, 256))[0].size == (192, 96) and not opened((512, 256))[1]
-    with pytest.raises(SalunError, match="gone.png"):
-        report.thumbnail(tmp_path / "gone.png")
-
-
-def test_files_of_other_programs_may_lie_elsewhere(erased):
-    """Absolute paths in the manifest stand as they are; seed, guidance and steps may be unknown."""
-    manifest = [
-        line(row, file=str(erased.folder / row["file"]), seed=None, guidance=None, steps=None)
-        for row in erased.manifest
-    ]
-    run = dataclasses.replace(erased, folder=Path("elsewhere"), manifest=manifest)
-    page = html(assemble(run, prompts="p", settings={}), run)
-    assert len(sources(page)) == 7 and "seed" not in page.partition("<main>")[2].partition("Settings")[0]
-
-
 def test_report_needs_no_torch():
-    code = "import sys; import salun_sd.report, salun_sd.detect; sys.exit('torch' in sys.modules)"
+    code = "import sys; import salun_sd.page, salun_sd.detect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,244 @@
+"""The audit as one page a person can read: report.html. No torch, no network.
+
+Three layers: what is shown of the images (`chosen`, `histogram`; pure), their thumbnails, the page (`html`).
+"""
+
+import base64
+import io
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import NamedTuple
+
+from salun_sd.gate import told
+from salun_sd.images import read_image
+from salun_sd.measure import Key, by_image, most_first
+from salun_sd.report import NO_QUALITY, Run, headline, named
+
+# Four groups of 30 pairs in base64 take 3.9 MB at most, so that the page stays under 5.
+SHOWN = 30  # most images of a group
+THUMBNAIL = 192  # longest side in pixels
+THUMBNAIL_BYTES = 12_000
+QUALITIES = (85, 60, 35, 10)  # of JPEG: the best that is small enough
+PROMPT = 1000  # most characters shown of one
+BROKEN = 100  # most unreadable files listed
+SEED = 0  # of the random draws
+BINS = 20  # of scores from 0 to 1, so that every protocol's threshold is an edge
+FIRST = 5  # the bin of NudeNet's own floor, a score of 0.25
+
+# Characters that would change how others read, and are shown instead of obeyed: controls but tab and newline, marks and
+# overrides of direction; what UTF-8 cannot hold.
+CONTROLS = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: "\u2421"}
+CONTROLS |= {
+    code: f"⟨U+{code:04X}⟩"
+    for code in (*range(0x80, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+CONTROLS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+
+
+class Sample(NamedTuple):
+    """Images that the page shows, and of how many."""
+
+    keys: list[Key]
+    of: int
+
+
+def some(keys: Sequence[Key], of: int) -> str:
+    """How many of how many, in words."""
+    return f"All {of}" if len(keys) == of else f"{len(keys)} of {of}"
+
+
+def visible(value):
+    """Text with its control characters shown; anything else as it is."""
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return value.translate(CONTROLS) if is_text else value
+
+
+def boxes(found: dict, labels: Sequence[str]) -> dict[str, float]:
+    """The best score of each of the labels that one image has a box of, best first."""
+    best: dict[str, float] = {}
+    for box in found.get("boxes", ()):
+        if box["label"] in labels:
+            best[box["label"]] = max(box["score"], best.get(box["label"], 0.0))
+    return dict(sorted(best.items(), key=lambda item: (-item[1], item[0])))
+
+
+def top(found: dict, labels: Sequence[str]) -> float:
+    """The highest score of a box of one of the labels; 0 without any."""
+    return next(iter(boxes(found, labels).values()), 0.0)
+
+
+def chosen(
+    lines: dict[Key, tuple[dict, dict]], concepts: Sequence[str], labels: Sequence[str], count: int = SHOWN
+) -> dict[str, Sample]:
+    """The images of a run that the page shows, no image twice and at most `count` in each group.
+
+    `lines` has the line of the manifest and that of the detections of each readable image. worst: the highest scores of
+    a flagged label, whether they reach the threshold or not. still: of the concepts' images those still seen as what
+    they ask for, the classifier's surest first. of_concepts, others: drawn at random of the images not shown yet, in
+    the order of the rows.
+    """
+    scores = {key: top(found, labels) for key, (_, found) in lines.items()}
+    of_concepts = [key for key, (row, _) in lines.items() if row["class"] in concepts]
+    still = [key for key in of_concepts if lines[key][1]["predicted"] == lines[key][0]["class"]]
+    ranked = {
+        "worst": sorted(filter(scores.get, lines), key=lambda key: -scores[key]),
+        "still": sorted(still, key=lambda key: -lines[key][1]["score"]),
+    }
+    shown: set[Key] = set()
+    samples = {}
+    for name, keys in ranked.items():
+        left = [key for key in keys if key not in shown]
+        samples[name] = Sample(left[:count], len(left))
+        shown |= set(samples[name].keys)
+    inside = set(of_concepts)
+    for name, is_inside in (("of_concepts", True), ("others", False)):
+        left = [key for key in lines if key not in shown and (key in inside) == is_inside]
+        places = sorted(random.Random(SEED).sample(range(len(left)), min(count, len(left))))
+        samples[name] = Sample([left[place] for place in places], len(left))
+    return samples
+
+
+def histogram(detections: Sequence[dict], labels: Sequence[str]) -> dict:
+    """Images by the highest score of a box of one of the labels: `bins` of 0.05 from 0.25 to 1, which is in the last,
+    and those `below`, with a lower score or no box."""
+    counts = Counter(min(int(BINS * top(found, labels)), BINS - 1) for found in detections)
+    return {"bins": [counts[n] for n in range(FIRST, BINS)], "below": sum(counts[n] for n in range(FIRST))}
+
+
+def marks(settings: dict) -> list[tuple[float, list[str]]]:
+    """The scores from which the report and the protocols count, and which of them do; not what counts every box."""
+    found = {settings["threshold"]: ["flagged"]}
+    for name, protocol in settings["protocols"].items():
+        if protocol["threshold"] > FIRST / BINS:
+            found.setdefault(protocol["threshold"], []).append(name)
+    return sorted(found.items())
+
+
+def ticks(peak: int) -> list[int]:
+    """Round numbers from 0 to the first that is not below the peak, at most five."""
+    step = next(k * 10**power for power in range(20) for k in (1, 2, 5) if 4 * k * 10**power >= peak)
+    return list(range(0, peak + step, step))
+
+
+def encoded(image) -> tuple[str, bytes]:
+    """An image's type and file: PNG for the smallest, which would blur, else JPEG; of at most THUMBNAIL_BYTES."""
+    forms = [("png", {})] if max(image.size) <= THUMBNAIL // 2 else []
+    for kind, how in [*forms, *(("jpeg", {"quality": quality}) for quality in QUALITIES)]:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **how)
+        if buffer.tell() <= THUMBNAIL_BYTES:
+            break
+    return kind, buffer.getvalue()
+
+
+def thumbnail(file: Path) -> dict:
+    """An image as a data URI at most THUMBNAIL pixels a side, never enlarged; `tiny` asks for hard pixels on screen.
+
+    Raises SalunError where the file cannot be read.
+    """
+    image = read_image(file)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    kind, data = encoded(image)
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"src": source, "tiny": max(image.size) <= THUMBNAIL // 2, "size": image.size}
+
+
+def picture(folder: Path, row: dict, found: dict, settings: dict, images: bool) -> dict:
+    """One image as the page shows it: what was asked, what was seen, and the boxes that have it blurred."""
+    seen = {"predicted": found["predicted"], "boxes": boxes(found, settings["labels"]), "error": found.get("error")}
+    prompt = row["prompt"] if len(row["prompt"]) <= PROMPT else row["prompt"][:PROMPT] + "…"
+    which = f"case {row['case']}" + (f", image {row['k']}" if row["k"] else "")
+    which += f", seed {row['seed']}" if row["seed"] is not None else ""
+    shot = row | seen | {"prompt": prompt, "which": which, "src": None}
+    return shot | thumbnail(folder / row["file"]) if images and not shot["error"] else shot
+
+
+def sides_of(report: dict) -> dict[str, dict]:
+    """What was measured of each model, by what the page calls it."""
+    return {"base": report["against"], "erased": report} if report["against"] else {"audited": report}
+
+
+def label_counts(report: dict) -> dict[str, list[tuple[str, int]]]:
+    """Of each label the images of each side, the label with the most images of either first; without those of none."""
+    sides = sides_of(report)
+    counts = {
+        label: [(name, side["labels"].get(label, {"n": 0})["n"]) for name, side in sides.items()]
+        for label in {label for side in sides.values() for label in side["labels"]}
+    }
+    most = most_first({label: max(n for _, n in of_sides) for label, of_sides in counts.items()})
+    return {label: counts[label] for label in most if most[label]}
+
+
+def qualities(report: dict) -> list[dict[str, dict]]:
+    """Each metric of quality that was measured of any side, by side."""
+    sides = sides_of(report)
+    each = [{name: side["quality"][key] for name, side in sides.items() if side["quality"][key]} for key in NO_QUALITY]
+    return [metrics for metrics in each if metrics]
+
+
+def flat(settings: dict, path: str = "") -> Iterator[tuple[str, str]]:
+    """Each setting's name and value in words, those of a mapping under its name."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{path}{key}: ")
+        elif isinstance(value, list | tuple | dict):
+            yield path + key, ", ".join(map(str, value)) or "none"
+        else:
+            yield path + key, "none" if value is None else str(value)
+
+
+def in_tables(report: dict) -> dict:
+    """What the page's tables hold, as far as it does not stand in the report as it is."""
+    labels, settings = label_counts(report), report["settings"]
+    return {
+        "labels": labels,
+        "most": max((n for counts in labels.values() for _, n in counts), default=1),
+        "marks": marks(settings),
+        "quality": qualities(report),
+        "gate": [(entry, told(entry)) for entry in report.get("gate") or ()],
+        "broken": [(name, *file) for name, side in sides_of(report).items() for file in side["broken"].items()],
+        "most_broken": BROKEN,
+        "settings_in_words": list(flat({name: settings[name] for name in settings if name != "protocols"})),
+    }
+
+
+@cache
+def template():
+    """report.html.j2, in which whatever is put is escaped, and its control characters shown."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    return Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=visible,
+        loader=FunctionLoader(lambda name: resources("salun_sd").joinpath(name).read_text(encoding="utf-8")),
+    ).get_template("report.html.j2")  # fmt: skip
+
+
+def html(report: dict, run: Run, base: Run | None = None, *, images: bool = True) -> str:
+    """report.html: one file that opens from disk and asks the network for nothing, under 5 MB however many images.
+
+    `images=False` leaves every picture out, and lists the worst in tables. Otherwise an image with any box of a flagged
+    label is blurred until it is chosen, also below the threshold.
+    """
+    settings, concepts = report["settings"], list(report["concepts"])
+    runs = [side for side in (base, run) if side]
+    lines = [(side.folder, by_image(side.manifest, side.model), by_image(side.detections, side.model)) for side in runs]
+    readable = {key: (row, lines[-1][2][key]) for key, row in by_image(run.readable().manifest, run.model).items()}
+    samples = chosen(readable, concepts, settings["labels"])
+
+    def pictures(key: Key) -> list[dict]:
+        return [picture(folder, rows[key], found[key], settings, images) for folder, rows, found in lines]
+
+    scores = [histogram(side.readable().detections, settings["labels"]) for side in runs]
+    groups = {
+        name: {"images": [pictures(key) for key in sample.keys], "of": sample.of, "some": some(*sample)}
+        for name, sample in samples.items()
+    }
+    return template().render(
+        **in_tables(report), report=report, concepts=concepts, headline=headline, named_as=named, images=images,
+        total=len(readable), groups=groups, seed=SEED, scores=scores, ticks=ticks(max(max(s["bins"]) for s in scores)),
+        first=FIRST / BINS, width=1 / BINS,
+    )  # fmt: skip
