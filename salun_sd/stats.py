@@ -5,6 +5,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+BLOCK = 2**20  # most numbers of a bootstrap that are held at once
+
 
 def wilson(n: float, of: float) -> tuple[float, float]:
     """95 % Wilson score interval of the rate n / of (Wilson 1927, without continuity correction); (0, 1) of nothing."""
@@ -18,69 +20,79 @@ def wilson(n: float, of: float) -> tuple[float, float]:
 
 
 def cluster_interval(clusters: Sequence[tuple[float, int]], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap of a rate, or a mean, over prompts (Efron 1979), each prompt being its n, or its sum,
-    of its images.
+    """95 % percentile bootstrap of a mean over prompts (Efron 1979), each prompt being the sum and number of its
+    images.
 
     A draw takes as many prompts as there are, with replacement, each with all of its images. Prompts that are alike are
-    drawn together, by how many of each kind: one multinomial draw, of a table (draws, kinds). Order does not matter.
-    An n may be below zero: then it is a difference of rates.
-    Too narrow where few prompts have a hit, or few have none: a draw knows no others.
+    drawn together, by how many of each kind: a multinomial draw for each row of a table (draws, kinds), which is made
+    in blocks of at most BLOCK numbers. Order does not matter.
     """
     kinds, times = np.unique(np.asarray(clusters), axis=0, return_counts=True)  # (kinds, 2), (kinds,)
-    drawn = np.random.default_rng(seed).multinomial(len(clusters), times / len(clusters), size=draws)
-    hits, images = (drawn @ kinds).T
-    low, high = np.quantile(hits / images, [0.025, 0.975])
+    rng, block = np.random.default_rng(seed), max(1, BLOCK // len(kinds))
+    sizes = [min(block, draws - start) for start in range(0, draws, block)]
+    drawn = [rng.multinomial(len(clusters), times / len(clusters), size=size) @ kinds for size in sizes]
+    sums, images = np.concatenate(drawn).T
+    low, high = np.quantile(sums / images, [0.025, 0.975])
     return float(low), float(high)
+
+
+def effective_size(clusters: Sequence[tuple[int, int]]) -> float:
+    """As many separate images as would know a rate as well as these, each prompt being its n of its images: rate x
+    (1 - rate) over the ratio estimator's variance between prompts (Korn & Graubard 1998, Survey Methodology 24:193).
+
+    Two prompts of the mean number of images are added, one with all hits and one with none, so that it is defined, and
+    cautious, where all rates are alike. At least the number of prompts, at most that of images; the latter with one
+    image a prompt.
+    """
+    hits, images = np.asarray(clusters, dtype=float).T  # (prompts,)
+    prompts, of, mean = len(images), images.sum(), images.mean()
+    hits, images = np.append(hits, [mean, 0]), np.append(images, [mean, mean])
+    rate = hits.sum() / images.sum()
+    variance = ((hits - rate * images) ** 2).sum() / images.sum() ** 2
+    return float(np.clip(rate * (1 - rate) / variance * prompts / (prompts + 2), prompts, of))
 
 
 def interval(clusters: Sequence[tuple[int, int]]) -> tuple[str, tuple[float, float]]:
     """The kind and ends of the 95 % interval of a rate, each prompt being its n of its images.
 
-    Images of one prompt are alike, so several of them are no separate observations. Where all prompts have the same
-    rate (none flagged, all flagged) a bootstrap would give an interval without width; Wilson's of as many observations
-    as there are prompts stands in.
+    Images of one prompt are alike, so several of them are no separate observations: Wilson's of the effective size
+    (Franco, Little, Louis & Slud 2019, Journal of Survey Statistics and Methodology 7:334). The upper end is
+    never below that of no hit at all, nor the lower one above that of hits alone.
     """
     n, of = map(sum, zip(*clusters, strict=True))
-    if of == len(clusters):
+    if of == (prompts := len(clusters)):
         return "wilson", wilson(n, of)
-    if len({hits / images for hits, images in clusters}) == 1:
-        return "wilson over prompts", wilson(n / of * len(clusters), len(clusters))
-    return "bootstrap over prompts", cluster_interval(clusters)
+    size = effective_size(clusters)
+    low, high = wilson(n / of * size, size)
+    return "wilson with effective size", (min(low, wilson(prompts, prompts)[0]), max(high, wilson(0, prompts)[1]))
 
 
-def newcombe(both: float, only_a: float, only_b: float, neither: float) -> tuple[float, float]:
-    """95 % interval of rate b - rate a of paired yes-or-no data, from the four counts of pairs.
+def difference_interval(clusters: Sequence[tuple[int, int, int, int]]) -> tuple[str, tuple[float, float]]:
+    """The kind and ends of the 95 % interval of rate b - rate a of paired yes-or-no data, each prompt being its pairs
+    (both, only a, only b, neither).
 
-    Newcombe 1998, Statistics in Medicine 17:2635, method 10: the distances of both rates to their Wilson ends, squared
-    and added with the pairs' correlation phi, of which a positive one is made smaller by a continuity correction.
+    Newcombe 1998, Statistics in Medicine 17:2635, method 10: the distances of both rates to the ends of their own
+    intervals, squared and added with the pairs' correlation phi, of which a positive one is made smaller by a
+    continuity correction. With several images a prompt, the intervals are those of the effective sizes, phi is that of
+    the prompts, and the correction is as large as for so many pairs; with one, all is as published.
     """
-    of = both + only_a + only_b + neither
-    if of == 0:
-        return -1.0, 1.0
-    a, b = both + only_a, both + only_b
-    (low_a, high_a), (low_b, high_b) = wilson(a, of), wilson(b, of)
-    covariance = both * neither - only_a * only_b
-    spread = (a * b * (of - a) * (of - b)) ** 0.5
-    phi = (max(covariance - of / 2, 0) if covariance > 0 else covariance) / spread if spread else 0.0
+    pairs = np.asarray(clusters)
+    of = pairs.sum(axis=1)  # (prompts,)
+    sides = [np.stack([pairs[:, 0] + pairs[:, only], of], axis=1) for only in (1, 2)]  # (prompts, 2)
+    rate_a, rate_b = (float(side[:, 0].sum() / of.sum()) for side in sides)
+    (kind, (low_a, high_a)), (_, (low_b, high_b)) = (interval(side.tolist()) for side in sides)
+    a, b = sides[0][:, 0] - rate_a * of, sides[1][:, 0] - rate_b * of
+    covariance, spread = float(a @ b), float(a @ a * (b @ b)) ** 0.5
+    if covariance > 0:
+        one = of.sum() ** 2 / (effective_size(sides[0]) * effective_size(sides[1]))  # what a separate pair counts for
+        covariance = max(covariance - float(one) / 2, 0)
+    phi = covariance / spread if spread else 0.0
 
     def half(of_a: float, of_b: float) -> float:
         return max(0.0, of_a * of_a - 2 * phi * of_a * of_b + of_b * of_b) ** 0.5
 
-    difference = (b - a) / of
-    return difference - half(high_a - a / of, b / of - low_b), difference + half(a / of - low_a, high_b - b / of)
-
-
-def difference_interval(clusters: Sequence[tuple[int, int, int, int]]) -> tuple[str, tuple[float, float]]:
-    """The kind and ends of the 95 % interval of rate b - rate a, each prompt being its pairs (both, only a, only b,
-    neither); the kinds are those of `interval`, Newcombe's standing for Wilson's."""
-    counts = [sum(pairs) for pairs in zip(*clusters, strict=True)]
-    images, prompts = sum(counts), len(clusters)
-    if images == prompts:
-        return "newcombe", newcombe(*counts)
-    differences = [(only_b - only_a, both + only_a + only_b + neither) for both, only_a, only_b, neither in clusters]
-    if len({n / of for n, of in differences}) == 1:
-        return "newcombe over prompts", newcombe(*(n * prompts / images for n in counts))
-    return "bootstrap over prompts", cluster_interval(differences)
+    low, high = half(high_a - rate_a, rate_b - low_b), half(rate_a - low_a, high_b - rate_b)
+    return kind.replace("wilson", "newcombe"), (rate_b - rate_a - low, rate_b - rate_a + high)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -7,7 +7,6 @@ from test_report import base, erased, several, without_classifier  # noqa: F401
 from salun_sd.errors import UsageError
 from salun_sd.gate import NEEDS, judge, names, parse, told
 from salun_sd.report import assemble
-from salun_sd.stats import newcombe
 
 CLASSES = ["t", "t-shirt", "ankle boot", "coat"]
 KNOWN = names(CLASSES, ["sexual", "self-harm"])
@@ -114,8 +113,7 @@ def test_confident_takes_the_end_that_breaks_sooner(report):
 
 def test_a_difference_from_the_base_is_judged_in_pairs(report):
     values = judged(report, "ra < against.ra - 0.9", confident=True)["values"]
-    assert values == {"ra - against.ra": {"value": -0.5, "ci95": [round(e, 6) for e in newcombe(2, 2, 0, 0)],
-                                          "judged_at": round(newcombe(2, 2, 0, 0)[0], 6)}}  # fmt: skip
+    assert values == {"ra - against.ra": {"value": -0.5, "ci95": [-0.849961, 0.102051], "judged_at": -0.849961}}
     turned = judged(report, "2 * against.ra - 2 * ra > 1.8", confident=True)
     assert turned["values"] == values and turned["holds"] == judged(report, "ra < against.ra - 0.9", True)["holds"]
     assert set(judged(report, "ra < 0.5 * against.ra", confident=True)["values"]) == {"ra", "against.ra"}
@@ -137,6 +135,22 @@ def test_several_images_a_prompt_are_judged_by_their_wider_interval(base, erased
     made = assemble(several(erased, 10), several(base, 10), prompts="p", settings={})
     assert judged(made, "against.flag_rate > 0.5")["holds"]
     assert not judged(made, "against.flag_rate > 0.5", confident=True)["holds"]
+
+
+def test_a_flagged_image_never_helps_to_pass(base):  # noqa: F811
+    """Of 3 images each of 7 prompts: one of them flagged, and two, fail where none does."""
+    none = several(without_classifier(base), 3)
+
+    def end(flagged: int) -> float:
+        boxes = [[{"label": "ANUS_EXPOSED", "score": 0.9, "box": [1, 2, 3, 4]}] * (n < flagged) for n in range(21)]
+        detections = [found | {"boxes": box} for found, box in zip(none.detections, boxes, strict=True)]
+        made = assemble(dataclasses.replace(none, detections=detections), prompts="p", settings={})
+        entry = judged(made, "flag_rate > 0.3543", confident=True)
+        assert not entry["holds"]
+        return entry["values"]["flag_rate"]["judged_at"]
+
+    ends = [end(flagged) for flagged in range(22)]
+    assert ends == sorted(ends) and ends[0] == 0.35433
 
 
 def test_a_count_without_an_interval_is_taken_as_it_is_and_that_is_said(report):

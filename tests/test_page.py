@@ -291,7 +291,7 @@ def test_page_says_what_pairs_show_and_how_sure_that_is(base, erased):
     assert "Image by image" not in said(erased) and "chance" not in said(base, base)
     runs = several(erased, 3), several(base, 3)
     assert "images of one prompt are alike, which makes that too small." in said(*runs)
-    assert "(95 %: wilson over prompts, bootstrap over prompts)" in said(*runs)
+    assert "(95 %: wilson with effective size)" in said(*runs)
 
 
 def test_page_has_categories_where_prompts_do(base, erased):

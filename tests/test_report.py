@@ -12,7 +12,6 @@ from salun_sd.errors import SalunError
 from salun_sd.measure import measure
 from salun_sd.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS
 from salun_sd.report import Run, assemble, headline, headline_metrics, named, rate
-from salun_sd.stats import newcombe
 
 ASKED = ["sneaker", "sneaker", "sneaker", "bag", "bag", "dress", "dress"]
 BASE = ["sneaker", "sneaker", "bag", "bag", "bag", "dress", "dress"]
@@ -64,7 +63,8 @@ def without_classifier(run: Run) -> Run:
 
 
 def test_exact_report_with_a_base(base, erased):
-    """The intervals are scipy's."""
+    """The intervals of rates are scipy's; those of differences their distances squared and added, none being correlated
+    where a model has all or none: -0.5 + (0.489891² + 0.349961²)^½ = 0.102051."""
 
     def share(n: int, of: int, rate: float, *ci95: float) -> dict:
         return {"n": n, "of": of, "rate": rate, "ci95": ci95, "interval": "wilson"}
@@ -73,8 +73,8 @@ def test_exact_report_with_a_base(base, erased):
     one = share(1, 7, 0.142857, 0.02568, 0.513128)
     shown = ["ANUS_EXPOSED", "FACE_FEMALE", "FEMALE_BREAST_EXPOSED"]
 
-    def difference(value: float, counts: tuple) -> dict:
-        return {"difference": value, "ci95": [round(end, 6) for end in newcombe(*counts)], "interval": "newcombe"}
+    def difference(value: float, *ci95: float) -> dict:
+        return {"difference": value, "ci95": ci95, "interval": "newcombe"}
 
     got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concepts=["sneaker"])
     assert json.dumps(got, indent=1) == json.dumps(
@@ -146,11 +146,11 @@ def test_exact_report_with_a_base(base, erased):
             },
             "paired": {
                 "ua": {"both": 1, "only_base": 0, "only_model": 2, "neither": 0, "p": 0.5}
-                | difference(0.666667, (1, 0, 2, 0)),
+                | difference(0.666667, -0.058569, 0.938508),
                 "ra": {"both": 2, "only_base": 2, "only_model": 0, "neither": 0, "p": 0.5}
-                | difference(-0.5, (2, 2, 0, 0)),
+                | difference(-0.5, -0.849961, 0.102051),
                 "flag_rate": {"both": 0, "only_base": 2, "only_model": 0, "neither": 5, "p": 0.5}
-                | difference(-0.285714, (0, 2, 0, 5)),
+                | difference(-0.285714, -0.641066, 0.122894),
             },
         },
         indent=1,
@@ -269,12 +269,11 @@ def test_several_images_of_a_prompt_are_no_more_evidence_than_one(base):
 
     one, ten = flags(base), flags(several(base, 10))
     assert counts(ten) == (20, 70) and ten["rate"] == one["rate"]
-    assert [one["interval"], ten["interval"]] == ["wilson", "bootstrap over prompts"]
-    assert ten["ci95"] == flags(several(base, 5))["ci95"]
+    assert [one["interval"], ten["interval"]] == ["wilson", "wilson with effective size"]
+    assert ten["ci95"] == flags(several(base, 5))["ci95"] == one["ci95"]
     by_label = measure(several(base, 10).manifest, several(base, 10).detections, [])["labels"]
     assert counts(by_label["FACE_FEMALE"]) == (10, 70) and by_label["FACE_FEMALE"]["interval"] == ten["interval"]
-    assert by_label["FACE_MALE"]["interval"] == "wilson over prompts"
-    assert ten["ci95"][1] - ten["ci95"][0] > 0.4  # of 70 independent images it would be 0.21
+    assert by_label["FACE_MALE"]["ci95"] == [0.0, 0.35433]  # as of 0 of 7, not of 70
 
 
 def test_a_difference_in_pairs_knows_several_images_a_prompt(base, erased):
@@ -283,9 +282,8 @@ def test_a_difference_in_pairs_knows_several_images_a_prompt(base, erased):
         return assemble(*made, prompts="p", settings={}, concepts=["sneaker"])["paired"]["ra"]
 
     one, ten = pairs(1), pairs(10)
-    assert [one["interval"], ten["interval"]] == ["newcombe", "bootstrap over prompts"]
-    assert ten["difference"] == one["difference"] == -0.5 and ten["ci95"] == pairs(5)["ci95"]
-    assert ten["ci95"][1] - ten["ci95"][0] > 0.7
+    assert [one["interval"], ten["interval"]] == ["newcombe", "newcombe with effective size"]
+    assert ten["difference"] == one["difference"] == -0.5 and ten["ci95"] == pairs(5)["ci95"] == one["ci95"]
 
 
 def test_order_of_detections_does_not_matter(erased):
