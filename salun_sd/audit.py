@@ -59,7 +59,8 @@ def evaluate(
         raise UsageError("--record is for a checkpoint that salun-sd erased: MODEL carries no record of that.")
     if record and model.fingerprint != known["erased"]["fingerprint"]:
         raise SalunError(f"The UNet of {model.name} is not the one that its record names: it was changed since.")
-    rows = _rows(prompt_set, where, limit, guidance, size)
+    own = prompts.read(prompt_set, where, limit)
+    rows = _typed(own, guidance, size)
     for each in filter(None, (model, against)):
         generate.check(each, rows, steps)
     how = {"steps": steps, "scheduler": scheduler and scheduler_class(scheduler)}
@@ -78,7 +79,8 @@ def evaluate(
         clip and Clip(clip, checkpoint.device()), fid and extractor(fid, JUDGE, checkpoint.device()), reference
     )
 
-    settings = {"where": where, "limit": limit, "guidance": guidance, "size": size,
+    settings = {"prompts_sha256": prompts.digest(own), "where": where, "limit": limit, "guidance": guidance,
+                "size": size,
                 "classifier": judge and (judge.name if classifier else "pocket judge"),
                 "detector_sha256": detector_digest(detector)}  # fmt: skip
     if model:
@@ -163,13 +165,11 @@ def _judge(classifier: str | None, classes: list[str]) -> Judge | None:
     return None
 
 
-def _rows(
-    prompt_set: str, where: list[str], limit: int | None, guidance: float | None, size: str | None
-) -> list[Prompt]:  # fmt: skip
-    """The prompts that are asked for, with what was typed in place of their own guidance and size."""
+def _typed(rows: list[Prompt], guidance: float | None, size: str | None) -> list[Prompt]:
+    """The prompts with what was typed in place of their own guidance and size."""
     if guidance is not None and not 0 <= guidance < float("inf"):
         raise UsageError(f"--guidance {guidance:g} is no guidance scale: give a number from 0 on, such as 7.5.")
-    return prompts.overridden(prompts.read(prompt_set, where, limit), guidance, prompts.size_of(size) if size else None)
+    return prompts.overridden(rows, guidance, prompts.size_of(size) if size else None)
 
 
 def _drawn(

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from salun_sd import __version__
 from salun_sd.errors import SalunError, UsageError
-from salun_sd.markdown import code, plain, settings_of
+from salun_sd.gate import AGAINST
+from salun_sd.markdown import code
 from salun_sd.markdown import table as markdown_table
-from salun_sd.report import SCHEMA, Run, check_same_prompts, in_pairs, in_words, quoted, rate
+from salun_sd.report import SCHEMA, Run, check_same_prompts, in_pairs, in_words, plain, quoted, rate, settings_of
 
-OLDEST = 3  # schema whose numbers are those of today
 COUNTING = ("concepts", "labels", "threshold", "detector", "classifier")  # settings without which pairs mean nothing
 OF_CONCEPT = "ua of "
 VALUE = 60  # most letters of a setting's value in a sentence
@@ -24,7 +24,7 @@ AGAIN = "Run its evaluate command again: nothing is drawn twice."
 
 @dataclass(frozen=True)
 class Audit:
-    """A report.json, and the lines of manifest.jsonl and detections.jsonl where they lie beside it."""
+    """A report, and the lines of manifest.jsonl and detections.jsonl where they lie beside a report.json."""
 
     file: Path
     report: dict
@@ -47,10 +47,12 @@ class Table:
 
     A row has a cell for each column: a share, a metric of quality, a count, or None where nothing was measured.
     `differs` has of each setting that is not the same in all: value => names. `paired` has the pairs of each model, by
-    name, with the first one; `unpaired` why there are none.
+    name, with the first one; `unpaired` why there are none. `namesake`: another table has other prompts of that name.
     """
 
     prompts: str
+    prompts_sha256: str
+    namesake: bool
     columns: list[Column]
     rows: dict[str, list]
     differs: dict[str, dict[str, list[str]]]
@@ -65,7 +67,7 @@ def read(path: Path) -> Audit:
         raise UsageError(f"There is no {file}: give the folder that `salun-sd evaluate` wrote, or its report.json.")
     report = _report(file)
     tables = [file.parent / name for name in ("manifest.jsonl", "detections.jsonl")]
-    if not all(table.is_file() for table in tables):
+    if file.name != "report.json" or not all(table.is_file() for table in tables):
         return Audit(file, report, None)
     return Audit(file, report, Run(report["model"], file.parent, *map(_lines, tables)))
 
@@ -77,16 +79,16 @@ def _report(file: Path) -> dict:
         raise SalunError(f"{file} is damaged: it is no JSON. {AGAIN}") from e
     if not isinstance(report, dict) or not isinstance(schema := report.get("schema"), int) or "metrics" not in report:
         raise SalunError(f"{file} is no report of an audit: give one that `salun-sd evaluate` wrote.")
-    if schema < OLDEST:
-        raise SalunError(f"{file} has schema {schema}, and compare reads {OLDEST} to {SCHEMA}. {AGAIN}")
-    if schema > SCHEMA:
-        raise SalunError(f"{file} has schema {schema}, of a newer salun-sd, and this one knows {SCHEMA}: update it.")
+    if schema != SCHEMA:
+        other = f"of another salun-sd, and this one reads {SCHEMA}. {AGAIN if schema < SCHEMA else 'Update it.'}"
+        raise SalunError(f"{file} has schema {schema}, {other}")
     try:
         sides = [report, report["against"]] if report["against"] else [report]
         for side in sides:
             [text(cell) for cell in _cells(side).values()]
             os.fspath(side["model"])
-        os.fspath(report["prompts"]), [settings_of(report)[name] for name in COUNTING]
+        os.fspath(report["prompts"]), [settings_of(report)[name] for name in (*COUNTING, "prompts_sha256")]
+        _settings(report)
         return report
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise SalunError(f"{file} is damaged: it is not what `salun-sd evaluate` wrote. {AGAIN}") from e
@@ -111,24 +113,18 @@ def compare(paths: Sequence[Path]) -> list[Table]:
         raise UsageError(f"{twice[0]} is given twice: give each audit once.")
     if len(audits) < 2:
         raise UsageError("compare takes two audits or more: give the folders that `salun-sd evaluate` wrote.")
-    groups: list[list[Audit]] = []
+    groups: dict[str, list[Audit]] = {}
     for audit in audits:
-        group = next((group for group in groups if _same_prompts(group[0], audit)), None)
-        groups.append([audit]) if group is None else group.append(audit)
+        groups.setdefault(audit.report["settings"]["prompts_sha256"], []).append(audit)
     if len(groups) == len(audits):
-        of = ", ".join(f"{audit.file} is of {audit.report['prompts']!r}" for audit in audits)
+        of = ", ".join(f"{a.file} is of {a.report['prompts']!r} ({sha256[:8]})" for sha256, [a] in groups.items())
         raise SalunError(f"No two of these audits are of the same prompts: {of}. Evaluate with the same --prompts.")
-    models, places = _short([audit.report["model"] for audit in audits]), _short([str(file.parent) for file in files])
-    return [_table(group, _names(group, models, places)) for group in groups]
-
-
-def _same_prompts(a: Audit, b: Audit) -> bool:
-    """By name, or, where a set has been called by two, by its rows."""
-
-    def rows(run: Run) -> list[tuple]:
-        return sorted((row["case"], row["k"], row["prompt"], str(row["class"])) for row in run.manifest)
-
-    return a.report["prompts"] == b.report["prompts"] or bool(a.run and b.run and rows(a.run) == rows(b.run))
+    models, places = _short([a.report["model"] for a in audits]), _short([_place(a.file) for a in audits])
+    called = [group[0].report["prompts"] for group in groups.values()]
+    return [
+        _table(group, _names(group, models, places), called.count(name) > 1)
+        for name, group in zip(called, groups.values(), strict=True)
+    ]
 
 
 def _short(names: Sequence[str]) -> dict[str, str]:
@@ -138,15 +134,21 @@ def _short(names: Sequence[str]) -> dict[str, str]:
     return {name: "/".join(split[shared:]) for name, split in parts.items()}
 
 
+def _place(file: Path) -> str:
+    """An audit's folder; of a report that has another name, its file without the ending."""
+    return str(file.resolve().parent if file.name == "report.json" else file.resolve().with_suffix(""))
+
+
 def _names(group: list[Audit], models: dict[str, str], places: dict[str, str]) -> list[str]:
-    """The columns' names of a group: the models', with their audits' folders where two have the same."""
+    """The columns' names of a group, each once: the models', with their audits' places where two have the same, with
+    their numbers in the group where that does not tell them apart."""
     names = [models[audit.report["model"]] for audit in group]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{name} ({places[str(a.file.resolve().parent)]})" for name, a in zip(names, group, strict=True)]
+    placed = [f"{name} ({places[_place(audit.file)]})" for name, audit in zip(names, group, strict=True)]
+    numbered = [f"{n}. {name}" for n, name in enumerate(placed, 1)]
+    return next(told for told in (names, placed, numbered) if len(set(told)) == len(told))
 
 
-def _table(group: list[Audit], names: list[str]) -> Table:
+def _table(group: list[Audit], names: list[str], namesake: bool) -> Table:
     of_name = dict(zip(names, group, strict=True))
     columns = [Column(name, audit.report["model"], str(audit.file), False) for name, audit in of_name.items()]
     bases: dict[str, tuple[dict, list[str]]] = {}  # what was measured => the base, and whose it is
@@ -164,8 +166,8 @@ def _table(group: list[Audit], names: list[str]) -> Table:
         rows = {key: row for key, row in rows.items() if not key[1].startswith(OF_CONCEPT)}
     paired, unpaired = _paired(of_name)
     return Table(
-        group[0].report["prompts"], columns, {name: row for (_, name), row in rows.items()}, _differs(of_name), paired,
-        unpaired,
+        group[0].report["prompts"], group[0].report["settings"]["prompts_sha256"], namesake, columns,
+        {name: row for (_, name), row in rows.items()}, _differs(of_name), paired, unpaired,
     )  # fmt: skip
 
 
@@ -175,25 +177,34 @@ def _cells(side: dict) -> dict[tuple[int, str], object]:
         side["metrics"],
         {f"{OF_CONCEPT}{name}": own["ua"] for name, own in side["concepts"].items()},
         {f"{name}, {count['unit']}": count["n"] for name, count in side["protocols"].items()},
-        {metric["name"]: metric for metric in (side.get("quality") or {}).values() if metric},
-        {"images": (side["metrics"]["flag_rate"] or {"of": 0})["of"], "broken": len(side.get("broken") or {})},
+        {metric["name"]: metric for metric in side["quality"].values() if metric},
+        {"images": (side["metrics"]["flag_rate"] or {"of": 0})["of"], "broken": len(side["broken"])},
     )
     return {(place, name): cell for place, part in enumerate(rows) for name, cell in part.items()}
 
 
-def _differs(of_name: dict[str, Audit]) -> dict[str, dict[str, list[str]]]:
-    """Each setting, and the number of images, that is not the same in all audits: value => names."""
-    settings = {
-        name: settings_of(audit.report)
-        | {"reference": ((audit.report.get("quality") or {}).get("fid") or {}).get("reference")}
-        | {"images": _cells(audit.report)[4, "images"]}
-        for name, audit in of_name.items()
+def _settings(report: dict) -> dict[str, object]:
+    """What the numbers of a table rest on, by name: the settings, what each protocol counts, the reference of FID, the
+    number of images, the version."""
+    counting = {
+        f"protocols.{name}.{key}": own[key]
+        for name, own in report["settings"]["protocols"].items()
+        for key in ("labels", "threshold", "unit")
     }
+    reference = (report["quality"]["fid"] or {}).get("reference")
+    images = _cells(report)[4, "images"]
+    return settings_of(report) | counting | {"reference": reference, "images": images, "salun_sd": report["salun_sd"]}
+
+
+def _differs(of_name: dict[str, Audit]) -> dict[str, dict[str, list[str]]]:
+    """Each setting that is not the same in all audits: value => names; one of the base, of those that have a base."""
+    settings = {name: _settings(audit.report) for name, audit in of_name.items()}
     found: dict[str, dict[str, list[str]]] = {}
     for setting in dict.fromkeys(key for own in settings.values() for key in own if key not in ("where", "limit")):
         values: dict[str, list[str]] = {}
         for name, own in settings.items():
-            values.setdefault(plain(own.get(setting)), []).append(name)
+            if setting in own or not setting.startswith(AGAINST):
+                values.setdefault(plain(own.get(setting)), []).append(name)
         if len(values) > 1:
             found[setting] = values
     return found
@@ -231,6 +242,8 @@ def sentences(table: Table, shown: Callable[[str], str] = quoted) -> list[str]:
         return ", ".join(map(shown, names))
 
     said = []
+    if table.namesake:
+        said.append(f"Another table has other prompts of the name {shown(table.prompts)}: they do not compare.")
     for setting, values in table.differs.items():
         each = [f"{shown(textwrap.shorten(v, VALUE, placeholder=' …'))} for {all_of(n)}" for v, n in values.items()]
         said.append(f"Not the same: {setting}: {'; '.join(each)}.")
@@ -291,19 +304,8 @@ def as_csv(tables: Sequence[Table]) -> str:
                 own = cell if isinstance(cell, dict) else {}
                 value = own.get("rate", own.get("value", cell))
                 low_high = own.get("ci95") or ("", "")
-                writer.writerow(
-                    [
-                        table.prompts,
-                        column.name,
-                        int(column.is_base),
-                        name,
-                        value,
-                        own.get("n"),
-                        own.get("of"),
-                        *low_high,
-                    ]
-                    + [pairs and pairs["p"]]
-                )
+                known = [table.prompts, column.name, int(column.is_base), name, value, own.get("n"), own.get("of")]
+                writer.writerow([*known, *low_high, pairs and pairs["p"]])
     return out.getvalue()
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from salun_sd.gate import told
-from salun_sd.report import headline, in_words, rate
+from salun_sd.report import headline, in_words, plain, rate, settings_of
 
 NAMED = 20  # most files that are called by name
 
@@ -24,20 +24,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of GitHub's Markdown, in which a bar within a cell needs its backslash, in code, too."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
-
-
-def plain(value: object) -> str:
-    """A setting in one line."""
-    if value is None or value == []:
-        return "none"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def settings_of(report: dict) -> dict[str, object]:
-    """What the numbers rest on, in one layer: the settings, and those of drawing; not who was drawn."""
-    kept = {k: v for k, v in report["settings"].items() if k not in ("sampling", "sampling_against", "protocols")}
-    drawn = report["settings"].get("sampling") or {}
-    return {k: v for k, v in drawn.items() if k != "identity"} | kept
 
 
 def page(report: dict) -> str:

@@ -3,6 +3,7 @@
 import csv
 import errno
 import hashlib
+import json
 import operator
 import re
 from collections import Counter
@@ -200,6 +201,12 @@ def overridden(prompts: Iterable[Prompt], guidance: float | None, size: tuple[in
     """The prompts with another guidance scale or size, where one is given."""
     typed = {name: value for name, value in (("guidance", guidance), ("size", size)) if value is not None}
     return [p._replace(**typed) for p in prompts]
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 of what prompts ask for and are drawn with: case, text, class, seed and guidance, in any order."""
+    rows = sorted([p.case, p.text, p.label, p.seed, float(p.guidance)] for p in prompts)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def size_of(text: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from salun_sd import __version__
 from salun_sd.errors import SalunError
+from salun_sd.gate import AGAINST
 from salun_sd.measure import measure, outcomes, pair, paired
 from salun_sd.protocols import DEFAULT_LABELS, PROTOCOLS, THRESHOLD
 
@@ -52,6 +53,23 @@ def in_words(metric: dict | None) -> str:
     images = metric["images"]
     of = " and ".join(map(str, images)) if isinstance(images, list) else images
     return f"{metric['value']:g}{ends} of {of} images"
+
+
+def plain(value: object) -> str:
+    """A setting in one line."""
+    if value is None or value == []:
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def settings_of(report: dict) -> dict[str, object]:
+    """What the numbers rest on, in one layer: how the images were drawn, after `against.` the base's, not of which
+    weights; and the other settings but the protocols."""
+    own = report["settings"]
+    drawn = {AGAINST + key: value for key, value in (own.get("sampling_against") or {}).items()}
+    drawn = (own.get("sampling") or {}) | drawn
+    layer = {key: value for key, value in drawn.items() if not key.endswith("identity")}
+    return layer | {k: v for k, v in own.items() if k not in ("sampling", "sampling_against", "protocols")}
 
 
 def check_same_prompts(run: Run, base: Run) -> None:

@@ -6,19 +6,24 @@ import shutil
 
 import pytest
 from test_markdown import EVIL, read_table
-from test_report import base, erased, line, make_run  # noqa: F401
+from test_report import base, erased, line, make_run, several  # noqa: F401
 
 from salun_sd.compare import as_csv, as_json, as_markdown, compare, lines, sentences
 from salun_sd.errors import SalunError, UsageError
-from salun_sd.report import Run, assemble, in_pairs
-from salun_sd.stats import mcnemar
+from salun_sd.prompts import Prompt, digest
+from salun_sd.report import Run, assemble
 
 
 def write(folder, run: Run, base: Run | None = None, prompts="pocket", concepts=("sneaker",), **settings):  # noqa: F811
     """An audit's folder, as evaluate leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {"sampling": {"identity": run.model, "scheduler": "DDIMScheduler", "steps": 25, "samples": 1}}
-    kept = {"where": [], "limit": None, "classifier": "pocket judge"} | drawn | settings
+    rows = {row["case"]: Prompt(row["case"], row["prompt"], row["seed"], 3.0, row["class"]) for row in run.manifest}
+    kept = (
+        {"prompts_sha256": digest(rows.values()), "where": [], "limit": None, "classifier": "pocket judge"}
+        | drawn
+        | settings
+    )
     made = assemble(run, base, prompts=prompts, settings=kept, concepts=concepts)
     (folder / "report.json").write_text(json.dumps(made))
     for name, of in (("manifest", run.manifest), ("detections", run.detections)):
@@ -55,12 +60,9 @@ def test_models_stand_side_by_side_and_their_base_once(salun, esd, base, erased)
 def test_other_models_are_paired_with_the_first(salun, esd, erased, base):  # noqa: F811
     [table] = compare([salun, esd])
     pairs = table.paired["esd"]
-    assert pairs["ra"] == {**pairs["ra"], "both": 2, "only_base": 0, "only_model": 2, "neither": 0, "p": mcnemar(0, 2)}
-    runs = [Run(folder.name, folder, *([json.loads(row) for row in (folder / f"{name}.jsonl").open()]
-                                       for name in ("manifest", "detections"))) for folder in (esd, salun)]  # fmt: skip
-    assert pairs == in_pairs(
-        *runs, ["sneaker"], json.loads((esd / "report.json").read_text())["settings"]["labels"], 0.5
-    )
+    counts = {name: [of[kind] for kind in ("both", "only_base", "only_model", "neither")] for name, of in pairs.items()}
+    assert counts == {"ua": [2, 1, 0, 0], "ra": [2, 0, 2, 0], "flag_rate": [0, 0, 0, 7]}
+    assert [of["p"] for of in pairs.values()] == [1, 0.5, 1]  # of 1 and of 2 that differ, all to one side
     turned = compare([esd, salun])[0].paired["salun"]["ra"]
     assert (turned["only_base"], turned["p"]) == (2, pairs["ra"]["p"]) and turned["difference"] == -0.5
     shown = lines(table)
@@ -92,27 +94,52 @@ def test_what_does_not_compare_is_said_and_between_which(salun, tmp_path, erased
     ]
 
 
-def test_other_prompts_under_one_name_have_no_pairs(salun, tmp_path, erased):  # noqa: F811
-    half = dataclasses.replace(erased, manifest=erased.manifest[:4], detections=erased.detections[:4])
-    write(tmp_path / "half", half)
+def test_what_was_not_counted_alike_is_said(salun, esd, base):  # noqa: F811
+    """A protocol that another version counted otherwise, the version, and how the base was drawn."""
+    report = json.loads((esd / "report.json").read_text())
+    report["settings"]["protocols"]["esd"] |= {"threshold": 0.3, "labels": ["ANUS_EXPOSED"], "source": "read again"}
+    report["settings"]["sampling_against"] = {"identity": "x", "steps": 50}
+    (esd / "report.json").write_text(json.dumps(report | {"salun_sd": "0.9"}))
+    [table] = compare([salun, esd])
+    assert list(table.differs) == ["protocols.esd.labels", "protocols.esd.threshold", "salun_sd"]
+    assert table.differs["protocols.esd.threshold"] == {"0.0": ["salun"], "0.3": ["esd"]}
+    assert "Not the same: protocols.esd.threshold: “0.0” for “salun”; “0.3” for “esd”." in sentences(table)
+    first = json.loads((salun / "report.json").read_text())
+    first["settings"]["sampling_against"] = {"identity": "x", "steps": 25}
+    (salun / "report.json").write_text(json.dumps(first))
+    assert compare([salun, esd])[0].differs["against.steps"] == {"25": ["salun"], "50": ["esd"]}
+
+
+def test_other_numbers_of_images_have_no_pairs(salun, tmp_path, erased):  # noqa: F811
+    write(tmp_path / "three", several(erased, 3))
+    [table] = compare([salun, tmp_path / "three"])
+    assert table.differs["images"] == {"7": ["nudity/salun"], "21": ["erased"]}
+    assert "lacks case 0, image 1" in table.unpaired["erased"] and len(lines(table)[0]) == 4
+
+
+def test_other_prompts_of_one_name_have_tables_of_their_own(salun, esd, tmp_path, erased):  # noqa: F811
     changed = [line(row, prompt="a bag") if row["case"] == 3 else row for row in erased.manifest]
-    write(tmp_path / "changed", named(dataclasses.replace(erased, manifest=changed), "other"))
-    [table] = compare([salun, tmp_path / "half", tmp_path / "changed"])
-    assert table.differs["images"] == {"7": ["out/nudity/salun", "other"], "4": ["out/erased"]}
-    assert "lacks case 4, image 0" in table.unpaired["out/erased"]
-    assert "prompt of case 3" in table.unpaired["other"] and len(lines(table)[0]) == 5
+    for name in ("c", "d"):
+        write(tmp_path / name, named(dataclasses.replace(erased, manifest=changed), name))
+    tables = compare([salun, tmp_path / "c", esd, tmp_path / "d"])
+    assert [[c.name for c in t.columns if not c.is_base] for t in tables] == [
+        ["out/nudity/salun", "out/nudity/esd"],
+        ["c", "d"],
+    ]
+    for table in tables:
+        assert table.prompts == "pocket" and sentences(table)[0] == (
+            "Another table has other prompts of the name “pocket”: they do not compare.")  # fmt: skip
+    assert tables[0].prompts_sha256 != tables[1].prompts_sha256
+    assert not any("Another table" in said for said in sentences(compare([salun, esd])[0]))
+    with pytest.raises(SalunError, match="No two of these audits are of the same prompts: .*'pocket'.*'pocket'"):
+        compare([salun, tmp_path / "c"])
 
 
-def test_each_prompt_set_has_its_table(salun, esd, tmp_path, erased):  # noqa: F811
-    people = [line(row, prompt="a person") for row in erased.manifest]
-    for name in ("salun", "esd"):
-        run = named(dataclasses.replace(erased, manifest=people), f"out/nudity/{name}")
-        write(tmp_path / f"people-{name}", run, prompts="people")
-    tables = compare([salun, tmp_path / "people-salun", esd, tmp_path / "people-esd"])
-    assert [(t.prompts, [c.name for c in t.columns if not c.is_base]) for t in tables] == [
-        ("pocket", ["salun", "esd"]), ("people", ["salun", "esd"])]  # fmt: skip
-    with pytest.raises(SalunError, match="No two of these audits are of the same prompts: .*'pocket'.*'people'"):
-        compare([salun, tmp_path / "people-esd"])
+def test_the_digest_is_of_what_is_drawn_and_in_no_order():
+    rows = [Prompt(0, "a", 5, 7.5, "bag"), Prompt(1, "b\ud800", 6, 7.5)]
+    assert digest(rows) == digest(rows[::-1]) == digest([rows[0]._replace(categories=("x",)), rows[1]])
+    others = [{"case": 2}, {"text": "c"}, {"seed": 7}, {"guidance": 7}, {"label": None}]
+    assert len({digest([rows[0]._replace(**other), rows[1]]) for other in [{}, *others]}) == 6
 
 
 def test_a_prompt_set_called_by_two_paths_is_one(salun, tmp_path, erased):  # noqa: F811
@@ -125,6 +152,15 @@ def test_names_are_short_and_never_the_same(salun, tmp_path, erased, base):  # n
     shutil.copytree(salun, tmp_path / "audits" / "again")
     [table] = compare([salun, tmp_path / "audits" / "again"])
     assert [c.name for c in table.columns] == ["out/nudity/salun (salun)", "out/nudity/salun (again)", "base: pocket"]
+    reports = [tmp_path / "reports" / name for name in ("salun.json", "esd.json", "esd.txt")]
+    reports[0].parent.mkdir()
+    for report in reports:
+        shutil.copy(salun / "report.json", report)
+    [table] = compare(reports[:2])
+    assert [c.name for c in table.columns[:2]] == ["out/nudity/salun (salun)", "out/nudity/salun (esd)"]
+    assert len(list(csv.DictReader(io.StringIO(as_csv([table]))))) == 3 * len(table.rows)
+    assert [c.name for c in compare(reports)[0].columns[:3]] == [
+        "1. out/nudity/salun (salun)", "2. out/nudity/salun (esd)", "3. out/nudity/salun (esd)"]  # fmt: skip
     other = write(tmp_path / "third", named(erased, "org/salun"), named(base, "sd15"))
     [table] = compare([salun, other])
     assert [c.name for c in table.columns] == [
@@ -145,8 +181,9 @@ def test_what_is_no_audit_is_said(salun, tmp_path):
     report = json.loads((salun / "report.json").read_text())
     for content, words in [
         ("{", "is damaged: it is no JSON"), (b"\xff\xfe", "is damaged"), ("[]", "is no report of an audit"),
-        ('{"schema": 3}', "is no report"), (json.dumps(report | {"schema": 2}), "has schema 2, and compare reads 3 to"),
-        (json.dumps(report | {"schema": 99}), "of a newer salun-sd"),
+        ('{"schema": 3}', "is no report"),
+        (json.dumps(report | {"schema": 3}), "has schema 3, of another salun-sd, and this one reads 4. Run its"),
+        (json.dumps(report | {"schema": 99}), "reads 4. Update it."),
         (json.dumps({k: v for k, v in report.items() if k != "concepts"}), "is damaged: it is not what"),
         (json.dumps(report | {"metrics": {"ua": {"n": "x", "of": 3}}}), "is damaged: it is not what"),
         (json.dumps(report | {"model": None}), "is damaged: it is not what"),
@@ -159,22 +196,18 @@ def test_what_is_no_audit_is_said(salun, tmp_path):
     assert "manifest.jsonl is damaged" in said(tmp_path)
 
 
-def test_the_oldest_schema_is_still_read(salun, esd):
-    """Schema 3 had counts of labels, and no differences."""
-    report = json.loads((esd / "report.json").read_text())
-    for side in (report, report["against"]):
-        side["labels"] = {name: share["n"] for name, share in side["labels"].items()}
-    report["paired"] = {k: {n: v[n] for n in ("both", "only_base", "only_model", "neither", "p")} for k, v in
-                        report["paired"].items()}  # fmt: skip
-    before = as_csv(compare([salun, esd]))
-    (esd / "report.json").write_text(json.dumps(report | {"schema": 3}))
-    assert as_csv(compare([salun, esd])) == before
+def test_tables_beside_another_report_are_not_its_own(salun, esd):
+    """The .jsonl files are of report.json, not of what else lies in the folder."""
+    kept = (salun / "report.json").rename(salun / "kept.json")
+    [table] = compare([kept, esd])
+    assert table.unpaired == {"esd": f"{salun} holds no manifest.jsonl and detections.jsonl"} and table.paired == {}
 
 
 def test_tables_to_files(salun, tmp_path, erased, base):  # noqa: F811
     manifest = [line(row, prompt="a\u2028b") for row in erased.manifest]
     evil = named(dataclasses.replace(erased, manifest=manifest), EVIL)
-    report = json.loads((write(tmp_path / "evil", evil) / "report.json").read_text())
+    rows = json.loads((salun / "report.json").read_text())["settings"]["prompts_sha256"]
+    report = json.loads((write(tmp_path / "evil", evil, prompts_sha256=rows) / "report.json").read_text())
     report["quality"] = {
         "fid": {"name": f"fid[{EVIL}]", "value": 1.5, "images": [7, 9], "reference": "photos"},
         "kid": None,
