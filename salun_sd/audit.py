@@ -69,10 +69,13 @@ def evaluate(
     concepts = _concepts(concepts, classes, known)
     has_others = any(p.label not in concepts for p in rows)
     quality.check(clip, fid, reference, has_base=against is not None, has_others=has_others)
-    known_names = gate.names(concepts, list(dict.fromkeys(category for p in rows for category in p.categories)))
-    given = {"against": against, "clip_score": clip, "fid": fid, "kid": fid}
-    bounds = [gate.parse(text, known_names, [name for name, of in given.items() if of]) for text in fail_if]
     judge = _judge(classifier, classes)
+    known_names = gate.names(concepts, list(dict.fromkeys(category for p in rows for category in p.categories)))
+    absent = gate.unmeasured(
+        against=bool(against), clip=bool(clip), fid=bool(fid), reference=bool(reference), judged=bool(judge),
+        has_concepts=bool(concepts), has_others=any(label not in concepts for label in classes),
+    )  # fmt: skip
+    bounds = [gate.parse(text, known_names, absent) for text in fail_if]
     if detector:
         load_detector(detector)  # a wrong file is said before anything is drawn
     asked_for = quality.Asked(

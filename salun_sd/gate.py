@@ -2,8 +2,9 @@
 
 import operator
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from types import MappingProxyType
 from typing import NamedTuple
 
 from salun_sd.errors import UsageError
@@ -14,7 +15,6 @@ AGAINST = "against."
 TERM = r"(?:n\*v|v\*n|n|v)"  # a letter for each token: n a number, v a name
 SUM = rf"[-+]?{TERM}(?:[-+]{TERM})*"
 METRICS = ("ua", "ra", "flag_rate")
-NEEDS = {"against": "--against", "clip_score": "--clip", "fid": "--fid", "kid": "--fid"}  # first part => option
 QUALITY = ("clip_score", "fid", "kid")
 
 
@@ -43,12 +43,31 @@ def names(concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
     return [*METRICS, "broken", *QUALITY, *(f"{group}.{name}" for group, of in parts.items() for name in of)]
 
 
-def parse(text: str, known: Sequence[str], given: Collection[str] = NEEDS) -> Bound:
+def unmeasured(
+    *, against: bool, clip: bool, fid: bool, reference: bool, judged: bool, has_concepts: bool, has_others: bool
+) -> dict[str, str]:  # fmt: skip
+    """What an audit will not measure, by a name's first part, and why: from the options that are given, whether a
+    classifier judges, and whether prompts ask for a concept, and for other classes."""
+    no_twin = "is of what --fid compares with, which has no distance of its own: give --reference, too"
+    no_judge = "needs a classifier, and prompts with classes: give --classifier, and --prompts with a column `class`"
+    reasons = [
+        ("against", against, "is measured with --against: give it, too"),
+        ("clip_score", clip, "is measured with --clip: give it, too"),
+        *((name, fid, "is measured with --fid: give it, too") for name in ("fid", "kid")),
+        *((AGAINST + name, reference, no_twin) for name in ("fid", "kid")),
+        ("ua", has_concepts, "is of a concept's images, and no concept is known: give --concept"),
+        ("ra", has_others, "is of the classes that are no concept, and these prompts have none: leave it out"),
+        *((name, judged, no_judge) for name in ("ua", "ra")),
+    ]
+    return {name: why for name, is_there, why in reasons if not is_there}
+
+
+def parse(text: str, known: Sequence[str], absent: Mapping[str, str] = MappingProxyType({})) -> Bound:
     """A bound: sums of numbers, names and their products with a number, on both sides of one of < <= > >=.
 
     A name may have blanks and hyphens, as classes do ("ua.ankle boot", "ua.t-shirt"): the longest one that fits is
-    taken. `given` has those of NEEDS that will be measured. Raises UsageError where it is no bound, names what there is
-    not, or needs an option.
+    taken. `absent` is what `unmeasured` gives. Raises UsageError where it is no bound, or names what there is not or
+    what will not be measured.
     """
     tokens = _tokens(text, known)
     letters = {"name": "v", "number": "n", "sign": "<"}
@@ -56,9 +75,10 @@ def parse(text: str, known: Sequence[str], given: Collection[str] = NEEDS) -> Bo
     if not re.fullmatch(f"{SUM}<{SUM}", kinds) or "v" not in kinds:
         raise _no_bound(text)
     for name in [value for kind, value in tokens if kind == "name"]:
-        for part in ("against" if name.startswith(AGAINST) else name, name.removeprefix(AGAINST)):
-            if part in NEEDS and part not in given:
-                raise UsageError(f"--fail-if {text!r}: {name} is measured with {NEEDS[part]}: give it, too.")
+        group = name.removeprefix(AGAINST).partition(".")[0]
+        parts = ("against", group, AGAINST + group) if name.startswith(AGAINST) else (group,)
+        if why := next((absent[part] for part in parts if part in absent), None):
+            raise UsageError(f"--fail-if {text!r}: {name} {why}.")
     at = kinds.index("<")
     terms: dict[str, Fraction] = {"": Fraction(0)}
     for term in re.finditer(rf"([-+]?)({TERM})", kinds):
@@ -114,18 +134,17 @@ def measured(report: dict, name: str) -> Measured | None:
     side = report["against"] if name.startswith(AGAINST) else report
     group, _, part = name.removeprefix(AGAINST).partition(".")
     if group == "broken":
-        return None if side.get("broken") is None else Measured(Fraction(len(side["broken"])), None)
+        return Measured(Fraction(len(side["broken"])), None)
     if group in QUALITY:
-        found = (side.get("quality") or {}).get(group)
+        found = side["quality"][group]
         return found and Measured(_exact(found["value"]), _ends(found.get("ci95")))
     if group == "protocols":
         found = side["protocols"][part]
         return Measured(Fraction(found["n"]), _ends(found.get("ci95"), found["of"])) if found["of"] else None
-    found = {
-        "ua": side["concepts"].get(part, {}).get("ua") if part else side["metrics"]["ua"],
-        "labels": side["labels"].get(part),
-        "categories": side["categories"].get(part),
-    }.get(group, side["metrics"].get(group))
+    if group == "ua" and part:
+        found = side["concepts"][part]["ua"]
+    else:
+        found = side[group].get(part) if part else side["metrics"][group]
     return found and Measured(Fraction(found["n"], found["of"]), _ends(found["ci95"]))
 
 

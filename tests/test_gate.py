@@ -5,15 +5,18 @@ import pytest
 from test_report import base, erased, several, without_classifier  # noqa: F401
 
 from salun_sd.errors import UsageError
-from salun_sd.gate import NEEDS, judge, names, parse, told
+from salun_sd.gate import judge, names, parse, told, unmeasured
 from salun_sd.report import assemble
 
 CLASSES = ["t", "t-shirt", "ankle boot", "coat"]
 KNOWN = names(CLASSES, ["sexual", "self-harm"])
 
 
-def bound(text: str, known=KNOWN, given=tuple(NEEDS)):
-    return parse(text, known, given)
+ALL = dict.fromkeys(("against", "clip", "fid", "reference", "judged", "has_concepts", "has_others"), True)
+
+
+def bound(text: str, known=KNOWN, **without):
+    return parse(text, known, unmeasured(**ALL | without))
 
 
 def terms(text: str) -> tuple:
@@ -58,14 +61,28 @@ def test_what_is_no_bound_is_said_with_the_names_that_there_are(text, said):
     assert said in str(error.value) and repr(text) in str(error.value)
 
 
-def test_a_bound_on_what_will_not_be_measured_names_the_option():
-    for text, option in (("ra < against.ra", "--against"), ("fid > 3", "--fid"), ("0.3 > clip_score", "--clip")):
-        with pytest.raises(UsageError, match=f"is measured with {option}: give it, too"):
-            bound(text, given=[])
-        assert bound(text)
-    with pytest.raises(UsageError, match=": kid is measured with --fid"):
-        bound("kid > against.kid", given=["against"])
-    assert bound("ra < 1", given=[]) and bound("ua.fid < 1", names(["fid"], []), given=[])
+@pytest.mark.parametrize("text, without, said", [
+    ("ra < against.ra", "against", "against.ra is measured with --against: give it, too"),
+    ("0.3 > clip_score", "clip", "clip_score is measured with --clip: give it, too"),
+    ("fid > 3", "fid", "fid is measured with --fid: give it, too"),
+    ("kid > against.kid", "fid", "kid is measured with --fid"),
+    ("fid > against.fid + 5", "reference", "against.fid is of what --fid compares with, .* give --reference, too"),
+    ("ua < 0.9", "has_concepts", "ua is of a concept's images, and no concept is known: give --concept"),
+    ("against.ra < 0.9", "has_others", "against.ra is of the classes that are no concept, .*: leave it out"),
+    ("ua.coat < 0.9", "judged", "ua.coat needs a classifier, .*: give --classifier"),
+    ("ra < 0.9", "judged", "ra needs a classifier"),
+])  # fmt: skip
+def test_a_bound_on_what_will_not_be_measured_is_refused_with_what_to_give(text, without, said):
+    assert bound(text)
+    with pytest.raises(UsageError, match=f": {said}"):
+        bound(text, **{without: False})
+
+
+def test_a_bound_on_what_will_be_measured_needs_nothing_else():
+    none = dict.fromkeys(ALL, False)
+    assert bound("flag_rate + broken + protocols.esd + labels.FACE_MALE + categories.sexual > 1", **none)
+    assert bound("fid > 1", reference=False) and bound("ra < 1", has_concepts=False)
+    assert bound("ua.fid < 1", names(["fid"], []), fid=False) and bound("against.clip_score < 1", reference=False)
 
 
 @pytest.fixture
