@@ -30,7 +30,20 @@ def page(report: dict) -> str:
     """report.md: the headline, the tables, the gate and the settings; no pictures."""
     title = f"# Audit of {code(report['model'])} on {code(report['prompts'])}\n"
     parts = [title, headline(report, code) + "\n"]
-    for section in (_metrics, _gate, _categories, _labels, _protocols, _quality, _broken, _settings):
+    sections = (
+        _metrics,
+        _pairs,
+        _gate,
+        _became,
+        _classes,
+        _categories,
+        _labels,
+        _protocols,
+        _quality,
+        _broken,
+        _settings,
+    )
+    for section in sections:
         parts += section(report)
     return "\n".join(parts)
 
@@ -44,25 +57,45 @@ def _sides(report: dict) -> dict[str, dict]:
 def _metrics(report: dict) -> list[str]:
     sides = _sides(report)
     rows = [[name, *(rate(side["metrics"][name]) for side in sides.values())] for name in report["metrics"]]
-    if report["against"]:
-        rows = [[*row, *_difference(report["paired"][row[0]])] for row in rows]
     for name in report["concepts"] if len(report["concepts"]) > 1 else ():
-        of = [rate(side["concepts"][name]["ua"]) for side in sides.values()]
-        rows.append([f"ua of {code(name)}", *of, *(("", "") if report["against"] else ())])
-    return [table(["metric", *sides, *(("difference, in pairs", "p") if report["against"] else ())], rows)]
+        rows.append([f"ua of {code(name)}", *(rate(side["concepts"][name]["ua"]) for side in sides.values())])
+    return [table(["metric", *sides], rows)]
 
 
-def _difference(pairs: dict | None) -> tuple[str, str]:
-    if pairs is None:
-        return "", ""
-    low, high = pairs["ci95"]
-    return f"{pairs['difference']:+.3f} [{low:+.3f}, {high:+.3f}]", f"{pairs['p']:.3g}"
+def _pairs(report: dict) -> list[str]:
+    rows = []
+    for name, pairs in (report["paired"] or {}).items():
+        if pairs:
+            counts = [str(pairs[kind]) for kind in ("both", "only_base", "only_model", "neither")]
+            difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(pairs["difference"], *pairs["ci95"])
+            rows.append([name, *counts, difference, f"{pairs['p']:.3g}"])
+    head = ["metric", "both", "base only", "model only", "neither", "difference", "p"]
+    return ["## Image by image, beside the base\n", table(head, rows)] if rows else []
+
+
+def _became(report: dict) -> list[str]:
+    parts, sides = [], _sides(report)
+    for name in report["concepts"]:
+        became = [side["classes"].get(name, {}).get("became", {}) for side in sides.values()]
+        seen = dict.fromkeys(label for own in reversed(became) for label in own)
+        if seen:
+            rows = [[code(label), *(str(own.get(label, 0)) for own in became)] for label in seen]
+            parts += [f"## What {code(name)} became\n", table(["seen as", *sides], rows)]
+    return parts
+
+
+def _each(report: dict, key: str, title: str, head: str) -> list[str]:
+    sides = _sides(report)
+    rows = [[code(name), *(rate(side[key].get(name)) for side in sides.values())] for name in report[key]]
+    return [f"## {title}\n", table([head, *sides], rows)] if rows else []
+
+
+def _classes(report: dict) -> list[str]:
+    return _each(report, "classes", "Seen as what was asked, by class", "class")
 
 
 def _categories(report: dict) -> list[str]:
-    sides = _sides(report)
-    rows = [[code(c), *(rate(side["categories"].get(c)) for side in sides.values())] for c in report["categories"]]
-    return ["## Flagged, by category\n", table(["category", *sides], rows)] if rows else []
+    return _each(report, "categories", "Flagged, by category", "category")
 
 
 def _labels(report: dict) -> list[str]:

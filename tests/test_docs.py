@@ -1,5 +1,6 @@
 """The README says what is true of the commands."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 
 import salun_sd
 from salun_sd import cli, plan, prompts
+from salun_sd.protocols import LABELS, PROTOCOLS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,3 +47,25 @@ def test_the_file_tree_and_the_prompt_sets_are_complete():
             assert re.search(rf"^  {re.escape(path.name)} ", README, re.MULTILINE), path.name
     for name in prompts.builtin() + plan.builtin():
         assert f"`{name}`" in README
+
+
+def keys(value: object) -> set[str]:
+    """Every key at any depth."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+
+def test_every_key_of_a_report_is_in_the_readme(tmp_path):
+    rows = prompts.read("pocket", limit=2)
+    (tmp_path / "p.csv").write_text(prompts.write(rows))
+    cli.run(["evaluate", "pocket", "--against", "pocket", "--prompts", str(tmp_path / "p.csv"), "--steps", "1",
+             "--fail-if", "flag_rate > 1", "--out", str(tmp_path / "audit")])  # fmt: skip
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    names = {*LABELS, *PROTOCOLS}.union(*(side["classes"] for side in (report, report["against"])))
+    names = names.union(*(of["became"] for side in (report, report["against"]) for of in side["classes"].values()))
+    schema = README[README.index("`report.json` (schema") : README.index("### compare")]
+    [settings] = re.findall(r"^\| `settings` \| .*", schema, re.MULTILINE)
+    for told, text in ((keys(report), schema), (keys(report["settings"]), settings)):
+        assert len(told - names) > 15
+        assert not {key for key in told - names if f"`{key}`" not in text and f'"{key}"' not in text}

@@ -48,9 +48,16 @@ def test_page_has_the_numbers_beside_each_other(base, erased):  # noqa: F811
     assert got.startswith("# Audit of `out/erased` on `pocket`\n\n") and headline(made, code) in got
     assert "![" not in got and "<" not in re.sub("`[^`]*`", "", got)
     metrics = read_table(got, "# Audit")
-    assert metrics[0] == ["metric", "base: `pocket`", "`out/erased`", "difference, in pairs", "p"]
-    assert metrics[3][:3] == ["ra", "4 / 4 = 1.000 [0.510, 1.000]", "2 / 4 = 0.500 [0.150, 0.850]"]
-    assert metrics[3][3].startswith("-0.500 [") and metrics[3][4] == "0.5"
+    assert metrics[0] == ["metric", "base: `pocket`", "`out/erased`"]
+    assert metrics[3] == ["ra", "4 / 4 = 1.000 [0.510, 1.000]", "2 / 4 = 0.500 [0.150, 0.850]"]
+    assert read_table(got, "## Image by image") == [
+        ["metric", "both", "base only", "model only", "neither", "difference", "p"], ["---"] * 7,
+        ["ua", "1", "0", "2", "0", "+0.667 [-0.059, +0.939]", "0.5"],
+        ["ra", "2", "2", "0", "0", "-0.500 [-0.850, +0.102]", "0.5"],
+        ["flag_rate", "0", "2", "0", "5", "-0.286 [-0.641, +0.123]", "0.5"]]  # fmt: skip
+    assert read_table(got, "## What `sneaker` became")[2:] == [
+        ["`bag`", "1", "2"], ["`dress`", "0", "1"], ["`sneaker`", "2", "0"]]  # fmt: skip
+    assert read_table(got, "by class")[3] == ["`bag`", "2 / 2 = 1.000 [0.342, 1.000]", "1 / 2 = 0.500 [0.095, 0.905]"]
     assert [row[0] for row in metrics[2:]] == ["ua", "ra", "flag_rate"]
     assert [row[:2] for row in read_table(got, "## Gate")[2:]] == [
         ["`ra < against.ra`", "**failed**"], ["`ra < 0.1`", "passed"]]  # fmt: skip
@@ -66,7 +73,8 @@ def test_page_has_each_of_several_concepts_and_no_base_where_there_is_none(base,
     assert read_table(both, "# Audit")[5][0] == "ua of `sneaker`"
     assert len({len(row) for row in read_table(both, "# Audit")}) == 1
     alone = page(assemble(without_classifier(erased), prompts="p", settings={"sampling": None}))
-    assert "base" not in alone and "Gate" not in alone and "Quality" not in alone and "read" not in alone
+    assert "base" not in alone and "## Gate" not in alone and "Quality" not in alone and "read" not in alone
+    assert "Image by image" not in alone and "became" not in alone and "by class" not in alone
     assert read_table(alone, "# Audit")[2] == ["ua", "not measured"]
 
 
