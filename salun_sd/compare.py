@@ -87,8 +87,8 @@ def _report(file: Path) -> dict:
         for side in sides:
             [text(cell) for cell in _cells(side).values()]
             os.fspath(side["model"])
-        os.fspath(report["prompts"]), [settings_of(report)[name] for name in (*COUNTING, "prompts_sha256")]
-        _settings(report)
+        os.fspath(report["prompts"]), os.fspath(report["settings"]["prompts_sha256"])
+        [_settings(report)[name] for name in COUNTING]
         return report
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise SalunError(f"{file} is damaged: it is not what `salun-sd evaluate` wrote. {AGAIN}") from e

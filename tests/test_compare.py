@@ -187,6 +187,7 @@ def test_what_is_no_audit_is_said(salun, tmp_path):
         (json.dumps({k: v for k, v in report.items() if k != "concepts"}), "is damaged: it is not what"),
         (json.dumps(report | {"metrics": {"ua": {"n": "x", "of": 3}}}), "is damaged: it is not what"),
         (json.dumps(report | {"model": None}), "is damaged: it is not what"),
+        (json.dumps(report | {"settings": report["settings"] | {"prompts_sha256": []}}), "is damaged: it is not what"),
     ]:  # fmt: skip
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert words in said(tmp_path), content
