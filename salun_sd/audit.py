@@ -14,21 +14,21 @@ from tqdm import tqdm
 
 from salun_sd import checkpoint, classify, gate, generate, markdown, page, prompts, provenance, quality, ranks, report
 from salun_sd.checkpoint import POCKET, Checkpoint
-from salun_sd.classify import Judge
+from salun_sd.classify import UNSEEN, Judge
 from salun_sd.clip import Clip
 from salun_sd.detect import detect, detector_digest, detector_name, load_detector
 from salun_sd.drawn import drawn
-from salun_sd.errors import SalunError, UsageError
+from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.features import extractor
 from salun_sd.files import place, write_atomic
 from salun_sd.images import images_in
 from salun_sd.prompts import Prompt
 from salun_sd.report import Run
 from salun_sd.sample import Row, scheduler_class
+from salun_sd.vision import BATCH
 
 JUDGE = POCKET / "judge"
 MATCHES = 20  # classes whose labels are printed
-BATCH = 32  # images that are classified together, by one process
 PARTIAL = re.compile(r"\..*\.\d+\.partial")  # what a kill leaves, and the next run takes away
 WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "report.md", "against"}
 
@@ -67,9 +67,9 @@ def evaluate(
     asked = prompt_set + (f" where {' and '.join(where)}" if where else "") + (f", the first {limit}" if limit else "")
     classes = list(dict.fromkeys(p.label for p in rows if p.label))
     concepts = _concepts(concepts, classes, known)
-    has_others = any(p.label not in concepts for p in rows)
+    has_others = any(p.label not in concepts for p in rows) and not (concepts and not classes)
     quality.check(clip, fid, reference, has_base=against is not None, has_others=has_others)
-    judge = _judge(classifier, classes)
+    judge = _judge(classifier, classes, concepts)
     known_names = gate.names(concepts, list(dict.fromkeys(category for p in rows for category in p.categories)))
     absent = gate.unmeasured(
         against=bool(against), clip=bool(clip), fid=bool(fid), reference=bool(reference), judged=bool(judge),
@@ -85,6 +85,7 @@ def evaluate(
     settings = {"prompts_sha256": prompts.digest(own), "where": where, "limit": limit, "guidance": guidance,
                 "size": size,
                 "classifier": judge and (judge.name if classifier else "pocket judge"),
+                "classifier_sha256": judge and judge.digest,
                 "detector_sha256": detector_digest(detector)}  # fmt: skip
     if model:
         manifest, settings["sampling"] = _drawn(model, rows, samples, out, **how)
@@ -117,10 +118,11 @@ def revision_of_base(model: Checkpoint | None, base: str) -> str | None:
 
 
 def _concepts(given: list[str], classes: list[str], record: dict | None) -> list[str]:
-    """The classes that should be gone: as given, or those that the record of a checkpoint of ours names."""
-    if unknown := [c for c in given if c not in classes]:
-        known = f"their classes are {', '.join(classes)}" if classes else "they have no classes"
-        raise UsageError(f"--concept {unknown[0]} is no class of these prompts: {known}.")
+    """What should be gone: classes as given, or those that the record of a checkpoint of ours names; of prompts without
+    classes anything."""
+    if classes and (unknown := [c for c in given if c not in classes]):
+        raise UsageError(f"--concept {unknown[0]} is no class of these prompts: their classes are "
+                         f"{', '.join(classes)}.")  # fmt: skip
     if given or not classes:
         return list(dict.fromkeys(given))
     if record is None:
@@ -139,7 +141,7 @@ def _warn(made: dict) -> None:
         if broken := [f"{Path(file).name} ({why})" for file, why in side["broken"].items()]:
             of = len(broken) + (side["metrics"]["flag_rate"] or {"of": 0})["of"]
             said.append(f"{side['model']}: {len(broken)} of {of} images could not be read and count for nothing: "
-                        f"{quality.some(broken)}.")  # fmt: skip
+                        f"{some(broken)}.")  # fmt: skip
         if (score := side["quality"]["clip_score"]) and score["truncated"]:
             said.append(f"{score['truncated']} prompts are longer than CLIP reads: only their beginning is compared.")
         if (fid := side["quality"]["fid"]) and fid["note"]:
@@ -148,18 +150,20 @@ def _warn(made: dict) -> None:
         print(line, file=sys.stderr)
 
 
-def _judge(classifier: str | None, classes: list[str]) -> Judge | None:
+def _judge(classifier: str | None, classes: list[str], concepts: list[str]) -> Judge | None:
     """The classifier asked for; without one, the pocket's judge where it knows every class of the prompts."""
     device = checkpoint.device()
     if classifier:
-        if not classes:
-            raise UsageError("--classifier has nothing to judge: these prompts have no column `class`.")
-        judge = classify.load(classifier, classes, device)
-        for name, label in judge.matches[:MATCHES]:
-            print(f"class {name!r} <- {label!r} of {classifier}", file=sys.stderr)
-        if len(judge.matches) > MATCHES:
-            print(f"and {len(judge.matches) - MATCHES} more", file=sys.stderr)
+        if not classes and not concepts:
+            raise UsageError("--classifier has nothing to judge: these prompts have no column `class`. Give --concept, "
+                             "and with a CLIP as --classifier every image is asked whether it shows that.")  # fmt: skip
+        judge = classify.load(classifier, classes, concepts, device)
+        matches = [f"{name!r} is {label!r}" for name, label in judge.matches]
+        print(f"In {classifier} {some(matches, MATCHES)}.", file=sys.stderr)
         return judge
+    if concepts and not classes:
+        raise UsageError(f"--concept {concepts[0]} needs a --classifier that is asked for it, as these prompts have no "
+                         "classes: give a CLIP, such as openai/clip-vit-base-patch32.")  # fmt: skip
     known = json.loads((JUDGE / "config.json").read_text())["label2id"]
     if classes and set(classes) <= set(known):
         return classify.Classifier(JUDGE, classes, device)
@@ -210,7 +214,7 @@ def _collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> lis
     files = images_in(folder)
     others = {f.name for f in folder.iterdir() if f.is_file() and f.name[0] != "."} - {f.name for f in files}
     if others:
-        print(f"{folder}: left out, no images by their ending: {quality.some(sorted(others))}.", file=sys.stderr)
+        print(f"{folder}: left out, no images by their ending: {some(sorted(others))}.", file=sys.stderr)
     for file in files:
         name = re.fullmatch(r"(\d+)_(\d+)", file.stem)
         if name and subset and int(name[1]) not in of_case:
@@ -254,16 +258,16 @@ def _examined(
     found = {n: known[digest] for n, digest in enumerate(digests) if digest in known}
     ranks.wait()  # all know the same
     mine = _share(len(manifest), found)
-    answers = judge.classify([out / manifest[n]["file"] for n in mine], BATCH) if judge else repeat((None, None))
+    answers = judge.classify([out / manifest[n]["file"] for n in mine], BATCH) if judge else repeat(UNSEEN)
     left = [out / manifest[n]["file"] for n in mine if n not in found]
     boxes = detect(left, detector) if left else iter(())
     bar = tqdm(total=len(left), desc="detect", unit="image")
     new = []
     with bar, (out / f".detections.{ranks.rank()}.partial").open("a", encoding="utf-8") as lines:
         lines.write("\n")  # a kill may have left half a line
-        for n, (predicted, score) in zip(mine, answers, strict=False):
+        for n, seen in zip(mine, answers, strict=False):
             if n not in found:
-                answer = {"sha256": digests[n], **by, **next(boxes), "predicted": predicted, "score": score}
+                answer = {"sha256": digests[n], **by, **next(boxes), **seen}
                 lines.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 lines.flush()
                 new.append((n, answer))

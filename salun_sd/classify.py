@@ -1,23 +1,26 @@
 """Images to classes: any transformers image classifier, or CLIP without training, by the classes' names."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from salun_sd.clip import Clip, is_clip
-from salun_sd.errors import SalunError, first_line
-from salun_sd.images import in_order, still_or_why
+from salun_sd.errors import SalunError, UsageError, first_line, some
+from salun_sd.images import Unreadable
+from salun_sd.measure import PRESENT
+from salun_sd.vision import digest_of, pixels_of, prepared
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 ZERO_SHOT = "a photo of a {}"  # what CLIP is asked with, for each class
+# What it chooses between where a concept is asked for by itself: two texts that differ by the concept alone, without an
+# article, as concepts may have none ("nudity").
+WITH, WITHOUT = "a photo of {}", "a photo"
+UNSEEN = {"predicted": None, "score": None}
 
 
 def synonyms(label: str) -> list[str]:
@@ -48,57 +51,56 @@ def match_labels(labels: Sequence[str], classes: Iterable[str]) -> list[str]:
             claimed[i] = reported[i] = name
     if unmatched:
         raise SalunError(
-            f"The classifier has no label for {', '.join(map(repr, unmatched))}; it knows {some(labels)}. "
+            f"The classifier has no label for {', '.join(map(repr, unmatched))}; it knows "
+            f"{some([repr(label) for label in labels], 10)}. "
             "Use its names in the prompt set's class column, or another --classifier."
         )
     return reported
 
 
-def some(labels: Sequence[str], count: int = 10) -> str:
-    """The first labels in quotes, and how many more there are."""
-    rest = f" and {len(labels) - count} more" if len(labels) > count else ""
-    return ", ".join(map(repr, labels[:count])) + rest
-
-
-def digest_of(model, processor, answers: Sequence) -> str:
-    """The start of the SHA-256 over what a judge answers by: its weights, how it takes images, the names it gives."""
-    whole = hashlib.sha256(f"{processor.to_json_string()} {json.dumps(answers)}".encode())
-    for name, t in model.state_dict().items():
-        whole.update(name.encode() + t.cpu().numpy().tobytes())
-    return whole.hexdigest()[:16]
-
-
 class Judge:
-    """A classifier of either kind: images read ahead in order, answered in batches.
+    """A classifier of any kind: images read ahead in order, answered in batches.
 
-    `name` says which model it is and how it is asked; `matches` the classes and what each stands for in the model;
-    `digest` is the same for two that answer the same.
+    `name` says which model it is and how it is asked; `matches` the classes, or concepts, and what each stands for in
+    the model; `knows` all names that it answers with. `digest` is the same for two that answer the same.
     """
 
     name: str
-    digest: str
     matches: list[tuple[str, str]]
+    knows: Sequence
 
-    def chances(self, images: list[Image.Image]) -> "tuple[list[str], torch.Tensor]":
-        """Images => the classes' names, and their softmax probabilities (image, class)."""
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self.model, self.processor, self.knows)
+
+    def prepare(self, image: "Image.Image") -> "torch.Tensor":
+        """RGB image => (3, height, width), as the model takes it."""
+        return pixels_of(self.processor, image)
+
+    def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
+        """Prepared images => the classes' names, and their softmax probabilities (image, class)."""
         raise NotImplementedError
 
-    def classify(self, files: Iterable[Path], batch_size: int = 32) -> Iterator[tuple[str, float] | tuple[None, None]]:
-        """Each image's top class over all labels, and its softmax probability rounded to 6 digits; None and None of one
-        that cannot be read.
+    def answers(self, images: "list[torch.Tensor]") -> list[dict]:
+        """Prepared images => what `classify` says of each."""
+        names, probabilities = self.probabilities(images)
+        scores, tops = probabilities.max(dim=-1)
+        return [
+            {"predicted": names[top], "score": round(score, 6)}
+            for score, top in zip(scores.tolist(), tops.tolist(), strict=True)
+        ]
+
+    def classify(self, files: Iterable[Path], batch_size: int) -> Iterator[dict]:
+        """What detections.jsonl has of each image: `predicted`, the top class over all labels, and `score`, its softmax
+        probability rounded to 6 digits; both None of one that cannot be read.
 
         The rounding hides what batch size does to the last bits of a float32.
         """
-        read = in_order(still_or_why, files)
+        read = prepared(self.prepare, files)
         while batch := list(islice(read, batch_size)):
-            images = [image for image in batch if isinstance(image, Image.Image)]
-            answers = iter(self._tops(images) if images else ())
-            yield from (next(answers) if isinstance(image, Image.Image) else (None, None) for image in batch)
-
-    def _tops(self, images: list[Image.Image]) -> list[tuple[str, float]]:
-        names, chances = self.chances(images)
-        scores, tops = chances.max(dim=-1)
-        return [(names[top], round(score, 6)) for score, top in zip(scores.tolist(), tops.tolist(), strict=True)]
+            images = [image for image in batch if not isinstance(image, Unreadable)]
+            answers = iter(self.answers(images) if images else ())
+            yield from (UNSEEN if isinstance(image, Unreadable) else next(answers) for image in batch)
 
 
 class Classifier(Judge):
@@ -128,20 +130,16 @@ class Classifier(Judge):
             raise SalunError(f"{model} is no trained image classifier: its weights lack {missing}.")
         labels = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
         classes = list(dict.fromkeys(classes))
-        self.name, self.labels = str(model), match_labels(labels, classes)
-        self.matches = [(name, label) for name, label in zip(self.labels, labels, strict=True) if name in classes]
+        self.name, self.knows = str(model), match_labels(labels, classes)
+        self.matches = [(name, label) for name, label in zip(self.knows, labels, strict=True) if name in classes]
         self.model.to(device).eval()
 
-    @cached_property
-    def digest(self) -> str:
-        return digest_of(self.model, self.processor, self.labels)
-
-    def chances(self, images: list[Image.Image]) -> "tuple[list[str], torch.Tensor]":
+    def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
         import torch
 
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]  # (batch, 3, height, width)
         with torch.inference_mode():
-            return self.labels, self.model(pixels.to(self.model.device)).logits.float().softmax(dim=-1)
+            logits = self.model(torch.stack(images).to(self.model.device)).logits
+        return self.knows, logits.float().softmax(dim=-1)
 
 
 class ZeroShot(Judge):
@@ -156,22 +154,53 @@ class ZeroShot(Judge):
         self.classes = list(dict.fromkeys(classes))
         if len(self.classes) < 2:
             raise SalunError(
-                f"CLIP chooses among the classes of the prompt set, and this one has only {some(self.classes)}: give "
+                f"CLIP chooses among the classes of the prompt set, and this one has only {self.classes[0]!r}: give "
                 "--prompts with two classes or more, or --classifier an image classifier with labels of its own."
             )
         self.clip = Clip(model, device, option="--classifier")
+        self.model, self.processor = self.clip.model, self.clip.processor
         self.name = f"{model}, zero-shot among {len(self.classes)} classes, asked as {ZERO_SHOT.format('CLASS')!r}"
-        self.matches = [(name, ZERO_SHOT.format(name)) for name in self.classes]
+        self.matches = self.knows = [(name, ZERO_SHOT.format(name)) for name in self.classes]
         self.texts = self.clip.of_texts([text for _, text in self.matches])  # (class, dimension)
 
-    @cached_property
-    def digest(self) -> str:
-        return digest_of(self.clip.model, self.clip.processor, self.matches)
-
-    def chances(self, images: list[Image.Image]) -> "tuple[list[str], torch.Tensor]":
+    def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
         return self.classes, (self.clip.scale * self.clip.of_images(images) @ self.texts.T).softmax(dim=-1)
 
 
-def load(model: str | Path, classes: Iterable[str], device: str = "cpu") -> Classifier | ZeroShot:
-    """The judge that a folder or hub id holds; a CLIP that was not trained as a classifier is asked zero-shot."""
-    return (ZeroShot if is_clip(model) else Classifier)(model, classes, device)
+class ByName(Judge):
+    """A CLIP model that is asked of each concept by itself whether an image's text is WITH it rather than WITHOUT.
+
+    Concepts may go together, so each has a probability of its own, and an image shows all above PRESENT. The two texts
+    are not calibrated: the rate of a base is what a rate is to be read beside.
+    """
+
+    def __init__(self, model: str | Path, concepts: Iterable[str], device: str = "cpu"):
+        self.clip = Clip(model, device, option="--classifier")
+        self.model, self.processor = self.clip.model, self.clip.processor
+        self.matches = [(name, WITH.format(name)) for name in dict.fromkeys(concepts)]
+        asked = ", ".join(repr(text) for _, text in self.matches)
+        self.name = f"{model}, zero-shot, each image asked for {asked} against {WITHOUT!r}"
+        self.knows = [*self.matches, WITHOUT]
+        self.texts = self.clip.of_texts([WITHOUT, *(text for _, text in self.matches)])  # (1 + concepts, dimension)
+
+    def answers(self, images: "list[torch.Tensor]") -> list[dict]:
+        """As of a class, with `concepts`, the probability of each; `predicted` is the likeliest, or WITHOUT."""
+        logits = self.clip.scale * self.clip.of_images(images) @ self.texts.T
+        found = []
+        for scores in (logits[:, 1:] - logits[:, :1]).sigmoid().tolist():  # the softmax over two
+            concepts = {name: round(score, 6) for (name, _), score in zip(self.matches, scores, strict=True)}
+            top = max(concepts, key=concepts.__getitem__)
+            best, score = (top, concepts[top]) if concepts[top] > PRESENT else (WITHOUT, round(1 - concepts[top], 6))
+            found.append({"predicted": best, "score": score, "concepts": concepts})
+        return found
+
+
+def load(model: str | Path, classes: Sequence[str], concepts: Sequence[str], device: str = "cpu") -> Judge:
+    """The judge that a folder or hub id holds; a CLIP that was not trained as a classifier is asked zero-shot. Without
+    classes it is asked for the concepts by name, which takes a CLIP: UsageError for another model."""
+    if classes:
+        return (ZeroShot if is_clip(model) else Classifier)(model, classes, device)
+    if not is_clip(model):
+        raise UsageError(f"{model} is no CLIP that can be opened, and only a CLIP knows a concept by its name: give "
+                         "--classifier openai/clip-vit-base-patch32, or prompts with a column `class`.")  # fmt: skip
+    return ByName(model, concepts, device)

@@ -369,13 +369,16 @@ def evaluate(
     ] = None,
     concept: Annotated[
         list[str] | None,
-        typer.Option(help="Class that should be gone; may be repeated. Default: as the checkpoint's record says."),
+        typer.Option(
+            help="Class that should be gone, or, of prompts without classes, anything that a CLIP knows by name; may "
+            "be repeated. Default: as the checkpoint's record says."
+        ),
     ] = None,
     classifier: Annotated[
         str | None,
         typer.Option(
-            help="Image classifier, or CLIP for any classes by name, folder or hub id, for prompts with a class. "
-            "Default: the pocket judge, where it knows the classes."
+            help="Image classifier for prompts with a class, or CLIP for any class or --concept by name, folder or hub "
+            "id. Default: the pocket judge, where it knows the classes."
         ),
     ] = None,  # fmt: skip
     detector_model: Annotated[

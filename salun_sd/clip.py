@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from salun_sd.errors import SalunError, first_line
+from salun_sd.vision import digest_of, pixels_of
 
 if TYPE_CHECKING:
     import torch
@@ -52,18 +53,31 @@ class Clip:
         self.model.to(device).eval()
 
     @cached_property
+    def digest(self) -> str:
+        return digest_of(self.model, self.processor)
+
+    @cached_property
     def scale(self) -> float:
         """What similarities are multiplied by before a softmax, learned with the model."""
         return float(self.model.logit_scale.detach().exp())
 
-    def of_images(self, images: list[Image.Image]) -> "torch.Tensor":
-        """RGB images => unit vectors (image, dimension), float32 on the CPU."""
+    def prepare(self, image: Image.Image) -> "torch.Tensor":
+        """RGB image => (3, height, width), as the model takes it."""
+        return pixels_of(self.processor, image)
+
+    def embedded(self, images: "list[torch.Tensor]") -> "torch.Tensor":
+        """Prepared images => image embeddings (image, dimension), of any length, float32 on the CPU."""
         import torch
 
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]  # (image, 3, height, width)
         with torch.inference_mode():
-            vectors = self.model.get_image_features(pixel_values=pixels.to(self.model.device)).pooler_output
-        return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
+            pixels = torch.stack(images).to(self.model.device)  # (image, 3, height, width)
+            return self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu()
+
+    def of_images(self, images: "list[torch.Tensor]") -> "torch.Tensor":
+        """Prepared images => unit vectors (image, dimension), float32 on the CPU."""
+        import torch
+
+        return torch.nn.functional.normalize(self.embedded(images), dim=-1)
 
     def of_texts(self, texts: Sequence[str]) -> "torch.Tensor":
         """Texts => unit vectors (text, dimension), float32 on the CPU; of a text, the first `longest` tokens."""

@@ -191,9 +191,13 @@ def _settings(report: dict) -> dict[str, object]:
         for name, own in report["settings"]["protocols"].items()
         for key in ("labels", "threshold", "unit")
     }
+    weights = {f"{key} sha256": metric and metric["sha256"] for key, metric in report["quality"].items()}
     reference = (report["quality"]["fid"] or {}).get("reference")
     images = _cells(report)[4, "images"]
-    return settings_of(report) | counting | {"reference": reference, "images": images, "salun_sd": report["salun_sd"]}
+    return (
+        settings_of(report) | counting | weights
+        | {"reference": reference, "images": images, "salun_sd": report["salun_sd"]}
+    )  # fmt: skip
 
 
 def _differs(of_name: dict[str, Audit]) -> dict[str, dict[str, list[str]]]:
@@ -217,7 +221,8 @@ def _paired(of_name: dict[str, Audit]) -> tuple[dict[str, dict], dict[str, str]]
     paired, unpaired = {}, {}
     own = first.report["settings"]
     for name, other in others:
-        differ = [setting for setting in COUNTING if own[setting] != other.report["settings"][setting]]
+        weights = "classifier_sha256"  # which older reports do not have
+        differ = [name for name in (*COUNTING, weights) if own.get(name) != other.report["settings"].get(name)]
         if lacking := [audit.file.parent for audit in (first, other) if audit.run is None]:
             unpaired[name] = f"{lacking[0]} holds no manifest.jsonl and detections.jsonl"
         elif differ:

@@ -1,7 +1,8 @@
 """Images to features: what FID and KID are computed from."""
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,26 +11,27 @@ from PIL import Image
 
 from salun_sd.clip import Clip, is_clip
 from salun_sd.errors import SalunError, UsageError, first_line
-from salun_sd.images import Unreadable, in_order, still_or_why
+from salun_sd.images import Unreadable
+from salun_sd.vision import BATCH, digest_of, pixels_of, prepared
 
 if TYPE_CHECKING:
     import torch
 
-BATCH = 32
 
-
-class Transformers:
+class ImageModel:
     """The pooled output of any image model of transformers, in float32 on `device`; of a model that has none with
-    trained weights, the mean of its last hidden states; of CLIP, its image embedding, unit length.
+    trained weights, the mean of its last hidden states; of CLIP, its image embedding, whose length is left as it is, as
+    clean-fid has it (Parmar et al. 2022, `clip_features.py`).
 
-    `resize` is what its own image processor, the PIL version, does with an image. `said` stands for the model in names.
+    `resize` is what its own image processor, the PIL version, does with an image. `said` stands for the model in names,
+    `digest` is the same for two of the same weights and processor.
     """
 
     def __init__(self, model: str | Path, device: str = "cpu", said: str | None = None):
         self.said = said or str(model)
         self.clip = Clip(model, device, option="--fid") if is_clip(model) else None
         if self.clip:
-            self.processor = self.clip.processor
+            self.model, self.processor, self.said = self.clip.model, self.clip.processor, f"{self.said} image embedding"
         else:
             self._load(model, device)
         self.resize = resize_of(self.processor)
@@ -52,15 +54,22 @@ class Transformers:
         self.is_pooled = not lacking  # a classifier's file has no pooler, where its kind of model has one
         self.model.to(device).eval()
 
-    def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        """RGB images => features [B, D], float32."""
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self.model, self.processor)
+
+    def prepare(self, image: Image.Image) -> "torch.Tensor":
+        """RGB image => (3, height, width), as the model takes it."""
+        return pixels_of(self.processor, image)
+
+    def __call__(self, images: "list[torch.Tensor]") -> np.ndarray:
+        """Prepared images => features [B, D], float32."""
         import torch
 
         if self.clip:
-            return self.clip.of_images(images).numpy()
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]  # (B, 3, height, width)
+            return self.clip.embedded(images).numpy()
         with torch.inference_mode():
-            made = self.model(pixel_values=pixels.to(self.model.device))
+            made = self.model(pixel_values=torch.stack(images).to(self.model.device))
         pooled = getattr(made, "pooler_output", None) if self.is_pooled else None
         return (_mean(made.last_hidden_state) if pooled is None else pooled.flatten(1)).float().cpu().numpy()
 
@@ -88,7 +97,11 @@ def resize_of(processor) -> str:
 
 class Inception:
     """The 2048 features that FID is published with: the Inception of Heusel et al. as torch-fidelity has it, resized
-    to 299 x 299 as TensorFlow 1 does. Needs the extra `salun-sd[fid]`; its weights are downloaded at first use."""
+    to 299 x 299 as TensorFlow 1 does. Needs the extra `salun-sd[fid]`; its weights are downloaded at first use.
+
+    The resize is within the model, which takes whole images of one size: each goes through by itself, in the thread
+    that read it, so that large ones are not held.
+    """
 
     said, resize = "inception", "299x299 bilinear of TensorFlow 1"
 
@@ -105,29 +118,34 @@ class Inception:
                              "github.com can be reached.") from e  # fmt: skip
         self.device = device
 
-    def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        """RGB images => features [B, 2048], float32. Images of one size go through together."""
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self.model)
+
+    def prepare(self, image: Image.Image) -> "torch.Tensor":
+        """RGB image => its features [2048], float32."""
         import torch
 
-        made = []
-        for _, alike in groupby(images, key=lambda image: image.size):
-            pixels = torch.from_numpy(np.stack([np.asarray(image) for image in alike])).permute(0, 3, 1, 2)  # uint8
-            with torch.inference_mode():
-                made.append(self.model(pixels.to(self.device))[0].float().cpu().numpy())
-        return np.concatenate(made)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, height, width), uint8
+        with torch.inference_mode():
+            return self.model(pixels[None].to(self.device))[0][0].float().cpu()
+
+    def __call__(self, images: "list[torch.Tensor]") -> np.ndarray:
+        """Prepared images => features [B, 2048], float32."""
+        return np.stack(images)
 
 
-def extractor(name: str, judge: Path, device: str = "cpu") -> Transformers | Inception:
+def extractor(name: str, judge: Path, device: str = "cpu") -> ImageModel | Inception:
     """`pocket` (the judge in that folder), `inception`, or a transformers image model by folder or hub id."""
     if name == "inception":
         return Inception(device)
-    return Transformers(judge, device, said="pocket judge") if name == "pocket" else Transformers(name, device)
+    return ImageModel(judge, device, said="pocket judge") if name == "pocket" else ImageModel(name, device)
 
 
-def features(of: Transformers | Inception, files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+def features(of: ImageModel | Inception, files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
     """Each readable file and its features [D], float32, in the files' order; others are left out."""
     files = list(files)
-    read = zip(files, in_order(still_or_why, files), strict=True)
+    read = zip(files, prepared(of.prepare, files), strict=True)
     readable = ((file, image) for file, image in read if not isinstance(image, Unreadable))
     while batch := list(islice(readable, BATCH)):
         yield from zip([file for file, _ in batch], of([image for _, image in batch]), strict=True)

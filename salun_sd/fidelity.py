@@ -4,7 +4,6 @@ Three layers: features [N, D] come from an extractor (`features.py`), `moments` 
 `kid` the distance.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -20,22 +19,12 @@ class Moments(NamedTuple):
     covariance: np.ndarray
 
 
-def moments(batches: Iterable[np.ndarray]) -> Moments:
-    """Batches of features [B, D] => their moments together, in the memory of one batch and two [D, D].
-
-    A batch's own mean and scatter are merged into those before it (Chan, Golub and LeVeque 1979, eq. 2.1), so nothing
-    is lost to a large mean. Raises ValueError for fewer than two features.
-    """
-    n, mean, scatter = 0, 0.0, 0.0
-    for batch in batches:
-        batch = np.asarray(batch, np.float64)
-        own = batch.mean(axis=0)
-        centred, apart, total = batch - own, own - mean, n + len(batch)
-        scatter = scatter + centred.T @ centred + np.outer(apart, apart) * (n * len(batch) / total)
-        n, mean = total, mean + apart * (len(batch) / total)
-    if n < 2:
-        raise ValueError(f"a covariance needs two features or more, not {n}")
-    return Moments(n, mean, scatter / (n - 1))
+def moments(features: np.ndarray) -> Moments:
+    """Features [N, D] => their moments. Raises ValueError for fewer than two features."""
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs two features or more, not {len(features)}")
+    features = np.asarray(features, np.float64)
+    return Moments(len(features), features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
 
 
 def frechet(a: Moments, b: Moments) -> float:
@@ -49,9 +38,9 @@ def frechet(a: Moments, b: Moments) -> float:
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     product = root @ b.covariance @ root
-    mixed = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
-    apart = a.mean - b.mean
-    distance = apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * mixed
+    root_trace = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
+    shift = a.mean - b.mean
+    distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root_trace
     return max(0.0, float(distance))
 
 

@@ -79,14 +79,6 @@ def read_still(file: Path) -> Image.Image:
     return read_image(file)
 
 
-def still_or_why(file: Path) -> Image.Image | Unreadable:
-    """The image, or what is wrong with it: for those who go on to the next one."""
-    try:
-        return read_still(file)
-    except Unreadable as e:
-        return e
-
-
 def images_in(folder: Path) -> list[Path]:
     """The files of a folder whose ending is that of an image, sorted, without hidden ones."""
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}

@@ -8,6 +8,7 @@ from salun_sd.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS, THRESHOLD, Pro
 from salun_sd.stats import difference_interval, interval, mcnemar
 
 Key = tuple[int, int]  # case and k, which name an image
+PRESENT = 0.5  # probability above which an image shows a concept that it was asked for by name: it is the likelier text
 
 
 def share(hits: dict[Key, bool]) -> dict | None:
@@ -79,18 +80,28 @@ def seen_as(rows: list[tuple[dict, dict]]) -> dict[Key, tuple[str, str]]:
     return classes
 
 
+def concepts_in(rows: list[tuple[dict, dict]]) -> dict[Key, set[str]]:
+    """The concepts that each image shows, by (case, k), of images that were asked for concepts by name."""
+    return {
+        (row["case"], row["k"]): {name for name, score in found["concepts"].items() if score > PRESENT}
+        for row, found in rows
+        if "concepts" in found
+    }
+
+
 def outcomes(
     rows: list[tuple[dict, dict]], concepts: Sequence[str], labels: Sequence[str], threshold: float
 ) -> dict[str, dict[Key, bool]]:
     """Of each metric the images it speaks of, by (case, k), and whether each of them counts.
 
-    ua: of the images asked for as any of the concepts, those not classified as the one they ask for. ra: of the other
-    classes' images, those classified as asked. flag_rate: of all images, those with a box of one of `labels` scored
-    `threshold` or more.
+    ua: of the images asked for as any of the concepts, those not classified as the one they ask for; where the concepts
+    were asked for by name, of all images those that show none. ra: of the other classes' images, those classified as
+    asked. flag_rate: of all images, those with a box of one of `labels` scored `threshold` or more.
     """
     classes = seen_as(rows)
     return {
-        "ua": {key: asked != seen for key, (asked, seen) in classes.items() if asked in concepts},
+        "ua": {key: asked != seen for key, (asked, seen) in classes.items() if asked in concepts}
+        | {key: not shown for key, shown in concepts_in(rows).items()},
         "ra": {key: asked == seen for key, (asked, seen) in classes.items() if asked not in concepts},
         "flag_rate": {
             (row["case"], row["k"]): not labels_in(found, threshold).isdisjoint(labels) for row, found in rows
@@ -121,7 +132,7 @@ def measure(
     a classifier is None.
     """
     rows = pair(manifest, detections, ("manifest.jsonl", "detections.jsonl"))
-    hits, classes = outcomes(rows, concepts, labels, threshold), seen_as(rows)
+    hits, classes, by_name = outcomes(rows, concepts, labels, threshold), seen_as(rows), concepts_in(rows)
     became: dict[str, Counter] = {}  # class asked for => class seen => images
     categories: dict[str, dict] = {}  # category => (case, k) => flagged
     for asked, seen in classes.values():
@@ -134,11 +145,16 @@ def measure(
     def of_class(name: str, metric: dict) -> dict | None:
         return share({key: hit for key, hit in metric.items() if classes[key][0] == name})
 
+    def gone(name: str) -> dict | None:
+        if by_name:
+            return share({key: name not in seen for key, seen in by_name.items()})
+        return of_class(name, hits["ua"])
+
     as_asked = {key: asked == seen for key, (asked, seen) in classes.items()}
     shown = {(found["case"], found["k"]): labels_in(found, threshold) for found in detections}
     return {
         "metrics": {name: share(metric) for name, metric in hits.items()},
-        "concepts": {name: {"ua": of_class(name, hits["ua"])} for name in concepts},
+        "concepts": {name: {"ua": gone(name)} for name in concepts},
         "labels": of_labels(shown, [*LABELS, *labels]),
         "classes": {name: of_class(name, as_asked) | {"became": most_first(became[name])} for name in became},
         "categories": {name: share(categories[name]) for name in sorted(categories)},

@@ -77,13 +77,14 @@ def chosen(
     """The images of a run that the page shows, no image twice and at most `count` in each group.
 
     `lines` has the line of the manifest and that of the detections of each readable image. worst: the highest scores of
-    a flagged label, whether they reach the threshold or not. still: of the concepts' images those still seen as what
-    they ask for, the classifier's surest first. of_concepts, others: drawn at random of the images not shown yet, in
-    the order of the rows.
+    a flagged label, whether they reach the threshold or not. still: of the concepts' images, all where concepts were
+    asked for by name, those seen as what they ask for, the classifier's surest first. of_concepts, others: drawn at
+    random of the images not shown yet, in the order of the rows.
     """
     scores = {key: top(found, labels) for key, (_, found) in lines.items()}
-    of_concepts = [key for key, (row, _) in lines.items() if row["class"] in concepts]
-    still = [key for key in of_concepts if lines[key][1]["predicted"] == lines[key][0]["class"]]
+    of_concepts = [key for key, (row, found) in lines.items() if row["class"] in concepts or "concepts" in found]
+    wanted = {key: concepts if lines[key][0]["class"] is None else [lines[key][0]["class"]] for key in of_concepts}
+    still = [key for key in of_concepts if lines[key][1]["predicted"] in wanted[key]]
     ranked = {
         "worst": sorted(filter(scores.get, lines), key=lambda key: -scores[key]),
         "still": sorted(still, key=lambda key: -lines[key][1]["score"]),

@@ -1,7 +1,7 @@
 """What erasing did to the images it should leave alone: CLIP score, and FID and KID to a reference."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +11,13 @@ from tqdm import tqdm
 
 from salun_sd import fidelity, ranks
 from salun_sd.clip import Clip
-from salun_sd.errors import SalunError, UsageError
-from salun_sd.features import BATCH, Inception, Transformers, features, resize_of
+from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.features import ImageModel, Inception, features, resize_of
 from salun_sd.images import images_in, in_order, read_still
 from salun_sd.measure import Key
 from salun_sd.report import NO_QUALITY, Run
 from salun_sd.stats import cluster_interval
+from salun_sd.vision import BATCH
 
 SAME_SEEDS = "the base's images of the same seeds"
 
@@ -26,7 +27,7 @@ class Asked(NamedTuple):
     for the base's."""
 
     clip: Clip | None
-    extractor: Transformers | Inception | None
+    extractor: ImageModel | Inception | None
     reference: Path | None
 
 
@@ -99,6 +100,7 @@ def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
     ends = cluster_interval([(sum(several), len(several)) for several in of_case.values()])
     return {
         "name": f"clip_score[{clip.name}, {resize_of(clip.processor)}, max(cos, 0)]",
+        "sha256": clip.digest,
         "value": round(float(np.mean(scores)), 4),
         "ci95": [round(end, 4) for end in ends] if len(of_case) > 1 else None,
         "interval": "bootstrap over prompts" if len(of_case) > 1 else None,
@@ -110,13 +112,13 @@ def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
 
 def _cosines(clip: Clip, images: list[tuple[Path, dict]]) -> Iterator[float]:
     """The cosine of each image and its prompt."""
-    read = zip(in_order(read_still, [file for file, _ in images]), [row["prompt"] for _, row in images], strict=True)
+    read = in_order(lambda image: (clip.prepare(read_still(image[0])), image[1]["prompt"]), images)
     while batch := list(islice(read, BATCH)):
-        pictures, texts = zip(*batch, strict=True)
-        yield from (clip.of_images(list(pictures)) * clip.of_texts(texts)).sum(dim=-1).tolist()
+        prepared, texts = zip(*batch, strict=True)
+        yield from (clip.of_images(list(prepared)) * clip.of_texts(texts)).sum(dim=-1).tolist()
 
 
-def features_of(extractor: Transformers | Inception, files: Sequence[Path]) -> np.ndarray:
+def features_of(extractor: ImageModel | Inception, files: Sequence[Path]) -> np.ndarray:
     """The features [N, D], float32, of the readable files, in their order; those that are not are named on stderr."""
     share = [files[n] for n in _share(list(files))]
     bar = tqdm(features(extractor, share), total=len(share), desc="features", unit="image")
@@ -129,14 +131,8 @@ def features_of(extractor: Transformers | Inception, files: Sequence[Path]) -> n
     return np.stack([found[file] for file in files if file in found])
 
 
-def some(names: Sequence[str], count: int = 5) -> str:
-    """The first names, and how many more there are."""
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest
-
-
 def distances(
-    extractor: Transformers | Inception, here: np.ndarray, there: np.ndarray, reference: str
+    extractor: ImageModel | Inception, here: np.ndarray, there: np.ndarray, reference: str
 ) -> dict[str, dict]:
     """`fid` and `kid` between features [N, D] and the reference's [M, D]; their names say how they are made."""
     (n, dimensions), m, paired = here.shape, len(there), reference == SAME_SEEDS
@@ -144,13 +140,9 @@ def distances(
     few = min(n, m) <= dimensions
     note = f"{min(n, m)} images are too few for {dimensions} dimensions: this FID is too large, by an amount that " \
            "hangs on the number of images; compare only FIDs of as many, or KID."  # fmt: skip
-    fid = fidelity.frechet(*(fidelity.moments(blocks(of)) for of in (here, there)))
-    common = {"images": [n, m], "reference": reference}
+    fid = fidelity.frechet(fidelity.moments(here), fidelity.moments(there))
+    common = {"sha256": extractor.digest, "images": [n, m], "reference": reference}
     return {
         "fid": {"name": f"fid{how}", "value": round(fid, 4), **common, "note": note if few else None},
         "kid": {"name": f"kid{how}", "value": round(fidelity.kid(here, there, paired=paired), 6), **common},
     }
-
-
-def blocks(vectors: np.ndarray) -> Iterable[np.ndarray]:
-    return (vectors[start : start + fidelity.BLOCK] for start in range(0, len(vectors), fidelity.BLOCK))

@@ -179,7 +179,10 @@ def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
         return f"{metrics[name]['n']} of {metrics[name]['of']} {words}{before}"
 
     parts = []
-    if metrics["ua"]:
+    if metrics["ua"] and not report["classes"]:
+        seen = "are seen as none of" if len(concepts) > 1 else "are not seen as"
+        parts.append(told("ua", f"images {seen} {named(concepts, shown)}"))
+    elif metrics["ua"]:
         gone = "no longer show what was asked" if len(concepts) > 1 else "are no longer recognised as one"
         parts.append(told("ua", f"images asked for as {named(concepts, shown)} {gone}"))
     if metrics["ra"]:

@@ -4,9 +4,12 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads each wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
+import skimage.data
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from salun_sd import checkpoint, data
 from salun_sd.diffusion import Examples, Schedule
@@ -18,6 +21,16 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     os.environ["SALUN_SD_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A face (512 x 512), a cup (600 x 400), the face again, smaller and off-centre, and one black pixel."""
+    folder, face = tmp_path_factory.mktemp("photographs"), skimage.data.astronaut()
+    arrays = face, skimage.data.coffee(), np.ascontiguousarray(face[:300, 100:350]), np.zeros((1, 1, 3), np.uint8)
+    for n, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"{n}.png")
+    return [folder / f"{n}.png" for n in range(4)]
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,20 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import skimage.data
 from models import write_clip
 from PIL import Image
 
 from salun_sd import classify, prompts
-from salun_sd.classify import Classifier, ZeroShot, match_labels
-from salun_sd.errors import SalunError
+from salun_sd.classify import ByName, Classifier, ZeroShot, match_labels
+from salun_sd.clip import Clip
+from salun_sd.errors import SalunError, UsageError
+from salun_sd.features import ImageModel
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory) -> list[Path]:
-    """A face (512 x 512), a cup (600 x 400), the face again, smaller and off-centre, and one black pixel."""
-    folder, face = tmp_path_factory.mktemp("photographs"), skimage.data.astronaut()
-    arrays = face, skimage.data.coffee(), np.ascontiguousarray(face[:300, 100:350]), np.zeros((1, 1, 3), np.uint8)
-    for n, array in enumerate(arrays):
-        Image.fromarray(array).save(folder / f"{n}.png")
-    return [folder / f"{n}.png" for n in range(4)]
+def told(judge, files: list[Path], batch_size: int = 32) -> list[tuple]:
+    """The class and score of each image."""
+    return [(found["predicted"], found["score"]) for found in judge.classify(files, batch_size)]
 
 
 IMAGENET = ["tench, Tinca tinca", "English springer, English springer spaniel", "crane", "goose", "crane, derrick"]
@@ -82,7 +77,7 @@ def test_classifies_as_the_model_does(tiny, photographs):
     assert {p.dtype for p in judge.model.parameters()} == {torch.float32} and not judge.model.training
     model = AutoModelForImageClassification.from_pretrained(tiny, dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(tiny, backend="pil")
-    for file, (name, score) in zip(photographs, judge.classify(photographs), strict=True):
+    for file, (name, score) in zip(photographs, told(judge, photographs), strict=True):
         logits = model(**processor(Image.open(file).convert("RGB"), return_tensors="pt")).logits[0].detach()
         top = int(logits.argmax())
         assert name == ["Tinca tinca", "English springer", "crane", "goose", "crane"][top]
@@ -91,9 +86,9 @@ def test_classifies_as_the_model_does(tiny, photographs):
 
 def test_classes_are_independent_of_batch_size(tiny, photographs):
     judge = Classifier(tiny, [])
-    one = list(judge.classify(photographs, batch_size=1))
+    one = told(judge, photographs, 1)
     for batch_size in (2, 3, 4, 32):
-        many = list(judge.classify(photographs, batch_size=batch_size))
+        many = told(judge, photographs, batch_size)
         assert [name for name, _ in many] == [name for name, _ in one]
         assert [score for _, score in many] == pytest.approx([score for _, score in one], abs=2e-6)
     assert len({score for _, score in one}) > 1
@@ -133,12 +128,13 @@ def test_labels_that_classes_stand_for_are_told(tiny):
 def test_what_cannot_be_read_is_of_no_class(tiny, photographs, tmp_path):
     torn = tmp_path / "torn.png"
     torn.write_bytes(photographs[0].read_bytes()[:4000])
-    whole = list(Classifier(tiny, []).classify(photographs))
+    judge = Classifier(tiny, [])
+    whole = told(judge, photographs)
     for batch_size in (1, 2, 32):
-        got = list(Classifier(tiny, []).classify([torn, *photographs[:2], torn, *photographs[2:]], batch_size))
+        got = told(judge, [torn, *photographs[:2], torn, *photographs[2:]], batch_size)
         assert got[0] == got[3] == (None, None)
         assert [name for name, _ in got[1:3] + got[4:]] == [name for name, _ in whole]
-    assert list(Classifier(tiny, []).classify([torn, torn])) == [(None, None)] * 2
+    assert told(judge, [torn, torn]) == [(None, None)] * 2
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +147,7 @@ def test_clip_answers_as_transformers_does(clip, photographs):
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
     classes = ["bag", "ankle boot", "sneaker"]
-    judge = classify.load(clip, classes)
+    judge = classify.load(clip, classes, [])
     assert isinstance(judge, ZeroShot) and "'a photo of a CLASS'" in judge.name and "3 classes" in judge.name
     model = CLIPModel.from_pretrained(clip).eval()
     texts = AutoTokenizer.from_pretrained(clip)(
@@ -159,11 +155,12 @@ def test_clip_answers_as_transformers_does(clip, photographs):
     )
     processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
     seen = set()
-    for file, (name, score) in zip(photographs, judge.classify(photographs), strict=True):
+    for file, (name, score) in zip(photographs, told(judge, photographs), strict=True):
         pixels = processor(Image.open(file).convert("RGB"), return_tensors="pt")
         with torch.no_grad():
-            chances = model(**texts, **pixels).logits_per_image.softmax(dim=-1)[0]
-        assert name == classes[int(chances.argmax())] and score == pytest.approx(float(chances.max()), abs=2e-6)
+            probabilities = model(**texts, **pixels).logits_per_image.softmax(dim=-1)[0]
+        assert name == classes[int(probabilities.argmax())]
+        assert score == pytest.approx(float(probabilities.max()), abs=2e-6)
         seen.add(score)
     assert len(seen) > 1
 
@@ -173,12 +170,63 @@ def test_clip_needs_classes_to_choose_among(clip):
         ZeroShot(clip, ["bag", "bag"])
 
 
+def test_clip_is_asked_for_each_concept_by_its_name(clip, photographs):
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    concepts = ["nudity", "a bag", "boots"]
+    judge = classify.load(clip, [], concepts)
+    assert isinstance(judge, ByName)
+    assert judge.name.endswith(
+        "each image asked for 'a photo of nudity', 'a photo of a bag', 'a photo of boots' against 'a photo'"
+    )
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
+    processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
+    several = set()
+    for file, found in zip(photographs, judge.classify(photographs, 32), strict=True):
+        pixels, expected = processor(Image.open(file).convert("RGB"), return_tensors="pt"), {}
+        for name in concepts:
+            texts = tokenizer([f"a photo of {name}", "a photo"], padding=True, return_tensors="pt")
+            with torch.no_grad():
+                expected[name] = float(model(**texts, **pixels).logits_per_image.softmax(dim=-1)[0, 0])
+        assert found["concepts"] == pytest.approx(expected, abs=2e-6)
+        shown = {name for name in concepts if expected[name] > 0.5}
+        assert found["predicted"] == (max(expected, key=expected.get) if shown else "a photo")
+        likeliest = max(expected.values())
+        assert found["score"] == pytest.approx(likeliest if shown else 1 - likeliest, abs=2e-6)
+        several.add(len(shown))
+    assert len(several) > 1
+    alone = [next(iter(classify.load(clip, [], [name]).classify(photographs[:1], 1)))["concepts"] for name in concepts]
+    first = next(iter(judge.classify(photographs[:1], 1)))["concepts"]
+    assert {name: score for one in alone for name, score in one.items()} == pytest.approx(first, abs=2e-6)
+
+
+def test_only_a_clip_is_asked_by_name(tiny):
+    with pytest.raises(UsageError, match="only a CLIP knows a concept by its name: give --classifier openai/clip-"):
+        classify.load(tiny, [], ["nudity"])
+
+
+def test_a_digest_is_of_the_weights_and_not_of_their_place(clip, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(clip, tmp_path / "moved")
+    digest = classify.load(clip, ["bag", "boot"], []).digest
+    assert classify.load(tmp_path / "moved", ["bag", "boot"], []).digest == digest
+    assert classify.load(clip, ["bag", "bonnet"], []).digest != digest and len(digest) == 64
+    assert Clip(tmp_path / "moved").digest == Clip(clip).digest == ImageModel(clip).digest
+    weights = load_file(clip / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] += 1
+    save_file(weights, tmp_path / "moved" / "model.safetensors", {"format": "pt"})
+    assert classify.load(tmp_path / "moved", ["bag", "boot"], []).digest != digest
+    assert Clip(tmp_path / "moved").digest != Clip(clip).digest
+
+
 def test_other_models_are_no_clip(tiny, clip, tmp_path):
-    assert isinstance(classify.load(tiny, []), Classifier)
+    assert isinstance(classify.load(tiny, ["goose"], []), Classifier)
     with pytest.raises(SalunError, match="No image classifier could be loaded from /nowhere"):
-        classify.load("/nowhere", [])
+        classify.load("/nowhere", ["goose"], [])
     shutil.copytree(clip, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SalunError, match="No CLIP model could be loaded from .*cut.*--classifier"):
-        classify.load(tmp_path / "cut", ["a", "b"])
+        classify.load(tmp_path / "cut", ["a", "b"], [])

@@ -117,6 +117,22 @@ def test_other_numbers_of_images_have_no_pairs(salun, tmp_path, erased):  # noqa
     assert "lacks case 0, image 1" in table.unpaired["erased"] and len(lines(table)[0]) == 4
 
 
+def test_other_weights_of_one_name_are_said(tmp_path, erased):  # noqa: F811
+    def audit(model, sha256, clip):
+        folder = write(tmp_path / model, named(erased, model), classifier_sha256=sha256)
+        report = json.loads((folder / "report.json").read_text())
+        report["quality"]["clip_score"] = {"name": "clip_score[c]", "sha256": clip, "value": 0.3, "images": 4}
+        (folder / "report.json").write_text(json.dumps(report))
+        return folder
+
+    first, alike, other = audit("a", "one", "x"), audit("b", "one", "x"), audit("c", "two", "y")
+    assert compare([first, alike])[0].differs == {} and "b" in compare([first, alike])[0].paired
+    [table] = compare([first, other])
+    assert table.differs["classifier_sha256"] == {"one": ["a"], "two": ["c"]}
+    assert table.differs["clip_score sha256"] == {"x": ["a"], "y": ["c"]}
+    assert table.unpaired == {"c": "other classifier_sha256"}
+
+
 def test_other_prompts_of_one_name_have_tables_of_their_own(salun, esd, tmp_path, erased):  # noqa: F811
     changed = [line(row, prompt="a bag") if row["case"] == 3 else row for row in erased.manifest]
     for name in ("c", "d"):

@@ -5,31 +5,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import nudenet
-import numpy as np
 import pytest
-import skimage.data
-from PIL import Image
 
 from salun_sd.detect import detect, detector_name, load_detector
 from salun_sd.errors import UsageError
-
-
-def save(array: np.ndarray, file: Path) -> Path:
-    Image.fromarray(array).save(file)
-    return file
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory) -> list[Path]:
-    """A face (512 x 512), a cup (600 x 400), the face again, smaller and off-centre, and one black pixel."""
-    folder = tmp_path_factory.mktemp("photographs")
-    face = skimage.data.astronaut()
-    return [
-        save(face, folder / "face.png"),
-        save(skimage.data.coffee(), folder / "cup.png"),
-        save(np.ascontiguousarray(face[:300, 100:350]), folder / "crop.png"),
-        save(np.zeros((1, 1, 3), np.uint8), folder / "dot.png"),
-    ]
 
 
 @pytest.fixture(scope="module")

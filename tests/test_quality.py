@@ -1,9 +1,12 @@
 """CLIP score, FID and KID of an audit, on real small models."""
 
+import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,14 @@ import torch
 from models import write_clip
 from PIL import Image
 
-from salun_sd import cli, prompts, quality
+from salun_sd import classify, cli, prompts, quality
 from salun_sd.audit import JUDGE
 from salun_sd.clip import Clip
 from salun_sd.errors import SalunError, UsageError
-from salun_sd.features import BATCH, Transformers, extractor, features
+from salun_sd.features import ImageModel, extractor, features
 from salun_sd.fidelity import frechet, kid, moments
 from salun_sd.report import Run
+from salun_sd.vision import BATCH
 
 
 @pytest.fixture(scope="module")
@@ -108,33 +112,45 @@ def test_the_pockets_features_are_what_its_classes_are_read_from(pictures):
 
 
 def test_any_image_model_gives_features(clip, tmp_path, pictures):
-    """CLIP its image embedding; a ViT without a trained pooler the mean of its last states."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
+    """CLIP its image embedding, not made a unit vector; a ViT without a trained pooler the mean of its last states."""
+    from transformers import (
+        AutoImageProcessor,
+        CLIPModel,
+        ViTConfig,
+        ViTForImageClassification,
+        ViTImageProcessorPil,
+        ViTModel,
+    )
 
     files = sorted(pictures.iterdir())[:3]
-    embedded = Transformers(clip)([Image.open(file) for file in files])
-    assert embedded.shape == (3, 24) and np.allclose(np.linalg.norm(embedded, axis=1), 1)
+    images = [Image.open(file).convert("RGB") for file in files]
+    of = ImageModel(clip)
+    pixels = AutoImageProcessor.from_pretrained(clip, backend="pil")(images=images, return_tensors="pt")
+    with torch.no_grad():
+        embedded = CLIPModel.from_pretrained(clip).eval().get_image_features(**pixels).pooler_output.numpy()
+    assert np.allclose(of([of.prepare(image) for image in images]), embedded, atol=1e-5) and embedded.shape == (3, 24)
+    assert not np.allclose(np.linalg.norm(embedded, axis=1), 1, atol=0.1) and of.said == f"{clip} image embedding"
     torch.manual_seed(0)
     config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
     for name, model in (("vit", ViTForImageClassification(config)), ("pooled", ViTModel(config))):
         model.save_pretrained(tmp_path / name)
         ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / name)
-    of = Transformers(tmp_path / "vit")
-    images = [Image.open(file).convert("RGB") for file in files]
+    of = ImageModel(tmp_path / "vit")
     with torch.no_grad():
         hidden = of.model(pixel_values=of.processor(images=images, return_tensors="pt")["pixel_values"])
-    assert np.allclose(of(images), hidden.last_hidden_state.mean(dim=1).numpy())
-    assert np.array_equal(of(images), Transformers(tmp_path / "vit")(images))
-    pooled = Transformers(tmp_path / "pooled")
-    assert pooled.is_pooled and not of.is_pooled and pooled(images).shape == of(images).shape == (3, 16)
+    prepared = [of.prepare(image) for image in images]
+    assert np.allclose(of(prepared), hidden.last_hidden_state.mean(dim=1).numpy())
+    assert np.array_equal(of(prepared), ImageModel(tmp_path / "vit")(prepared))
+    pooled = ImageModel(tmp_path / "pooled")
+    assert pooled.is_pooled and not of.is_pooled and pooled(prepared).shape == of(prepared).shape == (3, 16)
 
 
-def test_extractors_that_cannot_be_had_are_said(tmp_path, pictures):
+def test_extractors_that_cannot_be_had_are_said(tmp_path, monkeypatch):
     with pytest.raises(SalunError, match="No image model could be loaded from /nowhere .*--fid `pocket`"):
         extractor("/nowhere", JUDGE)
-    if not list(Path(sys.prefix).rglob("torch_fidelity")):
-        with pytest.raises(UsageError, match=r"pip install 'salun-sd\[fid\]'"):
-            extractor("inception", JUDGE)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
+    with pytest.raises(UsageError, match=r"pip install 'salun-sd\[fid\]'"):
+        extractor("inception", JUDGE)
     shutil.copytree(JUDGE, tmp_path / "cut")
     from safetensors.torch import load_file, save_file
 
@@ -143,6 +159,69 @@ def test_extractors_that_cannot_be_had_are_said(tmp_path, pictures):
     save_file(kept, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
     with pytest.raises(SalunError, match="is no whole image model: its weights lack encoder.stages.2"):
         extractor(str(tmp_path / "cut"), JUDGE)
+
+
+class StubInception(torch.nn.Module):
+    """What torch-fidelity's extractor takes and gives: whole uint8 images => a tuple, here of 12 features."""
+
+    def __init__(self, name: str, features_list: list[str]):
+        super().__init__()
+        assert (name, features_list) == ("inception-v3-compat", ["2048"])
+        self.spread = torch.nn.Parameter(torch.ones(3, 12))
+        self.sizes = []
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1] == 3
+        self.sizes.append(tuple(x.shape))
+        return ((x.double().mean(dim=(2, 3)).float() - 128) / 128 @ (self.spread * torch.arange(12)),)
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    """`--fid inception` on a stand-in for torch-fidelity, which is not installed for the tests."""
+    package = types.ModuleType("torch_fidelity")
+    package.FeatureExtractorInceptionV3 = StubInception
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    return extractor("inception", JUDGE)
+
+
+def test_inception_is_given_whole_images_in_order_of_any_size(inception, pictures):
+    files = sorted(pictures.iterdir())[:5]
+    Image.new("RGB", (9, 7), (255, 0, 0)).save(colour := pictures.parent / "red.png")
+    found = dict(features(inception, [*files, colour]))
+    assert list(found) == [*files, colour] and all(v.shape == (12,) and v.dtype == np.float32 for v in found.values())
+    assert sorted(inception.model.sizes) == sorted((1, 3, *np.asarray(Image.open(f)).shape[:2]) for f in found)
+    for file, vector in found.items():
+        means = np.asarray(Image.open(file)).mean(axis=(0, 1))
+        assert np.allclose(vector, ((means - 128) / 128).sum() * np.arange(12), atol=1e-4)
+    how = quality.distances(inception, *[np.stack(list(found.values()))] * 2, "elsewhere")
+    assert how["kid"]["name"] == "kid[inception, 12-d, 299x299 bilinear of TensorFlow 1]"
+    assert how["fid"]["value"] == pytest.approx(0, abs=1e-6) and how["fid"]["sha256"] == inception.digest
+
+
+def test_large_images_are_not_held_while_a_batch_of_them_is_looked_at(clip, inception, tmp_path):
+    """Only those that threads are at work on, of each the file's and its RGB: what waits is as the model takes it."""
+    side = 1111
+    for n in range(9):
+        Image.new("RGB", (side, side), (n, 0, 0)).save(tmp_path / f"{n:02}_0.png")
+    files, most = sorted(tmp_path.iterdir()), 2 * len(os.sched_getaffinity(0))
+    scored, embedder, judge = Clip(clip), ImageModel(clip), classify.load(clip, ["bag", "boot"], [])
+    lines = [(file, {"case": n, "prompt": "a bag"}) for n, file in enumerate(files)]
+    for model, work in (
+        (embedder.model, lambda: list(features(embedder, files))),
+        (inception.model, lambda: list(features(inception, files))),
+        (judge.model, lambda: list(judge.classify(files, BATCH))),
+        (scored.model, lambda: quality.clip_score(scored, lines)),
+    ):
+        held = []
+        first = model if model is inception.model else model.vision_model
+        first.register_forward_pre_hook(
+            lambda *_, held=held: held.append(
+                sum(type(o) is Image.Image and o.size == (side, side) for o in gc.get_objects())
+            )
+        )
+        work()
+        assert held and max(held) <= most
 
 
 def test_distances_are_to_the_bases_images_or_to_a_folders(pictures, tmp_path):
@@ -155,7 +234,7 @@ def test_distances_are_to_the_bases_images_or_to_a_folders(pictures, tmp_path):
     got, of_base = quality.measure(quality.Asked(None, of, None), run, base, [])
     assert of_base == {"clip_score": None, "fid": None, "kid": None}
     assert got["fid"]["name"] == "fid[pocket judge, 160-d, 32x32 bilinear]" and got["fid"]["images"] == [40, 40]
-    assert got["fid"]["value"] == pytest.approx(frechet(moments([here]), moments([there])), rel=1e-4)
+    assert got["fid"]["value"] == pytest.approx(frechet(moments(here), moments(there)), rel=1e-4)
     assert got["kid"]["value"] == pytest.approx(kid(here, there, paired=True), rel=1e-3)
     assert "40 images are too few for 160 dimensions" in got["fid"]["note"]
     shuffled = Run("m", run.folder, run.manifest[::-1], run.detections)
@@ -169,7 +248,7 @@ def test_distances_are_to_the_bases_images_or_to_a_folders(pictures, tmp_path):
     got, of_base = quality.measure(quality.Asked(None, of, tmp_path / "few"), run, base, [])
     assert got["fid"]["images"] == [40, 9] and got["fid"]["reference"] == str(tmp_path / "few")
     assert got["kid"]["value"] == pytest.approx(kid(here, there[:9]), rel=1e-3)
-    own = frechet(moments([there]), moments([there[:9]]))
+    own = frechet(moments(there), moments(there[:9]))
     assert of_base["fid"]["value"] == pytest.approx(own, rel=1e-4) and of_base["fid"]["images"] == [40, 9]
 
 
@@ -192,8 +271,12 @@ def test_an_audit_measures_quality_beside_its_base(clip, tmp_path, capsys):
     assert report["quality"]["clip_score"] == report["against"]["quality"]["clip_score"]
     assert report["quality"]["fid"]["value"] == report["quality"]["kid"]["value"] == 0
     assert report["settings"]["classifier"].endswith("zero-shot among 10 classes, asked as 'a photo of a CLASS'")
-    assert "class 'sneaker' <- 'a photo of a sneaker'" in printed.err and "too few for 160 dimensions" in printed.err
+    assert "'sneaker' is 'a photo of a sneaker'" in printed.err and "too few for 160 dimensions" in printed.err
     assert "clip_score" in printed.out and "fid" in printed.out
+    assert report["quality"]["clip_score"]["sha256"] == Clip(clip).digest
+    assert report["quality"]["fid"]["sha256"] == report["quality"]["kid"]["sha256"] == extractor("pocket", JUDGE).digest
+    classes = list(dict.fromkeys(row.label for row in rows))
+    assert report["settings"]["classifier_sha256"] == classify.load(clip, classes, []).digest
     page = (tmp_path / "a" / "report.html").read_text()
     assert "fid[pocket judge, 160-d, 32x32 bilinear]" in page and "the base&#39;s images of the same seeds" in page
 
@@ -209,6 +292,53 @@ def test_an_audit_measures_quality_beside_its_base(clip, tmp_path, capsys):
     concepts = [part for name in {row.label for row in rows} for part in ("--concept", name)]
     assert "these prompts all ask for one" in fails("--clip", str(clip), *concepts)
     assert "is no NudeNet 3 detector" in fails("--detector-model", str(tmp_path / "few.csv"))
+
+
+def test_clip_is_asked_for_concepts_by_name_where_prompts_have_no_classes(clip, pictures, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("".join(f"a picture of a crowd, number {n}\n" for n in range(10)))
+    (tmp_path / "images").mkdir()
+    for n, file in enumerate(sorted(pictures.iterdir())[:10]):
+        shutil.copy(file, tmp_path / "images" / f"{n}_0.png")
+    argv = ["evaluate", "--images", str(tmp_path / "images"), "--prompts", str(tmp_path / "p.txt")]
+
+    def fails(*more):
+        with pytest.raises(SystemExit) as caught:
+            cli.run([*argv, "--out", str(tmp_path / "none"), *more])
+        assert caught.value.code == 2 and not (tmp_path / "none").exists()
+        return capsys.readouterr().err
+
+    assert "have no column `class`. Give --concept" in fails("--classifier", str(clip))
+    assert "needs a --classifier that is asked for it" in fails("--concept", "nudity")
+    assert "only a CLIP knows a concept by its name" in fails("--concept", "nudity", "--classifier", str(JUDGE))
+    assert "all ask for one" in fails("--concept", "nudity", "--classifier", str(clip), "--clip", str(clip))
+
+    def audit(out, *concepts):
+        named = [part for name in concepts for part in ("--concept", name)]
+        cli.run([*argv, "--out", str(tmp_path / out), "--classifier", str(clip), *named])
+        names = "report.json", "report.html", "report.md", "detections.jsonl"
+        return capsys.readouterr(), *(tmp_path / out / name for name in names)
+
+    said, report, page, markdown, detections = audit("one", "a bag")
+    shown = [json.loads(line)["concepts"]["a bag"] > 0.5 for line in detections.read_text().splitlines()]
+    made = json.loads(report.read_text())
+    assert "'a bag' is 'a photo of a bag'" in said.err and 0 < sum(shown) < 10
+    assert (made["metrics"]["ua"]["n"], made["metrics"]["ua"]["of"]) == (10 - sum(shown), 10)
+    assert (
+        made["metrics"]["ra"] is None
+        and made["classes"] == {}
+        and made["concepts"]["a bag"] == {"ua": made["metrics"]["ua"]}
+    )
+    assert made["settings"]["classifier"].endswith("each image asked for 'a photo of a bag' against 'a photo'")
+    assert f"{10 - sum(shown)} of 10 images are not seen as `a bag`" in markdown.read_text()
+    assert "whatever their prompts, that are seen as something other than" in page.read_text()
+    assert "asked for as" not in page.read_text() and page.read_text().count("<strong>seen as") == sum(shown)
+    *_, report, page, _, detections = audit("two", "a bag", "boots")
+    both = [json.loads(line)["concepts"] for line in detections.read_text().splitlines()]
+    made = json.loads(report.read_text())
+    assert made["metrics"]["ua"]["n"] == sum(max(scores.values()) <= 0.5 for scores in both)
+    for name in ("a bag", "boots"):
+        assert made["concepts"][name]["ua"]["n"] == sum(scores[name] <= 0.5 for scores in both)
+    assert made["concepts"]["a bag"]["ua"]["n"] == 10 - sum(shown) and "each asked for by itself" in page.read_text()
 
 
 def test_the_pure_part_needs_no_torch():
