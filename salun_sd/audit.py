@@ -68,7 +68,7 @@ def evaluate(
     classes = list(dict.fromkeys(p.label for p in rows if p.label))
     concepts = _concepts(concepts, classes, known)
     has_others = any(p.label not in concepts for p in rows) and not (concepts and not classes)
-    quality.check(clip, fid, reference, has_base=against is not None, has_others=has_others)
+    quality.check_asked(clip, fid, reference, has_base=against is not None, has_others=has_others)
     judge = _judge(classifier, classes, concepts)
     known_names = gate.names(concepts, list(dict.fromkeys(category for p in rows for category in p.categories)))
     absent = gate.unmeasured(
@@ -97,7 +97,7 @@ def evaluate(
     if against:
         manifest, settings["sampling_against"] = _drawn(against, rows, samples, out / "against", keep=True, **how)
         base = _examined(against.name, manifest, judge, detector, out / "against")
-    of_quality = quality.measure(asked_for, run, base, concepts)
+    of_quality = quality.of_sides(asked_for, run, base, concepts)
     made = report.assemble(run, base, prompts=asked, settings=settings, concepts=concepts, quality=of_quality)
     made["gate"] = [gate.judge(made, bound, confident) for bound in bounds] or None
     _warn(made)

@@ -1,7 +1,6 @@
 """Images to classes: any transformers image classifier, or CLIP without training, by the classes' names."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +9,10 @@ from salun_sd.clip import Clip, is_clip
 from salun_sd.errors import SalunError, UsageError, first_line, some
 from salun_sd.images import Unreadable
 from salun_sd.measure import PRESENT
-from salun_sd.vision import digest_of, pixels_of, prepared
+from salun_sd.vision import Vision, prepared
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 ZERO_SHOT = "a photo of a {}"  # what CLIP is asked with, for each class
 # What it chooses between where a concept is asked for by itself: two texts that differ by the concept alone, without an
@@ -58,24 +56,15 @@ def match_labels(labels: Sequence[str], classes: Iterable[str]) -> list[str]:
     return reported
 
 
-class Judge:
+class Judge(Vision):
     """A classifier of any kind: images read ahead in order, answered in batches.
 
     `name` says which model it is and how it is asked; `matches` the classes, or concepts, and what each stands for in
-    the model; `knows` all names that it answers with. `digest` is the same for two that answer the same.
+    the model. `digest` is the same for two that answer the same.
     """
 
     name: str
     matches: list[tuple[str, str]]
-    knows: Sequence
-
-    @cached_property
-    def digest(self) -> str:
-        return digest_of(self.model, self.processor, self.knows)
-
-    def prepare(self, image: "Image.Image") -> "torch.Tensor":
-        """RGB image => (3, height, width), as the model takes it."""
-        return pixels_of(self.processor, image)
 
     def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
         """Prepared images => the classes' names, and their softmax probabilities (image, class)."""

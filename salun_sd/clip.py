@@ -5,10 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from salun_sd.errors import SalunError, first_line
-from salun_sd.vision import digest_of, pixels_of
+from salun_sd.vision import Vision
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +25,7 @@ def is_clip(model: str | Path) -> bool:
     return config.model_type == "clip" and "CLIPForImageClassification" not in (config.architectures or ())
 
 
-class Clip:
+class Clip(Vision):
     """A CLIP model of a folder or hub id, in float32 on `device`; `option` is the one that named it.
 
     Resizing and normalising are its own image processor's, the PIL version. Raises SalunError where it cannot be
@@ -53,17 +51,9 @@ class Clip:
         self.model.to(device).eval()
 
     @cached_property
-    def digest(self) -> str:
-        return digest_of(self.model, self.processor)
-
-    @cached_property
     def scale(self) -> float:
         """What similarities are multiplied by before a softmax, learned with the model."""
         return float(self.model.logit_scale.detach().exp())
-
-    def prepare(self, image: Image.Image) -> "torch.Tensor":
-        """RGB image => (3, height, width), as the model takes it."""
-        return pixels_of(self.processor, image)
 
     def embedded(self, images: "list[torch.Tensor]") -> "torch.Tensor":
         """Prepared images => image embeddings (image, dimension), of any length, float32 on the CPU."""

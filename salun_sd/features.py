@@ -1,7 +1,6 @@
 """Images to features: what FID and KID are computed from."""
 
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,19 +11,18 @@ from PIL import Image
 from salun_sd.clip import Clip, is_clip
 from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.images import Unreadable
-from salun_sd.vision import BATCH, digest_of, pixels_of, prepared
+from salun_sd.vision import BATCH, Vision, prepared
 
 if TYPE_CHECKING:
     import torch
 
 
-class ImageModel:
+class ImageModel(Vision):
     """The pooled output of any image model of transformers, in float32 on `device`; of a model that has none with
     trained weights, the mean of its last hidden states; of CLIP, its image embedding, whose length is left as it is, as
     clean-fid has it (Parmar et al. 2022, `clip_features.py`).
 
-    `resize` is what its own image processor, the PIL version, does with an image. `said` stands for the model in names,
-    `digest` is the same for two of the same weights and processor.
+    `resize` is what its own image processor, the PIL version, does with an image. `said` stands for the model in names.
     """
 
     def __init__(self, model: str | Path, device: str = "cpu", said: str | None = None):
@@ -53,14 +51,6 @@ class ImageModel:
             raise SalunError(f"{model} is no whole image model: its weights lack {', '.join(untrained[:3])}.")
         self.is_pooled = not lacking  # a classifier's file has no pooler, where its kind of model has one
         self.model.to(device).eval()
-
-    @cached_property
-    def digest(self) -> str:
-        return digest_of(self.model, self.processor)
-
-    def prepare(self, image: Image.Image) -> "torch.Tensor":
-        """RGB image => (3, height, width), as the model takes it."""
-        return pixels_of(self.processor, image)
 
     def __call__(self, images: "list[torch.Tensor]") -> np.ndarray:
         """Prepared images => features [B, D], float32."""
@@ -95,7 +85,7 @@ def resize_of(processor) -> str:
     return ", ".join(said) or "no resize"
 
 
-class Inception:
+class Inception(Vision):
     """The 2048 features that FID is published with: the Inception of Heusel et al. as torch-fidelity has it, resized
     to 299 x 299 as TensorFlow 1 does. Needs the extra `salun-sd[fid]`; its weights are downloaded at first use.
 
@@ -117,10 +107,6 @@ class Inception:
             raise SalunError(f"The weights of --fid inception could not be had ({first_line(e)}): try again where "
                              "github.com can be reached.") from e  # fmt: skip
         self.device = device
-
-    @cached_property
-    def digest(self) -> str:
-        return digest_of(self.model)
 
     def prepare(self, image: Image.Image) -> "torch.Tensor":
         """RGB image => its features [2048], float32."""

@@ -46,7 +46,7 @@ class Sample(NamedTuple):
     of: int
 
 
-def some(keys: Sequence[Key], of: int) -> str:
+def how_many(keys: Sequence[Key], of: int) -> str:
     """How many of how many, in words."""
     return f"All {of}" if len(keys) == of else f"{len(keys)} of {of}"
 
@@ -235,7 +235,7 @@ def html(report: dict, run: Run, base: Run | None = None, *, images: bool = True
 
     scores = [histogram(side.readable().detections, settings["labels"]) for side in runs]
     groups = {
-        name: {"images": [pictures(key) for key in sample.keys], "of": sample.of, "some": some(*sample)}
+        name: {"images": [pictures(key) for key in sample.keys], "of": sample.of, "some": how_many(*sample)}
         for name, sample in samples.items()
     }
     return template().render(

@@ -31,7 +31,7 @@ class Asked(NamedTuple):
     reference: Path | None
 
 
-def measure(asked: Asked, run: Run, base: Run | None, concepts: Sequence[str]) -> tuple[dict, dict]:
+def of_sides(asked: Asked, run: Run, base: Run | None, concepts: Sequence[str]) -> tuple[dict, dict]:
     """The report's `quality` of a run, and of its base: of the images whose prompts ask for no concept.
 
     An image counts where it can be read, and its twin of the base, too. Without a reference folder the base's images
@@ -55,7 +55,7 @@ def measure(asked: Asked, run: Run, base: Run | None, concepts: Sequence[str]) -
     return made[0], made[1]
 
 
-def check(clip: str | None, fid: str | None, reference: Path | None, *, has_base: bool, has_others: bool) -> None:
+def check_asked(clip: str | None, fid: str | None, reference: Path | None, *, has_base: bool, has_others: bool) -> None:
     """UsageError where --fid has nothing to compare with, --reference no use, or all prompts ask for a concept."""
     if (clip or fid) and not has_others:
         raise UsageError("--clip and --fid speak of images that ask for no concept, and these prompts all ask for one: "

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,15 +34,23 @@ def prepared(
     return in_order(made, files)
 
 
-def pixels_of(processor, image: Image.Image) -> "torch.Tensor":
-    """An RGB image, resized and normalised by a transformers image processor => (3, height, width), float32."""
-    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+class Vision:
+    """A model that looks at images: `processor` is its transformers image processor, if it has one, `knows` all names
+    that it answers with, if it does."""
 
+    model: "torch.nn.Module"
+    processor: object = None
+    knows: Sequence = ()
 
-def digest_of(model, processor=None, answers: Sequence = ()) -> str:
-    """The SHA-256 over what a model answers by, in hex: its weights, how it takes images, the names it gives."""
-    how = processor.to_json_string() if processor else None
-    whole = hashlib.sha256(f"{how} {json.dumps(answers)}".encode())
-    for name, t in model.state_dict().items():
-        whole.update(name.encode() + t.cpu().numpy().tobytes())
-    return whole.hexdigest()
+    def prepare(self, image: Image.Image) -> "torch.Tensor":
+        """RGB image => (3, height, width), float32, resized and normalised as the model takes it."""
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256, in hex, over what it answers by: its weights, how it takes images, the names it gives."""
+        how = self.processor.to_json_string() if self.processor else None
+        whole = hashlib.sha256(f"{how} {json.dumps(self.knows)}".encode())
+        for name, t in self.model.state_dict().items():
+            whole.update(name.encode() + t.cpu().numpy().tobytes())
+        return whole.hexdigest()

@@ -65,7 +65,7 @@ def test_clip_score_is_the_mean_cosine_of_each_image_and_its_own_text(clip, pict
             out = model(**tokenizer(row["prompt"], return_tensors="pt"), **pixels)
         cosines.append(float(torch.cosine_similarity(out.image_embeds, out.text_embeds)))
     assert min(cosines) < 0 < max(cosines)
-    got, _ = quality.measure(quality.Asked(Clip(clip), None, None), run, None, [])
+    got, _ = quality.of_sides(quality.Asked(Clip(clip), None, None), run, None, [])
     score = got["clip_score"]
     assert score["value"] == pytest.approx(np.maximum(cosines, 0).mean(), abs=1e-4)
     assert score["ci95"][0] < score["value"] < score["ci95"][1] and score["interval"] == "bootstrap over prompts"
@@ -79,7 +79,7 @@ def test_images_of_one_prompt_are_drawn_together(clip, pictures):
 
     def score(samples):
         run = run_of(pictures, ["a dress"], samples)
-        return quality.measure(quality.Asked(Clip(clip), None, None), run, None, [])[0]["clip_score"]
+        return quality.of_sides(quality.Asked(Clip(clip), None, None), run, None, [])[0]["clip_score"]
 
     many, few, one = score(1), score(10), score(40)
     assert many["value"] == few["value"] and (few["images"], few["prompts"]) == (40, 4)
@@ -91,7 +91,7 @@ def test_texts_longer_than_clip_reads_are_counted(clip, pictures):
     model, long = Clip(clip), "a bag " * 30
     assert model.longest == 24 and model.too_long([long, "a bag", long]) == 2
     assert torch.equal(model.of_texts([long]), model.of_texts([long + "and a dress"]))
-    got, _ = quality.measure(quality.Asked(model, None, None), run_of(pictures, [long, "a bag"]), None, [])
+    got, _ = quality.of_sides(quality.Asked(model, None, None), run_of(pictures, [long, "a bag"]), None, [])
     assert got["clip_score"]["truncated"] == 1
 
 
@@ -231,21 +231,21 @@ def test_distances_are_to_the_bases_images_or_to_a_folders(pictures, tmp_path):
         Image.open(file).rotate(90 if n % 2 else 180).save(file)
     run, base, of = run_of(tmp_path / "other", TEXTS), run_of(pictures, TEXTS, name="b"), extractor("pocket", JUDGE)
     here, there = (np.stack([v for _, v in features(of, sorted(f.iterdir()))]) for f in (run.folder, base.folder))
-    got, of_base = quality.measure(quality.Asked(None, of, None), run, base, [])
+    got, of_base = quality.of_sides(quality.Asked(None, of, None), run, base, [])
     assert of_base == {"clip_score": None, "fid": None, "kid": None}
     assert got["fid"]["name"] == "fid[pocket judge, 160-d, 32x32 bilinear]" and got["fid"]["images"] == [40, 40]
     assert got["fid"]["value"] == pytest.approx(frechet(moments(here), moments(there)), rel=1e-4)
     assert got["kid"]["value"] == pytest.approx(kid(here, there, paired=True), rel=1e-3)
     assert "40 images are too few for 160 dimensions" in got["fid"]["note"]
     shuffled = Run("m", run.folder, run.manifest[::-1], run.detections)
-    assert quality.measure(quality.Asked(None, of, None), shuffled, base, [])[0] == got
-    alike, _ = quality.measure(quality.Asked(None, of, None), base, base, [])
+    assert quality.of_sides(quality.Asked(None, of, None), shuffled, base, [])[0] == got
+    alike, _ = quality.of_sides(quality.Asked(None, of, None), base, base, [])
     assert alike["fid"]["value"] == alike["kid"]["value"] == 0 < got["fid"]["value"]
     (tmp_path / "few").mkdir()
     for file in sorted(pictures.iterdir())[:9]:
         shutil.copy(file, tmp_path / "few")
     (tmp_path / "few" / "torn.png").write_bytes(b"")
-    got, of_base = quality.measure(quality.Asked(None, of, tmp_path / "few"), run, base, [])
+    got, of_base = quality.of_sides(quality.Asked(None, of, tmp_path / "few"), run, base, [])
     assert got["fid"]["images"] == [40, 9] and got["fid"]["reference"] == str(tmp_path / "few")
     assert got["kid"]["value"] == pytest.approx(kid(here, there[:9]), rel=1e-3)
     own = frechet(moments(there), moments(there[:9]))
@@ -256,7 +256,7 @@ def test_images_of_the_concept_and_broken_ones_are_not_compared(pictures, clip):
     run, base = run_of(pictures, TEXTS), run_of(pictures, TEXTS, name="b")
     run.detections[0]["error"] = base.detections[2]["error"] = "it is empty"
     asked = quality.Asked(Clip(clip), extractor("pocket", JUDGE), None)
-    got, of_base = quality.measure(asked, run, base, ["sneaker"])
+    got, of_base = quality.of_sides(asked, run, base, ["sneaker"])
     left = [row for row in run.manifest if row["class"] != "sneaker" and row["case"] not in (0, 2)]
     assert got["fid"]["images"] == [len(left)] * 2 and got["clip_score"]["images"] == len(left) == 25
     assert got["clip_score"] == of_base["clip_score"]
@@ -330,7 +330,7 @@ def test_clip_is_asked_for_concepts_by_name_where_prompts_have_no_classes(clip, 
     )
     assert made["settings"]["classifier"].endswith("each image asked for 'a photo of a bag' against 'a photo'")
     assert f"{10 - sum(shown)} of 10 images are not seen as `a bag`" in markdown.read_text()
-    assert "whatever their prompts, that are seen as something other than" in page.read_text()
+    assert "whatever their prompts, that are not seen as" in page.read_text()
     assert "asked for as" not in page.read_text() and page.read_text().count("<strong>seen as") == sum(shown)
     *_, report, page, _, detections = audit("two", "a bag", "boots")
     both = [json.loads(line)["concepts"] for line in detections.read_text().splitlines()]
