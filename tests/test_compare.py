@@ -226,7 +226,7 @@ def test_tables_to_files(salun, tmp_path, erased, base):  # noqa: F811
     rows = json.loads((salun / "report.json").read_text())["settings"]["prompts_sha256"]
     report = json.loads((write(tmp_path / "evil", evil, prompts_sha256=rows) / "report.json").read_text())
     report["quality"] = {
-        "fid": {"name": f"fid[{EVIL}]", "value": 1.5, "images": [7, 9], "reference": "photos"},
+        "fid": {"name": f"fid[{EVIL}]", "sha256": "x", "value": 1.5, "images": [7, 9], "reference": "photos"},
         "kid": None,
     }
     (tmp_path / "evil" / "report.json").write_text(json.dumps(report))
