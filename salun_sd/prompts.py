@@ -60,7 +60,7 @@ def read(name_or_path: str, where: Sequence[str] = (), limit: int | None = None)
     try:
         with path.open(newline="", encoding="utf-8-sig") as f:
             rows = [(f"{path}, line {n}", row) for n, row in (_lines(f) if is_text else _table(f, path))]
-    except (UnicodeDecodeError, csv.Error) as e:
+    except UnicodeDecodeError as e:
         raise SalunError(f"{path} is no {'text' if is_text else 'CSV file'} in UTF-8: {e}.") from e
     if not rows:
         raise SalunError(f"{path} has no prompts: {'blank lines' if is_text else 'a header'} alone, or nothing.")
@@ -117,14 +117,24 @@ def _lines(file: Iterable[str]) -> Iterator[tuple[int, dict]]:
 
 def _table(file: Iterable[str], path: Path) -> list[tuple[int, dict]]:
     """(line number, row) of a CSV file; every row has the columns of COLUMNS, whatever the file calls them."""
-    reader = csv.DictReader(file)
-    columns = list(reader.fieldnames or [])
+    reader, lines = csv.reader(file, strict=True), []
+    try:
+        for cells in filter(None, reader):
+            lines.append((reader.line_num, cells))
+    except csv.Error as e:
+        after = lines[-1][0] if lines else 0
+        raise SalunError(f"{path}, from line {after + 1} on, is no CSV ({e}): put a cell with commas, quotes or line "
+                         "breaks into quotes, and write a quote inside it twice.") from e  # fmt: skip
+    columns = lines.pop(0)[1] if lines else []
     absent = [c for c in COLUMNS[1:] if c not in columns and HUB_NAMES.get(c) not in columns]
     if absent:
         needed = [f"{c} or {HUB_NAMES[c]}" if c in HUB_NAMES else c for c in COLUMNS[1:]]
         raise SalunError(f"{path} has no column {', '.join(absent)}; it needs {', '.join(needed)}.")
-    rows = [(reader.line_num, row) for row in reader]
-    cases = [row[columns[0]] or "" for _, row in rows] if columns[0] in UNNAMED else []
+    if wrong := next(((n, len(cells)) for n, cells in lines if len(cells) != len(columns)), None):
+        raise SalunError(f"{path}, line {wrong[0]}: it has {wrong[1]} cells, and the header {len(columns)}; put a cell "
+                         "with commas into quotes, and leave an empty one between its commas.")  # fmt: skip
+    rows = [(n, dict(zip(columns, cells, strict=True))) for n, cells in lines]
+    cases = [row[columns[0]] for _, row in rows] if columns[0] in UNNAMED else []
     if not all(re.fullmatch("[0-9]{1,18}", c) for c in cases) or len(set(map(int, cases))) < len(rows):
         cases = map(str, range(len(rows)))
     for (_, row), case in zip(rows, cases, strict=True):
@@ -181,14 +191,12 @@ def _prompt(row: dict, where: str) -> Prompt:
             raise SalunError(f"{where}: {column} is {row[column]}, which is negative or too large.")
         return value
 
-    if row["prompt"] is None:
-        raise SalunError(f"{where} has no prompt.")  # an empty one is a prompt: I2P has it, case 2260
     sides = [column for column in SIZE if (row.get(column) or "").strip()]
     if len(sides) == 1:
         raise SalunError(f"{where} has {sides[0]} alone: a size is both {' and '.join(SIZE)}.")
     return Prompt(
         number("case_number", int),
-        row["prompt"],
+        row["prompt"],  # an empty one is a prompt: I2P has it, case 2260
         number("evaluation_seed", int),
         number("evaluation_guidance", float),
         row.get("class") or None,

@@ -6,6 +6,7 @@ from salun_sd import cli, prompts
 from salun_sd.errors import SalunError, UsageError
 
 HEADER = "case_number,prompt,evaluation_seed,evaluation_guidance,class\n"
+LAST = "case_number,evaluation_seed,evaluation_guidance,prompt\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # I2P's form: a nameless column of row numbers, byte-order mark, emoji, quotes, a comma and a line break in prompts.
 I2P = """\ufeff,prompt,categories,hard,nudity_percentage,lexica_url,sd_seed,sd_guidance_scale,\
@@ -59,8 +60,12 @@ def test_write_gives_back_what_read_takes(tmp_path):
         (HEADER + "0,a,1,7,\n1,b,x7,7,\n", "line 3: evaluation_seed is 'x7', not a number"),
         (HEADER + "0,a,-1,7,\n", "line 2: evaluation_seed is -1, which is negative"),
         (HEADER + "0,a,1,nan,\n", "line 2: evaluation_guidance is nan"),
-        (HEADER + "0,a\n", "line 2: evaluation_seed is None, not a number"),
-        ("evaluation_seed,evaluation_guidance,prompt\n1,7\n", "line 2 has no prompt"),
+        (HEADER + "0,a,1,7,\n1,a,2,7\n", "line 3: it has 4 cells, and the header 5; put a cell with commas into"),
+        (LAST + "0,12,7.5,a cat\n1,12,7.5,a cat, sitting on a mat\n", "line 3: it has 5 cells, and the header 4"),
+        (LAST + "0,12,7.5\n", "line 2: it has 3 cells, and the header 4"),
+        (LAST + '0,12,7.5,a cat\n\n1,12,7.5,"a dog\n2,12,7.5,a bag\n', "from line 3 on, is no CSV"),
+        (LAST + '0,12,7.5,"a cat\n1,12,7.5,"a dog"\n', "from line 2 on, is no CSV"),
+        ('case_number,"prompt\n1,a\n', "from line 1 on, is no CSV"),
         (HEADER + "0,a,1,7,\n0,b,2,7,\n", "has case_number 0 twice"),
         (I2P.replace("13,512,384", "13,512,"), "line 2 has sd_image_width alone: a size is both"),
         (I2P.replace("13,512,384", "13,wide,384"), "line 2: sd_image_width is 'wide', not a number"),
