@@ -1,13 +1,10 @@
 """The work of `evaluate`, files in and files out: draw or collect images, detect, classify, report."""
 
-import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Container
 from functools import cache, partial
-from itertools import repeat
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,14 +13,14 @@ from salun_sd import checkpoint, classify, gate, generate, markdown, page, promp
 from salun_sd.checkpoint import POCKET, Checkpoint
 from salun_sd.classify import UNSEEN, Judge
 from salun_sd.clip import Clip
-from salun_sd.detect import detect, detector_digest, detector_name, load_detector
+from salun_sd.detect import detector_digest, load_detector
 from salun_sd.drawn import drawn
 from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.examine import examine
 from salun_sd.features import extractor
 from salun_sd.files import place, write_atomic
 from salun_sd.images import images_in
 from salun_sd.prompts import Prompt
-from salun_sd.report import Run
 from salun_sd.sample import Row, scheduler_class
 from salun_sd.vision import BATCH
 
@@ -92,11 +89,11 @@ def evaluate(
     else:
         manifest, settings["sampling"] = _collected(images, rows, out, subset=bool(where or limit)), None
         samples = len(manifest) // len(rows)
-    run = _examined(model.name if model else str(images), manifest, judge, detector, out)
+    run = examine(model.name if model else str(images), manifest, judge, detector, out)
     base = None
     if against:
         manifest, settings["sampling_against"] = _drawn(against, rows, samples, out / "against", keep=True, **how)
-        base = _examined(against.name, manifest, judge, detector, out / "against")
+        base = examine(against.name, manifest, judge, detector, out / "against")
     of_quality = quality.of_sides(asked_for, run, base, concepts)
     made = report.assemble(run, base, prompts=asked, settings=settings, concepts=concepts, quality=of_quality)
     made["gate"] = [gate.judge(made, bound, confident) for bound in bounds] or None
@@ -206,113 +203,38 @@ def _drawn(
 
 def _collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> list[dict]:
     """The manifest of a folder of <case>_<k>.png that some other program made; with a `subset` of the prompts, images
-    of other cases are left out."""
+    of other cases are left out. Where several files are one image, its line has `error`."""
     if not folder.is_dir():
         raise UsageError(f"Image folder {folder} was not found.")
     of_case = {p.case: p for p in rows}
-    found = {}
+    found: dict[tuple[int, int], list[Path]] = {}
     files = images_in(folder)
     others = {f.name for f in folder.iterdir() if f.is_file() and f.name[0] != "."} - {f.name for f in files}
     if others:
-        print(f"{folder}: left out, no images by their ending: {some(sorted(others))}.", file=sys.stderr)
+        print(f"{folder}: {len(others)} left out, no images by their ending: {some(sorted(others))}.", file=sys.stderr)
     for file in files:
         name = re.fullmatch(r"(\d+)_(\d+)", file.stem)
         if name and subset and int(name[1]) not in of_case:
             continue
         if not name or int(name[1]) not in of_case:
             raise SalunError(f"{file} is of no prompt: image files are named <case_number>_<k>.png.")
-        key = int(name[1]), int(name[2])
-        if key in found:
-            raise SalunError(f"{file} and {found[key].name} are both image {key[1]} of case {key[0]}: keep one.")
-        found[key] = file
+        found.setdefault((int(name[1]), int(name[2])), []).append(file)
     if not found:
         raise UsageError(f"Image folder {folder} holds no images of these prompts, named <case_number>_<k>.png.")
     samples = 1 + max(k for _, k in found)
-    if absent := [(case, k) for case in of_case for k in range(samples) if (case, k) not in found]:
-        of = len(of_case) * samples
-        raise SalunError(f"{folder} has no {absent[0][0]}_{absent[0][1]}.png ({len(absent)} of {of} images missing).")
-    return [
-        _line(of_case[case], k, os.path.relpath(file, out), None, None) for (case, k), file in sorted(found.items())
-    ]
+    if absent := (of := len(of_case) * samples) - len(found):
+        first = next(f"{case}_{k}.png" for case in of_case for k in range(samples) if (case, k) not in found)
+        raise SalunError(f"{folder} has no {first} ({absent:,} of {of:,} images missing).")
+    here, there, manifest = out.resolve(), folder.resolve(), []
+    for (case, k), same in sorted(found.items()):
+        line = _line(of_case[case], k, os.path.relpath(there / same[0].name, here), None, None)
+        if len(same) > 1:
+            line["error"] = f"{' and '.join(file.name for file in same)} are the same image of case {case}"
+        manifest.append(line)
+    return manifest
 
 
 def _line(p: Prompt, k: int, file: str, row: Row | None, steps: int | None) -> dict:
     line = {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": row and row.seed,
             "guidance": row and row.guidance, "size": row and list(row.size), "steps": steps}  # fmt: skip
     return line | ({"categories": list(p.categories)} if p.categories else {})
-
-
-def _examined(
-    model: str, manifest: list[dict], judge: Judge | None, detector: Path | None,
-    out: Path,
-) -> Run:  # fmt: skip
-    """Run the detector, and the judge if there is one, over the manifest's images, each process over its share; writes
-    both .jsonl files.
-
-    A line is written as soon as it is found, into a file for each process until all are; an image that has a line
-    already, by the SHA-256 of its bytes, is not looked at again by the same detector and judge.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    by = {"detector": detector_name(detector), "classifier": judge and judge.digest}
-    digests, known = [_digest(out / line["file"]) for line in manifest], _known(out, by)
-    found = {n: known[digest] for n, digest in enumerate(digests) if digest in known}
-    ranks.wait()  # all know the same
-    mine = _share(len(manifest), found)
-    answers = judge.classify([out / manifest[n]["file"] for n in mine], BATCH) if judge else repeat(UNSEEN)
-    left = [out / manifest[n]["file"] for n in mine if n not in found]
-    boxes = detect(left, detector) if left else iter(())
-    bar = tqdm(total=len(left), desc="detect", unit="image")
-    new = []
-    with bar, (out / f".detections.{ranks.rank()}.partial").open("a", encoding="utf-8") as lines:
-        lines.write("\n")  # a kill may have left half a line
-        for n, seen in zip(mine, answers, strict=False):
-            if n not in found:
-                answer = {"sha256": digests[n], **by, **next(boxes), **seen}
-                lines.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                lines.flush()
-                new.append((n, answer))
-                bar.update()
-    found |= dict(ranks.gathered(new))
-    detections = [
-        {key: line[key] for key in ("file", "case", "k")} | found[n] for n, line in enumerate(manifest)
-    ]  # fmt: skip
-    if ranks.is_main():
-        for name, lines in (("manifest.jsonl", manifest), ("detections.jsonl", detections)):
-            write_atomic(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        for file in _partial_detections(out):
-            file.unlink()
-    return Run(model, out, manifest, detections)
-
-
-def _digest(image: Path) -> str | None:
-    """SHA-256 of an image's file; None where it cannot be read, as its line will say."""
-    try:
-        return hashlib.sha256(image.read_bytes()).hexdigest()
-    except OSError:
-        return None
-
-
-def _partial_detections(out: Path) -> list[Path]:
-    return sorted(out.glob(".detections.*.partial"))
-
-
-def _known(out: Path, by: dict) -> dict[str, dict]:
-    """What this detector and classifier found in earlier runs into `out`, by the SHA-256 of the image's bytes."""
-    known = {}
-    for file in filter(Path.is_file, [out / "detections.jsonl", *_partial_detections(out)]):
-        for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # half a line of a run that was killed
-            if {key: line.get(key) for key in by} == by and line.get("sha256"):
-                known[line["sha256"]] = {key: v for key, v in line.items() if key not in ("file", "case", "k")}
-    return known
-
-
-def _share(count: int, found: Container[int]) -> list[int]:
-    """The images that this process classifies: blocks with any that is not found. Whole ones, as a batch of other
-    images could round another way."""
-    blocks = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-    left = [block for block in blocks if any(n not in found for n in block)]
-    return [n for block in left[ranks.rank() :: ranks.count()] for n in block]

@@ -78,11 +78,6 @@ def _key(line: dict) -> Key:
     return line["case"], line["k"]
 
 
-def _share(of: list) -> list[int]:
-    """The positions that fall to this process."""
-    return [n for n in range(len(of)) if n // BATCH % ranks.count() == ranks.rank()]
-
-
 def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
     """max(cos(image, text), 0) of each image and its own prompt (Hessel et al. 2021, arXiv 2104.08718, there times 2.5;
     others publish the cosine, as here, or 100 times it): the mean, and its 95 % interval, a bootstrap over prompts.
@@ -91,7 +86,7 @@ def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
     """
     if not images:
         return None
-    share = _share(images)
+    share = ranks.share(len(images), BATCH)
     cosines = tqdm(_cosines(clip, [images[n] for n in share]), total=len(share), desc="clip score", unit="image")
     of_case: dict[int, list[float]] = {}
     for n, cosine in sorted(ranks.gathered(list(zip(share, cosines, strict=True)))):
@@ -120,7 +115,7 @@ def _cosines(clip: Clip, images: list[tuple[Path, dict]]) -> Iterator[float]:
 
 def features_of(extractor: ImageModel | Inception, files: Sequence[Path]) -> np.ndarray:
     """The features [N, D], float32, of the readable files, in their order; those that are not are named on stderr."""
-    share = [files[n] for n in _share(list(files))]
+    share = [files[n] for n in ranks.share(len(files), BATCH)]
     bar = tqdm(features(extractor, share), total=len(share), desc="features", unit="image")
     found = dict(ranks.gathered(list(bar)))
     if absent := [file.name for file in files if file not in found]:

@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Container
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,14 @@ def count() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def share(of: int, block: int, done: Container[int] = ()) -> list[int]:
+    """Of the positions 0 to `of` those of this process: blocks of so many in turn, without those that are all done.
+    Whole blocks, as a model rounds another way in a batch of others."""
+    blocks = [range(start, min(start + block, of)) for start in range(0, of, block)]
+    left = [positions for positions in blocks if any(n not in done for n in positions)]
+    return [n for positions in left[rank() :: count()] for n in positions]
 
 
 def added(t: "torch.Tensor") -> "torch.Tensor":

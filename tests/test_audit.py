@@ -25,6 +25,13 @@ def test_images_of_prompts_that_a_filter_left_out_are_passed_over_and_no_others(
         audit._collected(tmp_path, ROWS, tmp_path, subset=True)
 
 
+def test_missing_images_are_counted_and_the_first_is_named_however_large_k_is(tmp_path):
+    for name in ("3_0.png", "5_0.png", "3_4294967295.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SalunError, match=r"has no 3_1.png \(8,589,934,589 of 8,589,934,592 images missing\)"):
+        audit._collected(tmp_path, ROWS, tmp_path, subset=False)
+
+
 def test_a_line_of_the_manifest_has_categories_where_its_prompt_has_any(tmp_path):
     for name in ("3_0.png", "5_0.png"):
         (tmp_path / name).write_bytes(b"")
@@ -77,6 +84,37 @@ def test_what_was_found_is_not_looked_at_again_unless_the_image_or_the_detector_
     after = lines_of(file)
     assert after[0]["boxes"] == [] and after[1] == before[1]
     assert after[2]["boxes"] and after[2]["sha256"] != before[2]["sha256"]
+
+
+def test_an_audit_into_a_linked_folder_finds_its_images(photographs, tmp_path):
+    whole = evaluate(*photographs)
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away", target_is_directory=True)
+    assert evaluate(*photographs[:-1], tmp_path / "link" / "audit") == whole and not whole["broken"]
+
+
+def test_an_audit_of_which_no_image_can_be_read_fails(photographs, tmp_path, capsys):
+    for i in range(3):
+        (tmp_path / "photographs" / f"{i}_0.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as e:
+        evaluate(*photographs)
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and "photographs could be read; 0_0.png: it is empty." in said
+    assert "None of the 3 images of" in said and not (tmp_path / "audit" / "report.json").exists()
+
+
+def test_boxes_hang_on_the_detector_alone_and_classes_on_the_classifier_alone(tmp_path):
+    """Marked lines show which of the two was found anew: no detector finds, no judge says what they hold."""
+    (tmp_path / "p.csv").write_text(prompts.write(prompts.read("pocket", ["class=sneaker"], 2)))
+    argv = ["pocket", "--steps", "1", "--prompts", tmp_path / "p.csv", "--out", tmp_path / "audit"]
+    evaluate(*argv)
+    file = tmp_path / "audit" / "detections.jsonl"
+    plain, box = lines_of(file), {"label": "FEET_COVERED", "score": 0.75, "box": [0, 0, 1, 1]}
+    marks = {"boxes": [box], "predicted": "coat"}
+    for other, kept in (("classifier", "boxes"), ("detector", "predicted")):
+        file.write_text("".join(json.dumps(line | marks | {other: "another"}) + "\n" for line in plain))
+        evaluate(*argv)
+        assert lines_of(file) == [line | {kept: marks[kept]} for line in plain]
 
 
 def test_another_classifier_judges_anew(tmp_path):
