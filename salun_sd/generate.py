@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from salun_sd import ranks
 from salun_sd.checkpoint import Checkpoint
@@ -108,8 +108,8 @@ def _is_drawn(file: Path, provenance: str) -> bool:
             found = image.info.get(PROVENANCE)
         if not file.read_bytes().endswith(PNG_END):
             return False  # PIL reads a file whose very end is cut off
-    except (OSError, SyntaxError, UnidentifiedImageError):
-        return False  # damaged: draw it again
+    except Exception:  # damaged, which decoders say with many types: draw it again
+        return False
     if found != provenance:
         raise UsageError(
             f"{file} was drawn by another model or with other settings, or by another program; "
