@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from salun_sd.drawn import drawn
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.examine import examine
 from salun_sd.features import extractor
-from salun_sd.files import place, write_atomic
+from salun_sd.files import one_of_many, remove_stale, write_atomic
 from salun_sd.images import images_in
 from salun_sd.prompts import Prompt
 from salun_sd.sample import Row, scheduler_class
@@ -195,8 +196,11 @@ def _drawn(
             pass
     elif left := generate.missing(files, identity=model.identity, **how):
         with drawn("audited", model, pipeline, list(left.values()), what=what, **how) as kept:
-            for source, file in zip(kept, left, strict=True) if ranks.is_main() else ():
-                place(source, file)
+            if ranks.is_main():
+                remove_stale(out / "images")
+                for source, file in zip(kept, left, strict=True):
+                    with one_of_many(file) as new:
+                        shutil.copyfile(source, new)  # no link: who blurs the image would change the cache's
     manifest = [_line(p, k, generate.file_of(p, k), row, how["steps"]) for (p, k), row in wanted.items()]
     return manifest, {"identity": model.identity, **how, "samples": samples, "safety_checker": "off"}
 

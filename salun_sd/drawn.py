@@ -26,13 +26,14 @@ def drawn(
     from this base is waited for. `what` names the images on the progress bar, and `pipeline` gives the base's if any is
     missing.
 
-    An image is filed under what it is drawn from, so that runs share it, and more rows extend fewer.
+    An image is filed under what it is drawn from, so that runs share it, and more rows extend fewer; one that something
+    changed is drawn anew.
     """
     about = f"by {Path(base.name).name}, {steps} steps of {scheduler.removesuffix('Scheduler')}"
     with cache.held(kind, key_of(base, scheduler, steps), about) as folder:
         files = [folder / "images" / f"{hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]}.png" for row in rows]
         wanted = dict(zip(files, rows, strict=True))
-        drawing = generate.draw(pipeline, wanted, identity=base.identity, scheduler=scheduler, steps=steps)
+        drawing = generate.draw(pipeline, wanted, identity=base.identity, scheduler=scheduler, steps=steps, anew=True)
         for _ in tqdm(drawing, total=len(wanted), desc=f"draw {what}", unit="image"):
             pass
         yield files

@@ -17,20 +17,18 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def place(source: Path, file: Path) -> None:
-    """A file with the bytes of another, as a hard link where the file system has them; whole or not there."""
-    with new_file(file) as partial:
-        try:
-            os.link(source, partial)
-        except OSError:
-            shutil.copyfile(source, partial)
-
-
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A file to write beside `path`; it becomes `path` at the end, or is removed if anything goes wrong."""
+    remove_stale(path.parent, path.name)
+    with one_of_many(path) as partial:
+        yield partial
+
+
+@contextmanager
+def one_of_many(path: Path) -> Iterator[Path]:
+    """As `new_file`, for a folder of many: who writes them calls `remove_stale` for it, once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
     partial = _beside(path)
     try:
         yield partial
@@ -50,7 +48,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(out)
+    remove_stale(out.parent, out.name)
     partial = _beside(out)
     partial.mkdir()
     try:
@@ -74,9 +72,9 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
-def _remove_stale(path: Path) -> None:
-    """Take away what runs that were killed have left beside `path`."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+def remove_stale(folder: Path, name: str | None = None) -> None:
+    """Take away what runs that were killed have left in a folder, of the file `name` or of all. Reads the folder."""
+    for stale in folder.glob(f".{glob.escape(name) if name else '*'}.*.partial"):
         if not _is_running(stale.name.split(".")[-2]):
             shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
 

@@ -1,6 +1,5 @@
 """Rows to image files: resumable, nothing drawn twice."""
 
-import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from PIL import Image, PngImagePlugin
 from salun_sd import ranks
 from salun_sd.checkpoint import Checkpoint
 from salun_sd.errors import UsageError
-from salun_sd.files import write_atomic
+from salun_sd.files import one_of_many, remove_stale
 from salun_sd.prompts import Prompt
 from salun_sd.sample import Row, Sampler
 
@@ -52,17 +51,26 @@ def check(model: Checkpoint, prompts: Iterable[Prompt], steps: int | None) -> No
               f"{own} x {own}: give --size {own} to draw these.", file=sys.stderr)  # fmt: skip
 
 
-def missing(wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int) -> dict[Path, Row]:
-    """Of the files those that are not there whole. One that was drawn otherwise than its row says is a UsageError."""
-    return {
-        file: row
-        for file, row in wanted.items()
-        if not _is_drawn(file, _provenance(row, identity=identity, scheduler=scheduler, steps=steps))
-    }
+def missing(
+    wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, anew: bool = False
+) -> dict[Path, Row]:  # fmt: skip
+    """Of the files those that are not there whole. One that was drawn otherwise than its row says is a UsageError, or
+    with `anew` missing, too."""
+    left = {}
+    for file, row in wanted.items():
+        found = _carried(file)
+        if found != _provenance(row, identity=identity, scheduler=scheduler, steps=steps):
+            if found is not None and not anew:
+                raise UsageError(
+                    f"{file} was drawn by another model or with other settings, or by another program; "
+                    "choose another --out, or remove the folder."
+                )
+            left[file] = row
+    return left
 
 
 def draw(
-    pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int
+    pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, anew: bool = False
 ) -> Iterator[Path]:  # fmt: skip
     """Draw what is missing of the files, a PNG for each row; yields each once it is on disk. Processes that run
     together take passes in turn, and end together. `pipeline` gives the pipeline, and is called only if there is
@@ -70,11 +78,14 @@ def draw(
 
     An image starts from noise that its row's seed draws on the CPU, and depends on nothing but its row, the scheduler,
     the steps and the checkpoint (`identity`): the bytes are the same in any order, subset or resumed run (on a GPU, to
-    the rounding of its kernels). Each PNG carries these in a text chunk; a file with others is a UsageError.
+    the rounding of its kernels). Each PNG carries these in a text chunk; a file with others is a UsageError, or drawn
+    `anew`.
     """
     how = {"identity": identity, "scheduler": scheduler, "steps": steps}
-    left = missing(wanted, **how)
+    left = missing(wanted, **how, anew=anew)
     yield from (file for file in wanted if file not in left)
+    for folder in {file.parent for file in left} if ranks.is_main() else ():
+        remove_stale(folder)
     ranks.wait()  # all have seen the same images missing
     if left:
         sampler, files, rows = Sampler(pipeline(), steps, scheduler), list(left), list(left.values())
@@ -94,25 +105,16 @@ def _provenance(row: Row, *, identity: str, scheduler: str, steps: int) -> str:
 def _write(file: Path, image: Image.Image, provenance: str) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PROVENANCE, provenance)
-    png = io.BytesIO()
-    image.save(png, "png", pnginfo=info)
-    write_atomic(file, png.getvalue())
+    with one_of_many(file) as partial:
+        image.save(partial, "png", pnginfo=info)
 
 
-def _is_drawn(file: Path, provenance: str) -> bool:
-    if not file.is_file():
-        return False
+def _carried(file: Path) -> str | None:
+    """What an image says that it was drawn from, "" where it says nothing; None where it is damaged or not there."""
     try:
         with Image.open(file) as image:
             image.load()
-            found = image.info.get(PROVENANCE)
-        if not file.read_bytes().endswith(PNG_END):
-            return False  # PIL reads a file whose very end is cut off
-    except Exception:  # damaged, which decoders say with many types: draw it again
-        return False
-    if found != provenance:
-        raise UsageError(
-            f"{file} was drawn by another model or with other settings, or by another program; "
-            "choose another --out, or remove the folder."
-        )
-    return True
+            found = image.info.get(PROVENANCE, "")
+        return found if file.read_bytes().endswith(PNG_END) else None  # PIL reads a file whose very end is cut off
+    except Exception:  # decoders say damage with many types
+        return None

@@ -1,5 +1,4 @@
 import json
-import os
 
 import pytest
 from models import write_pipeline
@@ -146,7 +145,7 @@ def test_base_images_are_drawn_once_for_every_model_that_is_audited_against_it(t
     for name in names:
         own, a, b = (tmp_path / place / name for place in ("a/images", "a/against/images", "b/against/images"))
         assert own.read_bytes() == a.read_bytes()  # as it is drawn without a cache
-        assert any(os.path.samefile(a, f) and os.path.samefile(b, f) for f in kept)
+        assert b.read_bytes() == a.read_bytes()
         assert own.read_bytes() != (tmp_path / "b" / "images" / name).read_bytes()
 
     cli.run(["cache"])
@@ -156,6 +155,21 @@ def test_base_images_are_drawn_once_for_every_model_that_is_audited_against_it(t
     evaluate(tmp_path / "erased", *argv, tmp_path / "b")  # an audit that is whole needs no cache
     assert len(before) == 8 and before == {f: f.stat().st_mtime_ns for f in before}
     assert not (tmp_path / "cache" / "audited").is_dir() or not any((tmp_path / "cache" / "audited").rglob("*.png"))
+
+
+def test_who_changes_an_image_of_one_audit_or_of_the_cache_changes_no_other_audit(tmp_path, monkeypatch):
+    monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))
+    argv = ["pocket", "--against", "pocket", "--prompts", "pocket", "--limit", "2", "--steps", "1", "--out"]
+    first = evaluate(*argv, tmp_path / "a")
+    names = sorted(f.name for f in (tmp_path / "a" / "against" / "images").iterdir())
+    kept = {f: f.read_bytes() for f in (tmp_path / "cache" / "audited").rglob("*.png")}
+    Image.new("RGB", (32, 32)).save(tmp_path / "a" / "against" / "images" / names[0])  # as one blurs it, in place
+    assert kept == {f: f.read_bytes() for f in kept} and len(kept) == 2
+    Image.new("RGB", (32, 32)).save(next(iter(kept)))
+    assert evaluate(*argv, tmp_path / "b") == first
+    for name in names:
+        own, base = (tmp_path / place / name for place in ("a/images", "b/against/images"))
+        assert own.read_bytes() == base.read_bytes()
 
 
 def test_what_is_typed_is_drawn_and_recorded(tmp_path):

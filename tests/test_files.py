@@ -7,18 +7,16 @@ from salun_sd import files
 from salun_sd.errors import SalunError
 
 
-def test_a_placed_file_is_the_others_bytes_and_stays_them_when_the_other_is_replaced(tmp_path):
-    for name in ("kept", "old"):
-        (tmp_path / name).write_bytes(name.encode())
-    files.place(tmp_path / "kept", tmp_path / "new" / "file")
-    files.place(tmp_path / "kept", tmp_path / "old")
-    files.place(tmp_path / "kept", tmp_path / "old")
-    files.write_atomic(tmp_path / "kept", b"other")
-    assert (tmp_path / "new" / "file").read_bytes() == (tmp_path / "old").read_bytes() == b"kept"
-    assert {p.name for p in tmp_path.iterdir()} == {"kept", "old", "new"}
-    with pytest.raises(FileNotFoundError):
-        files.place(tmp_path / "nowhere", tmp_path / "nothing")
-    assert not (tmp_path / "nothing").exists()
+def test_what_a_killed_run_left_goes_at_the_next_write_of_the_file_or_for_a_folder_of_many_at_once(tmp_path):
+    for name in (".a.99999999.partial", ".b.99999999.partial", f".a.{os.getppid()}.partial"):
+        (tmp_path / name).write_text("")
+    with files.one_of_many(tmp_path / "a") as partial:
+        partial.write_text("many")
+    assert (tmp_path / "a").read_text() == "many" and len(list(tmp_path.iterdir())) == 4  # the folder was not read
+    files.write_atomic(tmp_path / "a", b"")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", ".b.99999999.partial", f".a.{os.getppid()}.partial"}
+    files.remove_stale(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", f".a.{os.getppid()}.partial"}
 
 
 def test_a_new_folder_is_whole_or_not_there(tmp_path):
