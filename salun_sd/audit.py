@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from salun_sd import checkpoint, classify, gate, generate, markdown, page, prompts, provenance, quality, ranks, report
 from salun_sd.checkpoint import POCKET, Checkpoint
-from salun_sd.classify import UNSEEN, Judge
+from salun_sd.classify import Judge
 from salun_sd.clip import Clip
 from salun_sd.detect import detector_digest, load_detector
 from salun_sd.drawn import drawn
@@ -23,7 +23,6 @@ from salun_sd.files import one_of_many, remove_stale, write_atomic
 from salun_sd.images import images_in
 from salun_sd.prompts import Prompt
 from salun_sd.sample import Row, scheduler_class
-from salun_sd.vision import BATCH
 
 JUDGE = POCKET / "judge"
 MATCHES = 20  # classes whose labels are printed
@@ -34,15 +33,15 @@ WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report
 def evaluate(
     model: Checkpoint | None, *, prompt_set: str, where: list[str], limit: int | None, against: Checkpoint | None,
     images: Path | None, concepts: list[str], classifier: str | None, steps: int | None, scheduler: str | None,
-    guidance: float | None, size: str | None, samples: int, record: bool, detector: Path | None = None,
-    clip: str | None = None, fid: str | None = None, reference: Path | None = None,
+    guidance: float | None, size: str | None, samples: int | None, record: bool, detector: Path | None,
+    clip: str | None, fid: str | None, reference: Path | None,
     fail_if: list[str], confident: bool, pictures: bool, out: Path,
 ) -> dict:  # fmt: skip
     """Audit a checkpoint, or a folder of images, on a prompt set, or on its rows that meet `where` and of these the
     first `limit`: writes the audit into `out`, gives back the report; with `record`, its headline numbers go into the
     erased checkpoint. `scheduler` is one of sample.SCHEDULERS; `guidance` and `size` stand in for the rows' own. The
     bounds of `fail_if` are read before anything is drawn; whether they hold is in the report. Without `pictures`,
-    report.html shows none.
+    report.html shows none. `samples` is the images a prompt, 1 where it is None; a folder of images has its own.
 
     Running it again draws and detects only what is missing.
     """
@@ -50,6 +49,8 @@ def evaluate(
         raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
     if images and not against and any(option is not None for option in (steps, scheduler, guidance, size)):
         raise UsageError("--steps, --scheduler, --guidance and --size are for images that are drawn: leave them out.")
+    if images and samples is not None:
+        raise UsageError("--samples-per-prompt is for a MODEL, and --images has its own number: leave it out.")
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir() if not PARTIAL.fullmatch(p.name)} - WRITES):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
     known = provenance.read(model.path) if model else None
@@ -65,8 +66,11 @@ def evaluate(
     asked = prompt_set + (f" where {' and '.join(where)}" if where else "") + (f", the first {limit}" if limit else "")
     classes = list(dict.fromkeys(p.label for p in rows if p.label))
     concepts = _concepts(concepts, classes, known)
-    has_others = any(p.label not in concepts for p in rows) and not (concepts and not classes)
-    quality.check_asked(clip, fid, reference, has_base=against is not None, has_others=has_others)
+    manifest = _collected(images, rows, out, subset=bool(where or limit)) if images else None
+    samples = len(manifest) // len(rows) if images else samples or 1
+    by_name = bool(concepts and not classes)
+    others = 0 if by_name else samples * sum(p.label not in concepts for p in rows)
+    quality.check_asked(clip, fid, reference, has_base=against is not None, others=others)
     judge = _judge(classifier, classes, concepts)
     known_names = gate.names(concepts, list(dict.fromkeys(category for p in rows for category in p.categories)))
     absent = gate.unmeasured(
@@ -88,8 +92,7 @@ def evaluate(
     if model:
         manifest, settings["sampling"] = _drawn(model, rows, samples, out, **how)
     else:
-        manifest, settings["sampling"] = _collected(images, rows, out, subset=bool(where or limit)), None
-        samples = len(manifest) // len(rows)
+        settings["sampling"] = None
     run = examine(model.name if model else str(images), manifest, judge, detector, out)
     base = None
     if against:

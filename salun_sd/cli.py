@@ -11,9 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
 from salun_sd import ranks
@@ -179,7 +177,7 @@ def mask(
         table.add_row(block, f"{total:,}", *(f"{each[block][0] / total:.3f}" for each in blocks))
     totals = [kept(m.bits) for _, m in made.files]
     table.add_row("all", f"{totals[0][1]:,}", *(f"{n / of:.3f}" for n, of in totals))
-    Console().print(table)
+    show(table)
     for (path, m), (n, of) in zip(made.files, totals, strict=True):
         print(f"{path}: {n:,} of {of:,} weights, threshold {m.settings['threshold']:.4g}")
     show_run(made.run)
@@ -285,6 +283,11 @@ def erase(
         show_run(run)
 
 
+def show(table: Table) -> None:
+    """Print a table, whatever its names and paths hold: no markup, no emoji codes."""
+    Console(markup=False, emoji=False).print(table)
+
+
 def show_run(run: dict) -> None:
     """What a run took, beside what was planned; on stderr, as it is never the same twice."""
     for step, size in run["peak_bytes"].items():
@@ -304,13 +307,13 @@ def show_plan(found) -> None:
 
     table = Table("setting", "value", box=None)
     for name, value in found.settings.items():
-        table.add_row(name, escape(str(value)))
-    Console().print(table)
+        table.add_row(name, str(value))
+    show(table)
     for step, sizes in found.plans.items():
         table = Table(f"memory, {step}", "GiB", box=None)
         for what, size in [*sizes.items(), ("in all", sum(sizes.values()))]:
             table.add_row(what, f"{size / 2**30:.2f}")
-        Console().print(table)
+        show(table)
     free = gib(memory.available(checkpoint.device()))
     print(f"It fits: {free} are free." if found.fits else f"It does not fit: {free} are free.")
     for options, size in found.advice:
@@ -411,7 +414,10 @@ def evaluate(
             help="Pixels of all images, as 512 or 512x384 (width, height). Default: each row's, or MODEL's own."
         ),
     ] = None,
-    samples_per_prompt: Annotated[int, typer.Option(min=1, help="Images a prompt, from its seed on.")] = 1,
+    samples_per_prompt: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images a prompt, the first from its seed, each other from one derived. Default: 1."),
+    ] = None,
     no_images: Annotated[bool, typer.Option("--no-images", help="Leave the pictures out of report.html.")] = False,
     record: Annotated[
         bool, typer.Option("--record", help="Add the headline numbers to MODEL's record and model card.")
@@ -465,7 +471,7 @@ def evaluate(
     for name in report["quality"]:
         if any(side["quality"][name] for side in columns.values()):
             table.add_row(name, *(in_words(side["quality"][name]) for side in columns.values()))
-    Console().print(table)
+    show(table)
     print(f"{out / 'report.html'}")
     if broken := [entry for entry in report["gate"] or () if not entry["holds"]]:
         for entry in broken:
@@ -495,10 +501,10 @@ def show_compared(
         return
     for found in tables:
         print("\n".join([found.prompts, *compare.sentences(found)]))
-        table = Table("metric", *(escape(column.name) for column in found.columns), box=None)
+        table = Table("metric", *(column.name for column in found.columns), box=None)
         for name, *cells in compare.lines(found):
-            table.add_row(Text(name), *(Text(cell.replace(" [", "\n[").replace(" (", "\n(")) for cell in cells))
-        Console().print(table)
+            table.add_row(name, *(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in cells))
+        show(table)
 
 
 @app.command(cls=OneOfEach, name="cache", epilog=example("cache --clear --older-than 30"))
@@ -520,8 +526,8 @@ def show_cache(
     table = Table("kept", "of", "files", "size", "last used", "folder", box=None)
     for entry in cache.entries():
         day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
-        table.add_row(entry.kind, escape(entry.about), f"{entry.files:,}", megabytes(entry.bytes), day, entry.name)
-    Console().print(table)
+        table.add_row(entry.kind, entry.about, f"{entry.files:,}", megabytes(entry.bytes), day, entry.name)
+    show(table)
     print(f"{cache.folder()}: {megabytes(sum(e.bytes for e in cache.entries()))}")
 
 

@@ -55,17 +55,21 @@ def of_sides(asked: Asked, run: Run, base: Run | None, concepts: Sequence[str]) 
     return made[0], made[1]
 
 
-def check_asked(clip: str | None, fid: str | None, reference: Path | None, *, has_base: bool, has_others: bool) -> None:
-    """UsageError where --fid has nothing to compare with, --reference no use, or all prompts ask for a concept."""
-    if (clip or fid) and not has_others:
+def check_asked(clip: str | None, fid: str | None, reference: Path | None, *, has_base: bool, others: int) -> None:
+    """UsageError where --fid has nothing to compare with, --reference no use, or too few images, `others`, ask for no
+    concept."""
+    if (clip or fid) and not others:
         raise UsageError("--clip and --fid speak of images that ask for no concept, and these prompts all ask for one: "
                          "give --prompts with others, or leave them out.")  # fmt: skip
+    if fid and others < 2:
+        raise UsageError("--fid needs two images or more that ask for no concept, and this audit has one: give more "
+                         "prompts, or leave it out.")  # fmt: skip
     if fid and not (reference or has_base):
         raise UsageError("--fid compares with other images: give --against BASE, or --reference with a folder of them.")
     if reference and not fid:
         raise UsageError("--reference is for --fid: give --fid pocket, inception or an image model.")
-    if reference and not (reference.is_dir() and images_in(reference)):
-        raise UsageError(f"--reference {reference} is no folder with images.")
+    if reference and not (reference.is_dir() and len(images_in(reference)) > 1):
+        raise UsageError(f"--reference {reference} is no folder with images, two or more.")
 
 
 def kept(run: Run, concepts: Sequence[str], read: set[Key]) -> list[tuple[Path, dict]]:

@@ -197,6 +197,7 @@ def test_what_is_typed_is_drawn_and_recorded(tmp_path):
         (["--guidance", "nan"], "--guidance nan is no guidance scale"),
         (["--scheduler", "heun"], "There is no --scheduler heun; give one of ddim, dpm++, euler, lms, pndm"),
         (["--steps", "1001"], "--steps 1001 is more than the 1000 that pocket was trained on"),
+        (["--against", "pocket", "--fid", "pocket", "--limit", "1"], "--fid needs two images or more that ask for no"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_before_anything_is(tmp_path, capsys, option, said):
@@ -206,6 +207,9 @@ def test_what_cannot_be_drawn_is_said_before_anything_is(tmp_path, capsys, optio
 
 
 def test_how_to_draw_is_not_said_of_images_that_are_there(photographs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.run(["evaluate", *map(str, photographs), "--samples-per-prompt", "1"])
+    assert e.value.code == 2 and "--images has its own number: leave it out" in capsys.readouterr().err
     for option in (["--size", "32"], ["--guidance", "5"], ["--scheduler", "ddim"], ["--steps", "2"]):
         with pytest.raises(SystemExit) as e:
             cli.run(["evaluate", *map(str, photographs), *option])
@@ -223,3 +227,12 @@ def test_a_bound_that_this_audit_cannot_measure_is_refused_before_anything_is_dr
         with pytest.raises(SystemExit) as e:
             cli.run(["evaluate", *map(str, argv), "--fail-if", bound])
         assert e.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "audit").exists()
+
+
+def test_a_name_is_printed_as_it_is_and_never_as_markup(photographs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    folder = tmp_path / "m[v1] :bug:[/v1]\\"
+    folder.parent.mkdir()
+    (tmp_path / "photographs").rename(folder)
+    evaluate("--images", folder, *photographs[2:])
+    assert str(folder) in capsys.readouterr().out
