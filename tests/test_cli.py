@@ -258,9 +258,6 @@ def test_a_folder_of_images_some_other_program_made(made, few, tmp_path, capsys)
     assert report["metrics"]["ua"]["of"] == 2 and report["prompts"] == f"{few} where class=sneaker, the first 2"
     (tmp_path / "images" / "100_0.png").unlink()
     assert "has no 100_0.png (1 of 12 images missing)" in fails(audit, 1, capsys)
-    shutil.copy(tmp_path / "images" / "0_0.png", tmp_path / "images" / "0_0.jpg")
-    assert "are both image 0 of case 0: keep one" in fails(audit, 1, capsys)
-    (tmp_path / "images" / "0_0.jpg").unlink()
     (tmp_path / "images" / "cover.png").write_bytes(b"")
     assert "cover.png is of no prompt" in fails(audit, 1, capsys)
 

@@ -9,6 +9,7 @@ import sys
 import psutil
 import pytest
 import torch
+from models import write_clip
 from test_cli import files_in
 from test_resume import until
 from test_runs import tiny  # noqa: F401
@@ -34,13 +35,15 @@ def made(tiny, tmp_path_factory):  # noqa: F811
     few = folders[1] / "few.csv"
     rows = [p for i, p in enumerate(prompts.read("pocket")) if i % 20 == 0]
     odd = [p._replace(guidance=float(i % 4), size=(24, 40)) for i, p in enumerate(rows) if i % 3 == 0]
+    clip = write_clip(folders[1] / "clip")
     few.write_text(prompts.write([*odd, *(p for i, p in enumerate(rows) if i % 3)]))
     for n, folder in folders.items():
         for argv in (
             ["mask", tiny, *CONCEPT, "--samples", "10", "--batch-size", "4", "--out", "m.safetensors"],
             ["erase", tiny, *CONCEPT, "--anchor", "a photo of a bag", "--mask", "m.safetensors", "--samples", "10",
              "--batch-size", "4", "--steps", "3", "--lr", "1e-3", "--out", "erased"],
-            ["evaluate", tiny, "--prompts", few, "--against", tiny, "--steps", "2", "--out", "audit"],
+            ["evaluate", folders[1] / "erased", "--prompts", few, "--against", tiny, "--steps", "2", "--clip", clip,
+             "--fid", "pocket", "--out", "audit"],
         ):  # fmt: skip
             process = start(n, folder, argv)
             out, err = process.communicate(timeout=200)
@@ -80,6 +83,9 @@ def test_the_audit_is_the_same_to_the_byte(made):
     )
     assert len(one) == 2 * (50 + 2) + 3 and one.keys() == two.keys()
     assert [name for name in one if one[name] != two[name]] == []
+    quality = json.loads(one["audit/report.json"])["quality"]
+    assert quality["clip_score"]["images"] == 45 and quality["fid"]["images"] == quality["kid"]["images"] == [45, 45]
+    assert quality["clip_score"]["value"] and quality["fid"]["value"]
 
 
 def test_all_processes_end_with_3_where_a_bound_broke_and_the_report_is_written(made):
