@@ -8,14 +8,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from salun_sd import ranks
-from salun_sd.classify import Judge
+from salun_sd.classify import UNSEEN, Judge
 from salun_sd.detect import detect, detector_name
 from salun_sd.errors import SalunError
 from salun_sd.files import write_atomic
 from salun_sd.report import Run
+from salun_sd.vision import BATCH
 
-BATCH = 32  # images that are classified together, by one process
-BOXES, CLASSES = ("width", "height", "boxes", "error"), ("predicted", "score")  # what a line has of each of the two
+BOXES, CLASSES = ("width", "height", "boxes", "error"), (*UNSEEN, "concepts")  # what a line has of each of the two
 CHUNK = 2**20  # bytes of a file that are read at once
 
 
@@ -34,7 +34,7 @@ def examine(model: str, manifest: list[dict], judge: Judge | None, detector: Pat
                       for known in _known(out, by))  # fmt: skip
     for n, line in enumerate(manifest):
         if "error" in line:
-            boxes[n], classes[n] = {"error": line["error"]}, dict.fromkeys(CLASSES)
+            boxes[n], classes[n] = {"error": line["error"]}, UNSEEN
     ranks.wait()  # all know the same
 
     def found(n: int) -> dict:
@@ -43,7 +43,7 @@ def examine(model: str, manifest: list[dict], judge: Judge | None, detector: Pat
     mine = ranks.share(len(manifest), BATCH, boxes.keys() & classes.keys())
     batches = {n // BATCH for n in mine if n not in classes}
     asked = [out / manifest[n]["file"] for n in mine if n // BATCH in batches]
-    answers = judge.classify(asked, BATCH) if judge else repeat((None, None))
+    answers = judge.classify(asked, BATCH) if judge else repeat(UNSEEN)
     unseen = [out / manifest[n]["file"] for n in mine if n not in boxes]
     seen = detect(unseen, detector) if unseen else iter(())
     left = [n for n in mine if n not in boxes or n not in classes]
@@ -51,11 +51,11 @@ def examine(model: str, manifest: list[dict], judge: Judge | None, detector: Pat
     with bar, (out / f".detections.{ranks.rank()}.partial").open("a", encoding="utf-8") as lines:
         lines.write("\n")  # a kill may have left half a line
         for n in mine:
-            answer = next(answers) if n // BATCH in batches else ()
+            answer = next(answers) if n // BATCH in batches else None
             if n in boxes and n in classes:
                 continue
             if n not in classes:
-                classes[n] = dict(zip(CLASSES, answer, strict=True))
+                classes[n] = answer
             if n not in boxes:
                 boxes[n] = next(seen)
             lines.write(json.dumps(found(n), ensure_ascii=False) + "\n")
