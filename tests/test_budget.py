@@ -168,6 +168,7 @@ def test_state_is_that_of_the_optimizer_to_the_byte(density):
     assert sum(s.packed.nbytes for s in salient) == pytest.approx(parts["the mask"], abs=len(list(unet.parameters())))
 
 
+@pytest.mark.slow
 def test_advice_is_what_planning_again_gives_the_best_first(monkeypatch):
     """Each option alone and, where none is enough, one after another until they are."""
     work = replace(ERASE, batch=4, density=1.0)

@@ -392,6 +392,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(made, few, 
     assert len(list((tmp_path / "a" / "images").glob("*"))) == 72
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_is_said_and_leaves_nothing(made, tmp_path):
     """A limit on the size of files stands for a full disk: the system refuses the write in the same way."""
 

@@ -91,8 +91,11 @@ class Made(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[("sd1", torch.float32), ("sd2", torch.bfloat16), ("sdxl", torch.float16)],
-    ids=["sd1-fp32", "sd2-bf16-v", "sdxl-fp16"],
+    params=[
+        pytest.param(("sd1", torch.float32), id="sd1-fp32"),
+        pytest.param(("sd2", torch.bfloat16), id="sd2-bf16-v"),
+        pytest.param(("sdxl", torch.float16), id="sdxl-fp16", marks=pytest.mark.slow),
+    ],
 )
 def made(request, here):
     family, dtype = request.param
@@ -281,6 +284,7 @@ for argv in json.loads(sys.argv[1]):
     print("held", held("VmHWM") - before)"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_apply_holds_a_few_tensors_and_never_the_checkpoint(here, patches, tmp_path, monkeypatch):
     """What it takes for a model of 100 MB, once a tiny one has brought the libraries in."""

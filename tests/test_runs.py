@@ -238,6 +238,7 @@ def test_the_cache_is_shown_cleared_and_named_when_it_cannot_be_written(tiny, ow
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_same_cache_waits_for_the_first(tiny, own_cache, tmp_path):
     base = checkpoint.find(tiny)
     argv = [sys.executable, "-m", "salun_sd", "erase", tiny, *ERASE[:4], "--mask", "random:0.1", "--samples", "2",
