@@ -71,13 +71,14 @@ def evaluate(
     by_name = bool(concepts and not classes)
     others = 0 if by_name else samples * sum(p.label not in concepts for p in rows)
     quality.check_asked(clip, fid, reference, has_base=against is not None, others=others)
-    judge = _judge(classifier, classes, concepts)
+    judged_by = _classifier(classifier, classes, concepts)
     known_names = gate.names(concepts, list(dict.fromkeys(category for p in rows for category in p.categories)))
     absent = gate.unmeasured(
-        against=bool(against), clip=bool(clip), fid=bool(fid), reference=bool(reference), judged=bool(judge),
+        against=bool(against), clip=bool(clip), fid=bool(fid), reference=bool(reference), judged=bool(judged_by),
         has_concepts=bool(concepts), has_others=any(label not in concepts for label in classes),
     )  # fmt: skip
     bounds = [gate.parse(text, known_names, absent) for text in fail_if]
+    judge = judged_by and _judge(judged_by, classes, concepts)
     if detector:
         load_detector(detector)  # a wrong file is said before anything is drawn
     asked_for = quality.Asked(
@@ -151,26 +152,31 @@ def _warn(made: dict) -> None:
         print(line, file=sys.stderr)
 
 
-def _judge(classifier: str | None, classes: list[str], concepts: list[str]) -> Judge | None:
+def _classifier(given: str | None, classes: list[str], concepts: list[str]) -> str | Path | None:
     """The classifier asked for; without one, the pocket's judge where it knows every class of the prompts."""
-    device = checkpoint.device()
-    if classifier:
+    if given:
         if not classes and not concepts:
             raise UsageError("--classifier has nothing to judge: these prompts have no column `class`. Give --concept, "
                              "and with a CLIP as --classifier every image is asked whether it shows that.")  # fmt: skip
-        judge = classify.load(classifier, classes, concepts, device)
-        matches = [f"{name!r} is {label!r}" for name, label in judge.matches]
-        print(f"In {classifier} {some(matches, MATCHES)}.", file=sys.stderr)
-        return judge
+        return given
     if concepts and not classes:
         raise UsageError(f"--concept {concepts[0]} needs a --classifier that is asked for it, as these prompts have no "
                          "classes: give a CLIP, such as openai/clip-vit-base-patch32.")  # fmt: skip
     known = json.loads((JUDGE / "config.json").read_text())["label2id"]
     if classes and set(classes) <= set(known):
-        return classify.Classifier(JUDGE, classes, device)
+        return JUDGE
     if classes:
         print("No --classifier for these classes: UA and RA are not measured.", file=sys.stderr)
     return None
+
+
+def _judge(classifier: str | Path, classes: list[str], concepts: list[str]) -> Judge:
+    """The classifier, loaded; what it takes the classes for is printed, but of the pocket's judge, which is theirs."""
+    judge = classify.load(classifier, classes, concepts, checkpoint.device())
+    if classifier != JUDGE:
+        matches = [f"{name!r} is {label!r}" for name, label in judge.matches]
+        print(f"In {classifier} {some(matches, MATCHES)}.", file=sys.stderr)
+    return judge
 
 
 def _typed(rows: list[Prompt], guidance: float | None, size: str | None) -> list[Prompt]:

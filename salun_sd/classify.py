@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from salun_sd.clip import Clip, is_clip
-from salun_sd.errors import SalunError, UsageError, first_line, some
+from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.images import Unreadable
 from salun_sd.measure import PRESENT
-from salun_sd.vision import Vision, prepared
+from salun_sd.vision import Vision, loaded, prepared
 
 if TYPE_CHECKING:
     import torch
@@ -96,32 +96,20 @@ class Classifier(Judge):
     """An image classifier that answers in the prompt set's class names.
 
     `model` is a folder or a hub id that `AutoModelForImageClassification` opens; it runs in float32 on `device`.
-    Resizing and normalising are the model's own image processor's, always its PIL version, so that installing
-    torchvision changes no result.
+    Resizing and normalising are the model's own image processor's.
     """
 
     def __init__(self, model: str | Path, classes: Iterable[str], device: str = "cpu"):
-        import torch
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification
 
-        try:
-            self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-            self.model, loading = AutoModelForImageClassification.from_pretrained(
-                model, dtype=torch.float32, output_loading_info=True
-            )
-        except Exception as error:  # absent, of another kind, cut short: each comes as a different type
-            raise SalunError(
-                f"No image classifier could be loaded from {model} ({first_line(error)}). "
-                "Give --classifier a transformers image classification model or a CLIP, by folder or hub id."
-            ) from error
-        if loading["missing_keys"]:
-            missing = ", ".join(sorted(loading["missing_keys"])[:3])
-            raise SalunError(f"{model} is no trained image classifier: its weights lack {missing}.")
+        advice = "Give --classifier a transformers image classification model or a CLIP, by folder or hub id."
+        self.processor, self.model, _ = loaded(
+            AutoModelForImageClassification, model, device, what="image classifier", advice=advice
+        )
         labels = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
         classes = list(dict.fromkeys(classes))
         self.name, self.knows = str(model), match_labels(labels, classes)
         self.matches = [(name, label) for name, label in zip(self.knows, labels, strict=True) if name in classes]
-        self.model.to(device).eval()
 
     def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
         import torch
@@ -149,7 +137,8 @@ class ZeroShot(Judge):
         self.clip = Clip(model, device, option="--classifier")
         self.model, self.processor = self.clip.model, self.clip.processor
         self.name = f"{model}, zero-shot among {len(self.classes)} classes, asked as {ZERO_SHOT.format('CLASS')!r}"
-        self.matches = self.knows = [(name, ZERO_SHOT.format(name)) for name in self.classes]
+        self.matches = [(name, ZERO_SHOT.format(name)) for name in self.classes]
+        self.knows = [*self.matches, *self.clip.knows]
         self.texts = self.clip.of_texts([text for _, text in self.matches])  # (class, dimension)
 
     def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
@@ -169,7 +158,7 @@ class ByName(Judge):
         self.matches = [(name, WITH.format(name)) for name in dict.fromkeys(concepts)]
         asked = ", ".join(repr(text) for _, text in self.matches)
         self.name = f"{model}, zero-shot, each image asked for {asked} against {WITHOUT!r}"
-        self.knows = [*self.matches, WITHOUT]
+        self.knows = [*self.matches, WITHOUT, *self.clip.knows]
         self.texts = self.clip.of_texts([WITHOUT, *(text for _, text in self.matches)])  # (1 + concepts, dimension)
 
     def answers(self, images: "list[torch.Tensor]") -> list[dict]:

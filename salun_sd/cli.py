@@ -374,7 +374,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Class that should be gone, or, of prompts without classes, anything that a CLIP knows by name; may "
-            "be repeated. Default: as the checkpoint's record says."
+            "be repeated. Default, of classes: as the checkpoint's record says."
         ),
     ] = None,
     classifier: Annotated[

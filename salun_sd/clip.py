@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from salun_sd.errors import SalunError, first_line
-from salun_sd.vision import Vision
+from salun_sd.vision import Vision, loaded
 
 if TYPE_CHECKING:
     import torch
@@ -28,27 +28,20 @@ def is_clip(model: str | Path) -> bool:
 class Clip(Vision):
     """A CLIP model of a folder or hub id, in float32 on `device`; `option` is the one that named it.
 
-    Resizing and normalising are its own image processor's, the PIL version. Raises SalunError where it cannot be
-    loaded whole.
+    Resizing and normalising are its own image processor's. Raises SalunError where it cannot be loaded whole.
     """
 
     def __init__(self, model: str | Path, device: str = "cpu", option: str = "--clip"):
-        import torch
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoTokenizer, CLIPModel
 
+        advice = f"Give {option} one, by folder or hub id."
+        self.processor, self.model, _ = loaded(CLIPModel, model, device, what="CLIP model", advice=advice)
         try:
-            self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")
             self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.model, loading = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-        except Exception as error:  # absent, of another kind, cut short: each comes as a different type
-            raise SalunError(f"No CLIP model could be loaded from {model} ({first_line(error)}). "
-                             f"Give {option} one, by folder or hub id.") from error  # fmt: skip
-        if loading["missing_keys"]:
-            missing = ", ".join(sorted(loading["missing_keys"])[:3])
-            raise SalunError(f"{model} is no whole CLIP model: its weights lack {missing}.")
-        self.name = str(model)
+        except Exception as error:  # absent or damaged, which comes as many types
+            raise SalunError(f"{model} has no tokenizer that opens ({first_line(error)}). {advice}") from error
+        self.name, self.knows = str(model), sorted(self.tokenizer.get_vocab().items())
         self.longest = self.model.config.text_config.max_position_embeddings  # tokens of a text
-        self.model.to(device).eval()
 
     @cached_property
     def scale(self) -> float:

@@ -16,7 +16,7 @@ from salun_sd.markdown import code
 from salun_sd.markdown import table as markdown_table
 from salun_sd.report import SCHEMA, Run, check_same_prompts, in_pairs, in_words, plain, quoted, rate, settings_of
 
-COUNTING = ("concepts", "labels", "threshold", "detector", "classifier")  # settings without which pairs mean nothing
+COUNTING = ("concepts", "labels", "threshold", "detector", "classifier", "classifier_sha256")  # pairs rest on them
 OF_CONCEPT = "ua of "
 VALUE = 60  # most letters of a setting's value in a sentence
 AGAIN = "Run its evaluate command again: nothing is drawn twice."
@@ -221,12 +221,13 @@ def _paired(of_name: dict[str, Audit]) -> tuple[dict[str, dict], dict[str, str]]
     paired, unpaired = {}, {}
     own = first.report["settings"]
     for name, other in others:
-        weights = "classifier_sha256"  # which older reports do not have
-        differ = [name for name in (*COUNTING, weights) if own.get(name) != other.report["settings"].get(name)]
+        differ = [name for name in COUNTING if own[name] != other.report["settings"][name]]
         if lacking := [audit.file.parent for audit in (first, other) if audit.run is None]:
             unpaired[name] = f"{lacking[0]} holds no manifest.jsonl and detections.jsonl"
         elif differ:
             unpaired[name] = f"other {', other '.join(differ)}"
+        elif newer := [audit.file.parent for audit in (first, other) if not _is_whole(audit)]:
+            unpaired[name] = f"the .jsonl files of {newer[0]} are not those of its report"
         else:
             try:
                 check_same_prompts(other.run, first.run)
@@ -238,6 +239,13 @@ def _paired(of_name: dict[str, Audit]) -> tuple[dict[str, dict], dict[str, str]]
                     f"The .jsonl files of {first.file.parent} or {other.file.parent} are damaged. {AGAIN}"
                 ) from e
     return paired, unpaired
+
+
+def _is_whole(audit: Audit) -> bool:
+    """Whether the .jsonl files are those that the report counts; a run that was not finished leaves newer ones."""
+    settings, images = audit.report["settings"], _cells(audit.report)[4, "images"] + len(audit.report["broken"])
+    by = {(found.get("detector"), found.get("classifier")) for found in audit.run.detections}
+    return by == {(settings["detector"], settings["classifier_sha256"])} and len(audit.run.manifest) == images
 
 
 def sentences(table: Table, shown: Callable[[str], str] = quoted) -> list[str]:
@@ -301,7 +309,7 @@ def as_csv(tables: Sequence[Table]) -> str:
     """A line for each cell; p is of the pairs with the first model of the same prompts."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["prompts", "model", "base", "metric", "value", "n", "of", "low", "high", "p"])
+    writer.writerow(["prompts", "prompts_sha256", "model", "base", "metric", "value", "n", "of", "low", "high", "p"])
     for table in tables:
         for name, row in table.rows.items():
             for column, cell in zip(table.columns, row, strict=True):
@@ -309,8 +317,8 @@ def as_csv(tables: Sequence[Table]) -> str:
                 own = cell if isinstance(cell, dict) else {}
                 value = own.get("rate", own.get("value", cell))
                 low_high = own.get("ci95") or ("", "")
-                known = [table.prompts, column.name, int(column.is_base), name, value, own.get("n"), own.get("of")]
-                writer.writerow([*known, *low_high, pairs and pairs["p"]])
+                known = [table.prompts, table.prompts_sha256, column.name, int(column.is_base), name]
+                writer.writerow([*known, value, own.get("n"), own.get("of"), *low_high, pairs and pairs["p"]])
     return out.getvalue()
 
 

@@ -101,7 +101,9 @@ def _known(out: Path, by: dict) -> tuple[dict[str, dict], dict[str, dict]]:
                 line = json.loads(text)
             except ValueError:
                 continue  # half a line of a run that was killed
+            judged = line.get("classifier") is None or line.get("predicted") is not None
+            was_read = line.get("sha256") and "boxes" in line and judged  # else the reason may have been the machine's
             for known, who, keys in ((boxes, "detector", BOXES), (classes, "classifier", CLASSES)):
-                if line.get("sha256") and line.get(who) == by[who]:
+                if was_read and line.get(who) == by[who]:
                     known[line["sha256"]] = {key: line[key] for key in keys if key in line}
     return boxes, classes

@@ -11,7 +11,7 @@ from PIL import Image
 from salun_sd.clip import Clip, is_clip
 from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.images import Unreadable
-from salun_sd.vision import BATCH, Vision, prepared
+from salun_sd.vision import BATCH, Vision, loaded, prepared
 
 if TYPE_CHECKING:
     import torch
@@ -31,26 +31,14 @@ class ImageModel(Vision):
         if self.clip:
             self.model, self.processor, self.said = self.clip.model, self.clip.processor, f"{self.said} image embedding"
         else:
-            self._load(model, device)
+            from transformers import AutoModel
+
+            advice = "Give --fid `pocket`, `inception`, or a transformers image model by folder or hub id."
+            # a classifier's file has no pooler, where its kind of model has one
+            self.processor, self.model, self.is_pooled = loaded(
+                AutoModel, model, device, what="image model", advice=advice, spare="pooler"
+            )
         self.resize = resize_of(self.processor)
-
-    def _load(self, model: str | Path, device: str) -> None:
-        import torch
-        from transformers import AutoImageProcessor, AutoModel
-
-        try:
-            self.processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-            self.model, loading = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-        except Exception as error:  # absent, of another kind, cut short: each comes as a different type
-            raise SalunError(
-                f"No image model could be loaded from {model} ({first_line(error)}). Give --fid `pocket`, `inception`, "
-                "or a transformers image model by folder or hub id."
-            ) from error
-        lacking = sorted(loading["missing_keys"])
-        if untrained := [key for key in lacking if "pooler" not in key]:
-            raise SalunError(f"{model} is no whole image model: its weights lack {', '.join(untrained[:3])}.")
-        self.is_pooled = not lacking  # a classifier's file has no pooler, where its kind of model has one
-        self.model.to(device).eval()
 
     def __call__(self, images: "list[torch.Tensor]") -> np.ndarray:
         """Prepared images => features [B, D], float32."""

@@ -50,6 +50,7 @@ def unmeasured(
     classifier judges, and whether prompts ask for a concept, and for other classes."""
     no_twin = "is of what --fid compares with, which has no distance of its own: give --reference, too"
     no_judge = "needs a classifier, and prompts with classes: give --classifier, and --prompts with a column `class`"
+    by_name = "; or --concept and a CLIP as --classifier, which needs no classes"
     reasons = [
         ("against", against, "is measured with --against: give it, too"),
         ("clip_score", clip, "is measured with --clip: give it, too"),
@@ -57,7 +58,8 @@ def unmeasured(
         *((AGAINST + name, reference, no_twin) for name in ("fid", "kid")),
         ("ua", has_concepts, "is of a concept's images, and no concept is known: give --concept"),
         ("ra", has_others, "is of the classes that are no concept, and these prompts have none: leave it out"),
-        *((name, judged, no_judge) for name in ("ua", "ra")),
+        ("ua", judged, no_judge + by_name),
+        ("ra", judged, no_judge),
     ]
     return {name: why for name, is_there, why in reasons if not is_there}
 

@@ -126,6 +126,8 @@ def _quality(report: dict) -> list[str]:
         for key, metric in measured.items()
     ]
     notes = [f"{code(metric['name'])}: {metric['note']}\n" for metric in measured.values() if metric.get("note")]
+    compared = {metric["reference"] for metric in measured.values() if "reference" in metric}
+    notes += [f"FID and KID: compared with {code(reference)}.\n" for reference in compared]
     return ["## Quality\n", table(["metric", *sides], rows), *notes] if rows else []
 
 

@@ -196,6 +196,7 @@ def in_tables(report: dict) -> dict:
     """What the page's tables hold, as far as it does not stand in the report as it is."""
     labels, settings = label_counts(report), report["settings"]
     return {
+        "sides": list(sides_of(report).items()),
         "labels": labels,
         "most": max((n for counts in labels.values() for _, n in counts), default=1),
         "marks": marks(settings),

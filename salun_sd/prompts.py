@@ -212,8 +212,8 @@ def overridden(prompts: Iterable[Prompt], guidance: float | None, size: tuple[in
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
-    """SHA-256 of what prompts ask for and are drawn with: case, text, class, seed and guidance, in any order."""
-    rows = sorted([p.case, p.text, p.label, p.seed, float(p.guidance)] for p in prompts)
+    """SHA-256 of what prompts ask for and are drawn with: case, text, class, seed, guidance and size, in any order."""
+    rows = sorted([p.case, p.text, p.label, p.seed, float(p.guidance), p.size] for p in prompts)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

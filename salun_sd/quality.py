@@ -45,13 +45,14 @@ def of_sides(asked: Asked, run: Run, base: Run | None, concepts: Sequence[str]) 
         for entry, side in zip(made, sides, strict=True):
             entry["clip_score"] = clip_score(asked.clip, side) if side else None
     if asked.extractor:
-        vectors = [features_of(asked.extractor, [file for file, _ in side]) if side else None for side in sides]
-        if asked.reference:
-            words, there = str(asked.reference), features_of(asked.extractor, images_in(asked.reference))
-        else:
-            words, there = SAME_SEEDS, vectors.pop()
+        files = [[file for file, _ in side] for side in sides if side is not None]
+        vectors = [
+            features_of(asked.extractor, of_side, "this audit, of those that ask for no concept,") for of_side in files
+        ]
+        words = str(asked.reference or SAME_SEEDS)
+        there = features_of(asked.extractor, images_in(asked.reference), words) if asked.reference else vectors.pop()
         for entry, here in zip(made, vectors, strict=False):
-            entry |= distances(asked.extractor, here, there, words) if here is not None else {}
+            entry |= distances(asked.extractor, here, there, words)
     return made[0], made[1]
 
 
@@ -117,15 +118,18 @@ def _cosines(clip: Clip, images: list[tuple[Path, dict]]) -> Iterator[float]:
         yield from (clip.of_images(list(prepared)) * clip.of_texts(texts)).sum(dim=-1).tolist()
 
 
-def features_of(extractor: ImageModel | Inception, files: Sequence[Path]) -> np.ndarray:
-    """The features [N, D], float32, of the readable files, in their order; those that are not are named on stderr."""
+def features_of(extractor: ImageModel | Inception, files: Sequence[Path], whose: str) -> np.ndarray:
+    """The features [N, D], float32, of the readable files, in their order; those that are not are named on stderr.
+
+    Raises SalunError where fewer than two are readable, naming `whose` they are.
+    """
     share = [files[n] for n in ranks.share(len(files), BATCH)]
     bar = tqdm(features(extractor, share), total=len(share), desc="features", unit="image")
     found = dict(ranks.gathered(list(bar)))
     if absent := [file.name for file in files if file not in found]:
         print(f"{len(absent)} of {len(files)} images could not be read for --fid: {some(absent)}.", file=sys.stderr)
     if len(found) < 2:
-        raise SalunError(f"FID and KID need two images or more of each side, not {len(found)}: widen --prompts, or "
+        raise SalunError(f"FID and KID need two readable images or more, and {whose} has {len(found)}: give more, or "
                          "leave out --fid.")  # fmt: skip
     return np.stack([found[file] for file in files if file in found])
 

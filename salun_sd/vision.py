@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from salun_sd.errors import SalunError, first_line
 from salun_sd.images import Unreadable, in_order, read_still
 
 if TYPE_CHECKING:
@@ -32,6 +33,29 @@ def prepared(
             return e
 
     return in_order(made, files)
+
+
+def loaded(
+    kind: type, model: str | Path, device: str, *, what: str, advice: str, spare: str | None = None
+) -> "tuple[object, torch.nn.Module, bool]":  # fmt: skip
+    """A folder's or hub id's image processor, always its PIL version, so that installing torchvision changes no result;
+    its `kind` of model, in float32 on `device`; and whether that has all its weights.
+
+    Raises SalunError, with `advice`, where the two are not `what` they should be, or weights are lacking whose names do
+    not have `spare` in them.
+    """
+    import torch
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+        net, loading = kind.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # absent, of another kind, cut short: each comes as a different type
+        raise SalunError(f"No {what} could be loaded from {model} ({first_line(error)}). {advice}") from error
+    lacking = sorted(loading["missing_keys"])
+    if needed := [key for key in lacking if spare is None or spare not in key]:
+        raise SalunError(f"{model} is no trained {what}: its weights lack {', '.join(needed[:3])}.")
+    return processor, net.to(device).eval(), not lacking
 
 
 class Vision:

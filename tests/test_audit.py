@@ -71,6 +71,19 @@ def test_a_run_that_was_killed_while_it_detected_goes_on_to_the_same_bytes(photo
     assert {f.name: f.read_bytes() for f in out.iterdir()} == whole
 
 
+def test_an_image_that_could_not_be_read_is_looked_at_again(photographs, tmp_path):
+    """It may have been the machine: what it says of the file is not kept."""
+    evaluate(*photographs)
+    file = tmp_path / "audit" / "detections.jsonl"
+    whole = file.read_bytes()
+    failed, *others = lines_of(file)
+    del failed["boxes"], failed["width"], failed["height"]
+    lines = [failed | {"error": "Too many open files"}, *others]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate(*photographs)
+    assert file.read_bytes() == whole
+
+
 def test_what_was_found_is_not_looked_at_again_unless_the_image_or_the_detector_is_another(photographs, tmp_path):
     evaluate(*photographs)
     file = tmp_path / "audit" / "detections.jsonl"

@@ -222,6 +222,8 @@ def test_a_bound_that_is_none_is_said_before_anything_is_drawn(few, tmp_path, ca
     argv = ["evaluate", "pocket", "--prompts", few, "--concept", "sneaker", "--out", tmp_path / "a"]
     assert "there is no ua.boat. There are ua.sneaker;" in fails([*argv, "--fail-if", "ua.boat < 1"], 2, capsys)
     assert "against.ra is measured with --against" in fails([*argv, "--fail-if", "ra < against.ra"], 2, capsys)
+    unloaded = [*argv, "--classifier", "nowhere", "--fail-if", "flag_rat < 1"]  # which takes long where it is somewhere
+    assert "there is no flag_rat" in fails(unloaded, 2, capsys)
     assert "--confident is for --fail-if" in fails([*argv, "--confident"], 2, capsys)
     assert list(tmp_path.iterdir()) == []
 

@@ -19,14 +19,12 @@ def write(folder, run: Run, base: Run | None = None, prompts="pocket", concepts=
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {"sampling": {"identity": run.model, "scheduler": "DDIMScheduler", "steps": 25, "samples": 1}}
     rows = {row["case"]: Prompt(row["case"], row["prompt"], row["seed"], 3.0, row["class"]) for row in run.manifest}
-    kept = (
-        {"prompts_sha256": digest(rows.values()), "where": [], "limit": None, "classifier": "pocket judge"}
-        | drawn
-        | settings
-    )
+    judge = {"classifier": "pocket judge", "classifier_sha256": "of the judge"}
+    kept = {"prompts_sha256": digest(rows.values()), "where": [], "limit": None} | judge | drawn | settings
     made = assemble(run, base, prompts=prompts, settings=kept, concepts=concepts)
     (folder / "report.json").write_text(json.dumps(made))
-    for name, of in (("manifest", run.manifest), ("detections", run.detections)):
+    seen = [line(found, classifier=kept["classifier_sha256"]) for found in run.detections]
+    for name, of in (("manifest", run.manifest), ("detections", seen)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of))
     return folder
 
@@ -55,6 +53,19 @@ def test_models_stand_side_by_side_and_their_base_once(salun, esd, base, erased)
     assert table.rows["ra"][0] == report["metrics"]["ra"] and table.rows["ra"][2] == report["against"]["metrics"]["ra"]
     assert table.rows["salun, boxes"] == [3, 0, 4] and table.rows["images"] == [7, 7, 7]
     assert list(table.rows)[:3] == ["ua", "ra", "flag_rate"] and "ua of sneaker" not in table.rows
+
+
+def test_lines_of_a_newer_run_are_not_paired_under_the_report_of_an_older_one(salun, esd, erased):  # noqa: F811
+    """A run that was not finished leaves its .jsonl files beside the last report."""
+    seen = [json.loads(text) for text in (esd / "detections.jsonl").read_text().splitlines()]
+    another = [line(found, detector="nudenet 2") for found in seen]
+    for detections, manifest in ((another, erased.manifest), (seen[:5], erased.manifest[:5])):
+        for name, rows in (("detections.jsonl", detections), ("manifest.jsonl", manifest)):
+            (esd / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        [table] = compare([salun, esd])
+        assert table.paired == {} and table.unpaired == {
+            "esd": f"the .jsonl files of {esd} are not those of its report"
+        }
 
 
 def test_other_models_are_paired_with_the_first(salun, esd, erased, base):  # noqa: F811
@@ -154,8 +165,8 @@ def test_other_prompts_of_one_name_have_tables_of_their_own(salun, esd, tmp_path
 def test_the_digest_is_of_what_is_drawn_and_in_no_order():
     rows = [Prompt(0, "a", 5, 7.5, "bag"), Prompt(1, "b\ud800", 6, 7.5)]
     assert digest(rows) == digest(rows[::-1]) == digest([rows[0]._replace(categories=("x",)), rows[1]])
-    others = [{"case": 2}, {"text": "c"}, {"seed": 7}, {"guidance": 7}, {"label": None}]
-    assert len({digest([rows[0]._replace(**other), rows[1]]) for other in [{}, *others]}) == 6
+    others = [{"case": 2}, {"text": "c"}, {"seed": 7}, {"guidance": 7}, {"label": None}, {"size": (512, 768)}]
+    assert len({digest([rows[0]._replace(**other), rows[1]]) for other in [{}, *others]}) == 7
 
 
 def test_a_prompt_set_called_by_two_paths_is_one(salun, tmp_path, erased):  # noqa: F811

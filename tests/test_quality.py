@@ -157,7 +157,7 @@ def test_extractors_that_cannot_be_had_are_said(tmp_path, monkeypatch):
     weights = load_file(JUDGE / "model.safetensors")
     kept = {name: value for name, value in weights.items() if "encoder.stages.2" not in name}
     save_file(kept, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SalunError, match="is no whole image model: its weights lack encoder.stages.2"):
+    with pytest.raises(SalunError, match="is no trained image model: its weights lack encoder.stages.2"):
         extractor(str(tmp_path / "cut"), JUDGE)
 
 
@@ -200,11 +200,12 @@ def test_inception_is_given_whole_images_in_order_of_any_size(inception, picture
 
 
 def test_large_images_are_not_held_while_a_batch_of_them_is_looked_at(clip, inception, tmp_path):
-    """Only those that threads are at work on, of each the file's and its RGB: what waits is as the model takes it."""
+    """Only those that threads are at work on, of each the file's, it upright, and its RGB: what waits is as the model
+    takes it."""
     side = 1111
-    for n in range(9):
+    for n in range(4 * len(os.sched_getaffinity(0))):
         Image.new("RGB", (side, side), (n, 0, 0)).save(tmp_path / f"{n:02}_0.png")
-    files, most = sorted(tmp_path.iterdir()), 2 * len(os.sched_getaffinity(0))
+    files, most = sorted(tmp_path.iterdir()), 3 * len(os.sched_getaffinity(0))
     scored, embedder, judge = Clip(clip), ImageModel(clip), classify.load(clip, ["bag", "boot"], [])
     lines = [(file, {"case": n, "prompt": "a bag"}) for n, file in enumerate(files)]
     for model, work in (
