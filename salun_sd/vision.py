@@ -59,8 +59,8 @@ def loaded(
 
 
 class Vision:
-    """A model that looks at images: `processor` is its transformers image processor, if it has one, `knows` all names
-    that it answers with, if it does."""
+    """A model that looks at images: `processor` is its transformers image processor, if it has one, `knows` all words
+    that it answers with or reads, if it does."""
 
     model: "torch.nn.Module"
     processor: object = None
@@ -72,7 +72,7 @@ class Vision:
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256, in hex, over what it answers by: its weights, how it takes images, the names it gives."""
+        """The SHA-256, in hex, over what it answers by: its weights, how it takes images, its words."""
         how = self.processor.to_json_string() if self.processor else None
         whole = hashlib.sha256(f"{how} {json.dumps(self.knows)}".encode())
         for name, t in self.model.state_dict().items():

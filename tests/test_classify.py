@@ -206,14 +206,22 @@ def test_only_a_clip_is_asked_by_name(tiny):
         classify.load(tiny, [], ["nudity"])
 
 
-def test_a_digest_is_of_the_weights_and_not_of_their_place(clip, tmp_path):
+def test_a_digest_is_of_weights_and_words_and_not_of_their_place(clip, tmp_path):
     from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
 
     shutil.copytree(clip, tmp_path / "moved")
     digest = classify.load(clip, ["bag", "boot"], []).digest
     assert classify.load(tmp_path / "moved", ["bag", "boot"], []).digest == digest
     assert classify.load(clip, ["bag", "bonnet"], []).digest != digest and len(digest) == 64
-    assert Clip(tmp_path / "moved").digest == Clip(clip).digest == ImageModel(clip).digest
+    assert Clip(tmp_path / "moved").digest == Clip(clip).digest
+    shutil.copytree(clip, tmp_path / "other words")
+    tokenizer = AutoTokenizer.from_pretrained(clip)
+    tokenizer.add_tokens(["bonnet"])
+    tokenizer.save_pretrained(tmp_path / "other words")
+    assert classify.load(tmp_path / "other words", ["bag", "boot"], []).digest != digest
+    assert Clip(tmp_path / "other words").digest != Clip(clip).digest
+    assert ImageModel(tmp_path / "other words").digest == ImageModel(clip).digest  # which reads none
     weights = load_file(clip / "model.safetensors")
     weights["visual_projection.weight"][0, 0] += 1
     save_file(weights, tmp_path / "moved" / "model.safetensors", {"format": "pt"})
