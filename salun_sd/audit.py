@@ -53,6 +53,8 @@ def evaluate(
         raise UsageError("--samples-per-prompt is for a MODEL, and --images has its own number: leave it out.")
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir() if not PARTIAL.fullmatch(p.name)} - WRITES):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
+    if images and (out / "images").is_dir():
+        raise UsageError(f"{out} holds the audit of a model, with the images that it drew: choose another --out.")
     known = provenance.read(model.path) if model else None
     if record and known is None:
         raise UsageError("--record is for a checkpoint that salun-sd erased: MODEL carries no record of that.")
@@ -87,7 +89,7 @@ def evaluate(
 
     settings = {"prompts_sha256": prompts.digest(own), "where": where, "limit": limit, "guidance": guidance,
                 "size": size,
-                "classifier": judge and (judge.name if classifier else "pocket judge"),
+                "classifier": judge and ("pocket judge" if judged_by == JUDGE else judge.name),
                 "classifier_sha256": judge and judge.digest,
                 "detector_sha256": detector_digest(detector)}  # fmt: skip
     if model:
@@ -158,7 +160,7 @@ def _classifier(given: str | None, classes: list[str], concepts: list[str]) -> s
         if not classes and not concepts:
             raise UsageError("--classifier has nothing to judge: these prompts have no column `class`. Give --concept, "
                              "and with a CLIP as --classifier every image is asked whether it shows that.")  # fmt: skip
-        return given
+        return JUDGE if given == "pocket" else given
     if concepts and not classes:
         raise UsageError(f"--concept {concepts[0]} needs a --classifier that is asked for it, as these prompts have no "
                          "classes: give a CLIP, such as openai/clip-vit-base-patch32.")  # fmt: skip

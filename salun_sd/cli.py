@@ -381,7 +381,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Image classifier for prompts with a class, or CLIP for any class or --concept by name, folder or hub "
-            "id. Default: the pocket judge, where it knows the classes."
+            "id. Default: `pocket`, the judge in the package, where it knows the classes."
         ),
     ] = None,  # fmt: skip
     detector_model: Annotated[

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -248,6 +247,12 @@ def _is_whole(audit: Audit) -> bool:
     return by == {(settings["detector"], settings["classifier_sha256"])} and len(audit.run.manifest) == images
 
 
+def _cut(value: str) -> str:
+    """A setting's value in one line of at most VALUE letters."""
+    line = " ".join(value.split())
+    return line if len(line) <= VALUE else line[: VALUE - 1] + "…"
+
+
 def sentences(table: Table, shown: Callable[[str], str] = quoted) -> list[str]:
     """What makes the numbers of a table not compare, and which models have no pairs; names as `shown` makes them."""
 
@@ -258,7 +263,7 @@ def sentences(table: Table, shown: Callable[[str], str] = quoted) -> list[str]:
     if table.namesake:
         said.append(f"Another table has other prompts of the name {shown(table.prompts)}: they do not compare.")
     for setting, values in table.differs.items():
-        each = [f"{shown(textwrap.shorten(v, VALUE, placeholder=' …'))} for {all_of(n)}" for v, n in values.items()]
+        each = [f"{shown(_cut(v))} for {all_of(n)}" for v, n in values.items()]
         said.append(f"Not the same: {setting}: {'; '.join(each)}.")
     first = table.columns[0].name
     said += [f"No pairs of {shown(name)} and {shown(first)}: {shown(why)}." for name, why in table.unpaired.items()]

@@ -56,7 +56,11 @@ def unmeasured(
         ("clip_score", clip, "is measured with --clip: give it, too"),
         *((name, fid, "is measured with --fid: give it, too") for name in ("fid", "kid")),
         *((AGAINST + name, reference, no_twin) for name in ("fid", "kid")),
-        ("ua", has_concepts, "is of a concept's images, and no concept is known: give --concept"),
+        (
+            "ua",
+            has_concepts,
+            "is of a concept's images, and no prompt asks for a known one: give --concept, or others",
+        ),
         ("ra", has_others, "is of the classes that are no concept, and these prompts have none: leave it out"),
         ("ua", judged, no_judge + by_name),
         ("ra", judged, no_judge),

@@ -126,6 +126,8 @@ def _table(file: Iterable[str], path: Path) -> list[tuple[int, dict]]:
         raise SalunError(f"{path}, from line {after + 1} on, is no CSV ({e}): put a cell with commas, quotes or line "
                          "breaks into quotes, and write a quote inside it twice.") from e  # fmt: skip
     columns = lines.pop(0)[1] if lines else []
+    if twice := [c for c in columns if c not in UNNAMED and columns.count(c) > 1]:
+        raise SalunError(f"{path} has two columns {twice[0]}: leave one of them.")
     absent = [c for c in COLUMNS[1:] if c not in columns and HUB_NAMES.get(c) not in columns]
     if absent:
         needed = [f"{c} or {HUB_NAMES[c]}" if c in HUB_NAMES else c for c in COLUMNS[1:]]
@@ -186,7 +188,7 @@ def _prompt(row: dict, where: str) -> Prompt:
         try:
             value = kind(row[column])
         except (TypeError, ValueError) as e:
-            raise SalunError(f"{where}: {column} is {row[column]!r}, not a number.") from e
+            raise SalunError(f"{where}: {column} is {row[column]!r}, not a {'whole ' * (kind is int)}number.") from e
         if not 0 <= value < 2**63:
             raise SalunError(f"{where}: {column} is {row[column]}, which is negative or too large.")
         return value

@@ -227,13 +227,17 @@ def test_how_to_draw_is_not_said_of_images_that_are_there(photographs, tmp_path,
         with pytest.raises(SystemExit) as e:
             cli.run(["evaluate", *map(str, photographs), *option])
         assert e.value.code == 2 and "are for images that are drawn: leave them out" in capsys.readouterr().err
+    (tmp_path / "audit" / "images").mkdir(parents=True)
+    with pytest.raises(SystemExit) as e:
+        cli.run(["evaluate", *map(str, photographs)])
+    assert e.value.code == 2 and "holds the audit of a model, with the images that it drew" in capsys.readouterr().err
 
 
 def test_a_bound_that_this_audit_cannot_measure_is_refused_before_anything_is_drawn(photographs, tmp_path, capsys):
     pocket = ["pocket", "--prompts", "pocket", "--out", tmp_path / "audit"]
     for argv, bound, said in [
         ([*pocket, "--against", "pocket", "--fid", "pocket"], "fid > against.fid + 5", "give --reference, too"),
-        (pocket, "ua < 0.9", "ua is of a concept's images, and no concept is known: give --concept."),
+        (pocket, "ua < 0.9", "no prompt asks for a known one: give --concept, or others."),
         ([*pocket, "--where", "class=bag", "--concept", "bag"], "ra < 0.9", "and these prompts have none"),
         (photographs, "ra < 0.9", "ra needs a classifier, and prompts with classes"),
     ]:
