@@ -67,7 +67,7 @@ def test_what_is_no_bound_is_said_with_the_names_that_there_are(text, said):
     ("fid > 3", "fid", "fid is measured with --fid: give it, too"),
     ("kid > against.kid", "fid", "kid is measured with --fid"),
     ("fid > against.fid + 5", "reference", "against.fid is of what --fid compares with, .* give --reference, too"),
-    ("ua < 0.9", "has_concepts", "no prompt asks for a known one: give --concept, or others"),
+    ("ua < 0.9", "has_concepts", "ua is of .*, and no prompt asks for a known one: give --concept, or others"),
     ("against.ra < 0.9", "has_others", "against.ra is of the classes that are no concept, .*: leave it out"),
     ("ua.coat < 0.9", "judged", "ua.coat needs a classifier, .*: give --classifier"),
     ("ra < 0.9", "judged", "ra needs a classifier"),
