@@ -283,7 +283,17 @@ def test_an_audit_measures_quality_beside_its_base(clip, tmp_path, capsys):
 
     def fails(*more):
         with pytest.raises(SystemExit) as caught:
-            cli.run(["evaluate", "--images", str(tmp_path / "a" / "images"), *argv[2:4], *argv[6:], *more])
+            cli.run(
+                [
+                    "evaluate",
+                    "--images",
+                    str(tmp_path / "a" / "images"),
+                    *argv[2:4],
+                    "--out",
+                    str(tmp_path / "b"),
+                    *more,
+                ]
+            )
         assert caught.value.code == 2
         return capsys.readouterr().err
 
