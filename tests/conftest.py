@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from audits import BASE, ERASED, box, make_run
 from diffusers import UNet2DConditionModel
+from models import write_pipeline
 from PIL import Image
 
 from salun_sd import checkpoint, data
 from salun_sd.diffusion import Examples, Schedule
+from salun_sd.report import Run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,3 +79,23 @@ def forget(contexts):
 def retain(contexts):
     latents = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     return Examples(latents, contexts, torch.arange(12) % 3)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A pipeline that draws in two steps."""
+    folder = write_pipeline(tmp_path_factory.mktemp("models") / "tiny", "sd1")
+    (folder / "sampling.json").write_text('{"steps": 2, "guidance": 3.0}')
+    return str(folder)
+
+
+@pytest.fixture
+def base(tmp_path) -> Run:
+    breast, face = box("FEMALE_BREAST_EXPOSED", 0.5), box("FACE_FEMALE", 0.9)
+    return make_run(tmp_path / "base", "pocket", BASE, {0: [breast, breast, face], 3: [box("ANUS_EXPOSED", 0.8)]})
+
+
+@pytest.fixture
+def erased(tmp_path) -> Run:
+    low = box("BUTTOCKS_EXPOSED", 0.4999)
+    return make_run(tmp_path / "erased", "out/erased", ERASED, {0: [low], 5: [box("FACE_FEMALE", 0.9)], 6: [low]})

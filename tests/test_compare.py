@@ -5,8 +5,9 @@ import json
 import shutil
 
 import pytest
+from audits import line, make_run
 from test_markdown import EVIL, read_table
-from test_report import base, erased, line, make_run, several  # noqa: F401
+from test_report import several
 
 from salun_sd.compare import as_csv, as_json, as_markdown, compare, lines, sentences
 from salun_sd.errors import SalunError, UsageError
@@ -14,7 +15,7 @@ from salun_sd.prompts import Prompt, digest
 from salun_sd.report import Run, assemble
 
 
-def write(folder, run: Run, base: Run | None = None, prompts="pocket", concepts=("sneaker",), **settings):  # noqa: F811
+def write(folder, run: Run, base: Run | None = None, prompts="pocket", concepts=("sneaker",), **settings):
     """An audit's folder, as evaluate leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {"sampling": {"identity": run.model, "scheduler": "DDIMScheduler", "steps": 25, "samples": 1}}
@@ -34,18 +35,18 @@ def named(run: Run, model: str) -> Run:
 
 
 @pytest.fixture
-def salun(tmp_path, erased, base):  # noqa: F811
+def salun(tmp_path, erased, base):
     return write(tmp_path / "audits" / "salun", named(erased, "out/nudity/salun"), base)
 
 
 @pytest.fixture
-def esd(tmp_path, base):  # noqa: F811
+def esd(tmp_path, base):
     """Another model: all of the base's images but one sneaker, which is a bag."""
     seen = ["bag", "sneaker", "bag", "bag", "bag", "dress", "dress"]
     return write(tmp_path / "audits" / "esd", make_run(tmp_path / "esd", "out/nudity/esd", seen, {}), base)
 
 
-def test_models_stand_side_by_side_and_their_base_once(salun, esd, base, erased):  # noqa: F811
+def test_models_stand_side_by_side_and_their_base_once(salun, esd, base, erased):
     [table] = compare([salun, esd / "report.json"])
     assert [column.name for column in table.columns] == ["salun", "esd", "base: pocket"]
     assert [column.is_base for column in table.columns] == [False, False, True] and table.differs == {}
@@ -55,7 +56,7 @@ def test_models_stand_side_by_side_and_their_base_once(salun, esd, base, erased)
     assert list(table.rows)[:3] == ["ua", "ra", "flag_rate"] and "ua of sneaker" not in table.rows
 
 
-def test_lines_of_a_newer_run_are_not_paired_under_the_report_of_an_older_one(salun, esd, erased):  # noqa: F811
+def test_lines_of_a_newer_run_are_not_paired_under_the_report_of_an_older_one(salun, esd, erased):
     """A run that was not finished leaves its .jsonl files beside the last report."""
     seen = [json.loads(text) for text in (esd / "detections.jsonl").read_text().splitlines()]
     another = [line(found, detector="nudenet 2") for found in seen]
@@ -68,7 +69,7 @@ def test_lines_of_a_newer_run_are_not_paired_under_the_report_of_an_older_one(sa
         }
 
 
-def test_other_models_are_paired_with_the_first(salun, esd, erased, base):  # noqa: F811
+def test_other_models_are_paired_with_the_first(salun, esd, erased, base):
     [table] = compare([salun, esd])
     pairs = table.paired["esd"]
     counts = {name: [of[kind] for kind in ("both", "only_base", "only_model", "neither")] for name, of in pairs.items()}
@@ -82,7 +83,7 @@ def test_other_models_are_paired_with_the_first(salun, esd, erased, base):  # no
     assert said.startswith("p: exact McNemar, image by image, against “salun”;")
 
 
-def test_what_does_not_compare_is_said_and_between_which(salun, tmp_path, erased, base):  # noqa: F811
+def test_what_does_not_compare_is_said_and_between_which(salun, tmp_path, erased, base):
     quick = named(erased, "out/nudity/quick")
     other = [line(found, detector="nudenet 2") for found in quick.detections]
     steps = {"sampling": {"identity": "x", "scheduler": "DDIMScheduler", "steps": 10, "samples": 1}}
@@ -105,7 +106,7 @@ def test_what_does_not_compare_is_said_and_between_which(salun, tmp_path, erased
     ]
 
 
-def test_what_was_not_counted_alike_is_said(salun, esd, base):  # noqa: F811
+def test_what_was_not_counted_alike_is_said(salun, esd, base):
     """A protocol that another version counted otherwise, the version, and how the base was drawn."""
     report = json.loads((esd / "report.json").read_text())
     report["settings"]["protocols"]["esd"] |= {"threshold": 0.3, "labels": ["ANUS_EXPOSED"], "source": "read again"}
@@ -121,14 +122,14 @@ def test_what_was_not_counted_alike_is_said(salun, esd, base):  # noqa: F811
     assert compare([salun, esd])[0].differs["against.steps"] == {"25": ["salun"], "50": ["esd"]}
 
 
-def test_other_numbers_of_images_have_no_pairs(salun, tmp_path, erased):  # noqa: F811
+def test_other_numbers_of_images_have_no_pairs(salun, tmp_path, erased):
     write(tmp_path / "three", several(erased, 3))
     [table] = compare([salun, tmp_path / "three"])
     assert table.differs["images"] == {"7": ["nudity/salun"], "21": ["erased"]}
     assert "lacks case 0, image 1" in table.unpaired["erased"] and len(lines(table)[0]) == 4
 
 
-def test_other_weights_of_one_name_are_said(tmp_path, erased):  # noqa: F811
+def test_other_weights_of_one_name_are_said(tmp_path, erased):
     def audit(model, sha256, clip):
         folder = write(tmp_path / model, named(erased, model), classifier_sha256=sha256)
         report = json.loads((folder / "report.json").read_text())
@@ -144,7 +145,7 @@ def test_other_weights_of_one_name_are_said(tmp_path, erased):  # noqa: F811
     assert table.unpaired == {"c": "other classifier_sha256"}
 
 
-def test_other_prompts_of_one_name_have_tables_of_their_own(salun, esd, tmp_path, erased):  # noqa: F811
+def test_other_prompts_of_one_name_have_tables_of_their_own(salun, esd, tmp_path, erased):
     changed = [line(row, prompt="a bag") if row["case"] == 3 else row for row in erased.manifest]
     for name in ("c", "d"):
         write(tmp_path / name, named(dataclasses.replace(erased, manifest=changed), name))
@@ -169,13 +170,13 @@ def test_the_digest_is_of_what_is_drawn_and_in_no_order():
     assert len({digest([rows[0]._replace(**other), rows[1]]) for other in [{}, *others]}) == 7
 
 
-def test_a_prompt_set_called_by_two_paths_is_one(salun, tmp_path, erased):  # noqa: F811
+def test_a_prompt_set_called_by_two_paths_is_one(salun, tmp_path, erased):
     write(tmp_path / "again", named(erased, "other"), prompts="/data/pocket.csv")
     [table] = compare([salun, tmp_path / "again"])
     assert len(table.paired["other"]) == 3
 
 
-def test_names_are_short_and_never_the_same(salun, tmp_path, erased, base):  # noqa: F811
+def test_names_are_short_and_never_the_same(salun, tmp_path, erased, base):
     shutil.copytree(salun, tmp_path / "audits" / "again")
     [table] = compare([salun, tmp_path / "audits" / "again"])
     assert [c.name for c in table.columns] == ["out/nudity/salun (salun)", "out/nudity/salun (again)", "base: pocket"]
@@ -231,7 +232,7 @@ def test_tables_beside_another_report_are_not_its_own(salun, esd):
     assert table.unpaired == {"esd": f"{salun} holds no manifest.jsonl and detections.jsonl"} and table.paired == {}
 
 
-def test_tables_to_files(salun, tmp_path, erased, base):  # noqa: F811
+def test_tables_to_files(salun, tmp_path, erased, base):
     manifest = [line(row, prompt="a\u2028b") for row in erased.manifest]
     evil = named(dataclasses.replace(erased, manifest=manifest), EVIL)
     rows = json.loads((salun / "report.json").read_text())["settings"]["prompts_sha256"]

@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from test_report import base, erased, several, without_classifier  # noqa: F401
+from test_report import several, without_classifier
 
 from salun_sd.errors import UsageError
 from salun_sd.gate import judge, names, parse, told, unmeasured
@@ -86,7 +86,7 @@ def test_a_bound_on_what_will_be_measured_needs_nothing_else():
 
 
 @pytest.fixture
-def report(base, erased):  # noqa: F811
+def report(base, erased):
     """ua 3 of 3 (base 1 of 3), ra 2 of 4 (4 of 4), flag_rate 0 of 7 (2 of 7)."""
     return assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"])
 
@@ -140,7 +140,7 @@ def test_a_difference_from_the_base_is_judged_in_pairs(report):
     assert [apart[name]["judged_at"] for name in ("ra", "against.ra")] == [ra[0], of_base[1]]  # each at its worse end
 
 
-def test_pairs_stand_in_only_where_every_image_has_its_twin(base, erased):  # noqa: F811
+def test_pairs_stand_in_only_where_every_image_has_its_twin(base, erased):
     unread = {key: erased.detections[5][key] for key in ("file", "case", "k", "detector")} | {"error": "it is empty"}
     detections = [unread if found["case"] == 5 else found for found in erased.detections]
     made = assemble(dataclasses.replace(erased, detections=detections), base, prompts="p", settings={})
@@ -148,13 +148,13 @@ def test_pairs_stand_in_only_where_every_image_has_its_twin(base, erased):  # no
     assert not judged(made, "broken >= 1")["holds"] and judged(made, "against.broken > 0")["holds"]
 
 
-def test_several_images_a_prompt_are_judged_by_their_wider_interval(base, erased):  # noqa: F811
+def test_several_images_a_prompt_are_judged_by_their_wider_interval(base, erased):
     made = assemble(several(erased, 10), several(base, 10), prompts="p", settings={})
     assert judged(made, "against.flag_rate > 0.5")["holds"]
     assert not judged(made, "against.flag_rate > 0.5", confident=True)["holds"]
 
 
-def test_a_flagged_image_never_helps_to_pass(base):  # noqa: F811
+def test_a_flagged_image_never_helps_to_pass(base):
     """Of 3 images each of 7 prompts: one of them flagged, and two, fail where none does."""
     none = several(without_classifier(base), 3)
 
@@ -177,7 +177,7 @@ def test_a_count_without_an_interval_is_taken_as_it_is_and_that_is_said(report):
     assert not of_images["holds"] and "judged at 4.48746" in told(of_images)  # 0.641066 of 7 images
 
 
-def test_what_was_not_measured_does_not_pass(erased, base):  # noqa: F811
+def test_what_was_not_measured_does_not_pass(erased, base):
     made = assemble(
         without_classifier(erased), without_classifier(base), prompts="p", settings={}, concepts=["sneaker"]
     )

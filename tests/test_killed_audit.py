@@ -5,7 +5,6 @@ import time
 
 import pytest
 from test_cli import files_in, spawn
-from test_runs import tiny  # noqa: F401
 
 ROWS = """prompt,class,evaluation_seed,evaluation_guidance
 a photo of a sneaker,sneaker,1,3
@@ -38,7 +37,7 @@ def audit(model, folder, monkeypatch, kill_at=None) -> int:
 
 
 @pytest.mark.slow  # an audit is begun many times
-def test_an_audit_killed_at_any_moment_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_an_audit_killed_at_any_moment_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch):
     whole, killed, moments = tmp_path / "whole", tmp_path / "killed", random.Random(0)
     assert audit(tiny, whole, monkeypatch) == 0
     kills = sorted(moments.uniform(0, written(whole)) for _ in range(5))

@@ -3,7 +3,8 @@ import re
 from itertools import dropwhile, takewhile
 
 import pytest
-from test_report import base, categorised, erased, line, without_classifier  # noqa: F401
+from audits import line
+from test_report import categorised, without_classifier
 
 from salun_sd.gate import judge, names, parse
 from salun_sd.markdown import code, page, table
@@ -41,7 +42,7 @@ def test_tables_keep_their_columns_whatever_cells_hold():
     assert rows == [[code(EVIL), "b"], ["---", "---"], [code("|||"), "x|y"]]
 
 
-def test_page_has_the_numbers_beside_each_other(base, erased):  # noqa: F811
+def test_page_has_the_numbers_beside_each_other(base, erased):
     made = assemble(categorised(erased), categorised(base), prompts="pocket", settings={}, concepts=["sneaker"])
     made["gate"] = [judge(made, parse(text, names(["sneaker"], [])), False) for text in ("ra < against.ra", "ra < 0.1")]
     got = page(made)
@@ -68,7 +69,7 @@ def test_page_has_the_numbers_beside_each_other(base, erased):  # noqa: F811
     assert ["threshold", "`0.5`"] in read_table(got, "## Settings")
 
 
-def test_page_has_each_of_several_concepts_and_no_base_where_there_is_none(base, erased):  # noqa: F811
+def test_page_has_each_of_several_concepts_and_no_base_where_there_is_none(base, erased):
     both = page(assemble(erased, base, prompts="p", settings={}, concepts=["sneaker", "bag"]))
     assert read_table(both, "# Audit")[5][0] == "ua of `sneaker`"
     assert len({len(row) for row in read_table(both, "# Audit")}) == 1
@@ -78,7 +79,7 @@ def test_page_has_each_of_several_concepts_and_no_base_where_there_is_none(base,
     assert read_table(alone, "# Audit")[2] == ["ua", "not measured"]
 
 
-def test_page_has_quality_and_broken_files_where_a_report_has(base, erased):  # noqa: F811
+def test_page_has_quality_and_broken_files_where_a_report_has(base, erased):
     made = assemble(erased, base, prompts="p", settings={})
     clip = {"name": "clip|x", "value": 0.25, "ci95": [0.2, 0.3], "images": 7}
     fid = {"name": "fid[judge]", "value": 12.5, "images": [7, 9], "note": "fewer images than dimensions"}
@@ -93,7 +94,7 @@ def test_page_has_quality_and_broken_files_where_a_report_has(base, erased):  # 
     assert "30 of `out/erased`, the first 20:" in got and len(read_table(got, "the first 20:")) == 22
 
 
-def test_what_people_wrote_is_shown_as_text(erased):  # noqa: F811
+def test_what_people_wrote_is_shown_as_text(erased):
     manifest = [line(row, **{"class": EVIL}) for row in erased.manifest]
     run = dataclasses.replace(erased, model=EVIL, manifest=manifest)
     made = assemble(run, prompts=EVIL, settings={"note": EVIL, "list": [EVIL]}, concepts=[EVIL])

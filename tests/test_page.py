@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from audits import ERASED, box, line, make_run
 from browser import CHROMIUM, Browser
 from PIL import Image
 from skimage.data import astronaut
-from test_report import box, categorised, line, make_run, several, torn, without_classifier
+from test_report import categorised, several, torn, without_classifier
 
 from salun_sd import page
 from salun_sd.errors import SalunError
@@ -20,22 +21,8 @@ from salun_sd.page import chosen, histogram, html, label_counts, marks, ticks, v
 from salun_sd.protocols import DEFAULT_LABELS, PROTOCOLS
 from salun_sd.report import NO_QUALITY, Run, assemble
 
-BASE = ["sneaker", "sneaker", "bag", "bag", "bag", "dress", "dress"]
-ERASED = ["bag", "dress", "bag", "bag", "sneaker", "dress", "coat"]
 EVIL = "<script>alert(1)</script>\"'&</style><img src=x onerror=alert(1)>{{ 7 * 7 }}"
 TURNED = "\u202eevil\u202c \u2066left\u2069 \x00null \x1b[31m \x85 \x7f שלום \ud800"
-
-
-@pytest.fixture
-def base(tmp_path) -> Run:
-    breast, face = box("FEMALE_BREAST_EXPOSED", 0.5), box("FACE_FEMALE", 0.9)
-    return make_run(tmp_path / "base", "pocket", BASE, {0: [breast, breast, face], 3: [box("ANUS_EXPOSED", 0.8)]})
-
-
-@pytest.fixture
-def erased(tmp_path) -> Run:
-    low = box("BUTTOCKS_EXPOSED", 0.4999)
-    return make_run(tmp_path / "erased", "out/erased", ERASED, {0: [low], 5: [box("FACE_FEMALE", 0.9)], 6: [low]})
 
 
 def page_of(run: Run, base: Run | None = None, *concepts: str, images: bool = True, **settings) -> str:

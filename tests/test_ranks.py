@@ -12,7 +12,6 @@ import torch
 from models import write_clip
 from test_cli import files_in
 from test_resume import until
-from test_runs import tiny  # noqa: F401
 
 from salun_sd import checkpoint, mask, prompts
 
@@ -29,7 +28,7 @@ def start(processes, folder, argv):
 
 
 @pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):  # noqa: F811
+def made(tiny, tmp_path_factory):
     """mask, erase and evaluate by one process and by two: {processes: folder}, and what they printed."""
     folders, said = {n: tmp_path_factory.mktemp(f"by{n}") for n in (1, 2)}, {}
     few = folders[1] / "few.csv"
@@ -59,7 +58,7 @@ def test_the_mask_is_the_same(made):
     assert all(torch.equal(one.bits[name], two.bits[name]) for name in one.bits)
 
 
-def test_the_erased_weights_are_the_same_to_rounding_and_nothing_moved_outside(made, tiny):  # noqa: F811
+def test_the_erased_weights_are_the_same_to_rounding_and_nothing_moved_outside(made, tiny):
     folders, _ = made
     base = checkpoint.find(tiny).unet
     bits = mask.unpack((folders[1] / "m.safetensors").read_bytes(), "").bits
@@ -107,7 +106,7 @@ def test_only_the_main_process_speaks(made):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_the_run(tiny, tmp_path, victim):  # noqa: F811
+def test_a_process_that_dies_ends_the_run(tiny, tmp_path, victim):
     argv = ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--samples", "4", "--batch-size", "4", "--mask", "random:0.1",
             "--steps", "100000", "--out", "erased"]  # fmt: skip
     run = start(2, tmp_path, argv)
@@ -122,7 +121,7 @@ def test_a_process_that_dies_ends_the_run(tiny, tmp_path, victim):  # noqa: F811
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers.values())
 
 
-def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path):  # noqa: F811
+def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path):
     """With a mask that is computed, batches in parts and a clipped gradient; strips are drawn by one process alone."""
     argv = ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--samples", "6", "--batch-size", "4", "--parts", "2",
             "--clip", "0.1", "--steps", "12", "--sample-every", "6", "--save-every", "1e-9",
@@ -145,7 +144,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path): 
     assert [f for f in one if one[f] != two[f]] == ["run.json"]
 
 
-def test_a_batch_too_small_to_share_is_refused(tiny, tmp_path):  # noqa: F811
+def test_a_batch_too_small_to_share_is_refused(tiny, tmp_path):
     run = start(2, tmp_path, ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--batch-size", "1", "--out", "erased"])
     _, err = run.communicate(timeout=120)
     assert (

@@ -6,55 +6,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from audits import DETECTOR, line
 
 from salun_sd.errors import SalunError
 from salun_sd.measure import measure
 from salun_sd.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS
 from salun_sd.report import Run, assemble, headline, headline_metrics, named, rate
-
-ASKED = ["sneaker", "sneaker", "sneaker", "bag", "bag", "dress", "dress"]
-BASE = ["sneaker", "sneaker", "bag", "bag", "bag", "dress", "dress"]
-ERASED = ["bag", "dress", "bag", "bag", "sneaker", "dress", "coat"]
-DETECTOR = "nudenet 3.4.2 320n.onnx c15d8273adad"
-
-
-def box(label: str, score: float) -> dict:
-    return {"label": label, "score": score, "box": [1, 2, 3, 4]}
-
-
-def line(found: dict, **changes) -> dict:
-    return found | changes
-
-
-def make_run(folder: Path, model: str, predicted: list, boxes: dict[int, list]) -> Run:
-    """Seven images of three classes in a folder, with the given classes seen and boxes found."""
-    (folder / "images").mkdir(parents=True)
-    manifest, detections = [], []
-    for case, (asked, seen) in enumerate(zip(ASKED, predicted, strict=True)):
-        file = f"images/{case}_0.png"
-        Image.new("RGB", (32, 32), (20 * case, 90, 160)).save(folder / file)
-        manifest.append(
-            {"file": file, "case": case, "k": 0, "prompt": f"a photo of a {asked}", "class": asked}
-            | {"seed": 100 + case, "guidance": 3.0, "steps": 25}
-        )
-        detections.append(
-            {"file": file, "case": case, "k": 0, "detector": DETECTOR, "width": 32, "height": 32}
-            | {"boxes": boxes.get(case, []), "predicted": seen, "score": None if seen is None else 0.9}
-        )
-    return Run(model, folder, manifest, detections)
-
-
-@pytest.fixture
-def base(tmp_path) -> Run:
-    breast, face = box("FEMALE_BREAST_EXPOSED", 0.5), box("FACE_FEMALE", 0.9)
-    return make_run(tmp_path / "base", "pocket", BASE, {0: [breast, breast, face], 3: [box("ANUS_EXPOSED", 0.8)]})
-
-
-@pytest.fixture
-def erased(tmp_path) -> Run:
-    low = box("BUTTOCKS_EXPOSED", 0.4999)
-    return make_run(tmp_path / "erased", "out/erased", ERASED, {0: [low], 5: [box("FACE_FEMALE", 0.9)], 6: [low]})
 
 
 def without_classifier(run: Run) -> Run:

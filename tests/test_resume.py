@@ -8,7 +8,6 @@ import time
 
 import pytest
 from test_cli import fails, files_in, spawn
-from test_runs import tiny  # noqa: F401
 
 from salun_sd import cli, tensors
 
@@ -21,7 +20,7 @@ STATE = "p.safetensors.state/state.safetensors"  # written after every step, so 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny, tmp_path_factory):  # noqa: F811
+def undisturbed(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     process = spawn(["erase", tiny, *ERASE], cwd=out)
     assert "No licence" in process.communicate(timeout=200)[1] and process.returncode == 0
@@ -46,7 +45,7 @@ def same(one, two) -> bool:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_after_kills_at_any_moment_the_same_command_ends_with_the_same_bytes(tiny, undisturbed, tmp_path, seed):  # noqa: F811
+def test_after_kills_at_any_moment_the_same_command_ends_with_the_same_bytes(tiny, undisturbed, tmp_path, seed):
     moments, state, kills = random.Random(seed), tmp_path / STATE, 0
     for _ in range(2):
         process = spawn(["erase", tiny, *ERASE])
@@ -60,7 +59,7 @@ def test_after_kills_at_any_moment_the_same_command_ends_with_the_same_bytes(tin
     assert kills and same(undisturbed, tmp_path)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tiny, undisturbed, tmp_path):  # noqa: F811
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, undisturbed, tmp_path):
     process, losses = spawn(["erase", tiny, *ERASE]), tmp_path / "p.safetensors.state" / "losses.jsonl"
     until(lambda: losses.is_file() and losses.stat().st_size, process)
     process.send_signal(signal.SIGINT)
@@ -71,7 +70,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, undisturbed, tmp_path):  # noq
     assert same(undisturbed, tmp_path)
 
 
-def test_the_state_of_another_run_is_not_taken_and_not_lost(tiny, tmp_path, capsys):  # noqa: F811
+def test_the_state_of_another_run_is_not_taken_and_not_lost(tiny, tmp_path, capsys):
     process, state = spawn(["erase", tiny, *ERASE, "--seed", "5"]), tmp_path / STATE
     until(state.is_file, process)
     said = fails(["erase", tiny, *ERASE], 2, capsys)
@@ -83,7 +82,7 @@ def test_the_state_of_another_run_is_not_taken_and_not_lost(tiny, tmp_path, caps
     assert state.read_bytes() == kept
 
 
-def test_what_a_run_left_that_came_to_no_state_is_not_taken(tiny, undisturbed, tmp_path):  # noqa: F811
+def test_what_a_run_left_that_came_to_no_state_is_not_taken(tiny, undisturbed, tmp_path):
     stale = tmp_path / "p.safetensors.state" / "samples" / "step-00099.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of another run")
@@ -92,7 +91,7 @@ def test_what_a_run_left_that_came_to_no_state_is_not_taken(tiny, undisturbed, t
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "samples/mine.png"])
-def test_a_folder_in_the_place_of_the_state_is_left_alone(tiny, tmp_path, capsys, name):  # noqa: F811
+def test_a_folder_in_the_place_of_the_state_is_left_alone(tiny, tmp_path, capsys, name):
     notes = tmp_path / "p.safetensors.state" / name
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
@@ -100,7 +99,7 @@ def test_a_folder_in_the_place_of_the_state_is_left_alone(tiny, tmp_path, capsys
     assert notes.read_text() == "mine"
 
 
-def test_a_stop_at_any_later_time_loses_neither_the_mask_nor_the_training(tiny, tmp_path):  # noqa: F811
+def test_a_stop_at_any_later_time_loses_neither_the_mask_nor_the_training(tiny, tmp_path):
     """With states ten minutes apart: there is one before the first step, and one before the result is written."""
     argv = [*ERASE[: ERASE.index("--mask")], "--format", "patch", "--out", "p.safetensors", "--steps"]
     process, losses = spawn(["erase", tiny, *argv, "2000"]), tmp_path / "p.safetensors.state" / "losses.jsonl"
@@ -122,7 +121,7 @@ def test_a_stop_at_any_later_time_loses_neither_the_mask_nor_the_training(tiny, 
     assert process.returncode in (0, 130)
 
 
-def test_a_result_takes_the_state_of_the_run_that_was_killed_after_it(tiny, undisturbed, tmp_path):  # noqa: F811
+def test_a_result_takes_the_state_of_the_run_that_was_killed_after_it(tiny, undisturbed, tmp_path):
     process, state = spawn(["erase", tiny, *ERASE]), tmp_path / STATE
     until(state.is_file, process)
     process.kill()
@@ -132,6 +131,6 @@ def test_a_result_takes_the_state_of_the_run_that_was_killed_after_it(tiny, undi
     assert not state.parent.exists() and same(undisturbed, tmp_path)
 
 
-def test_an_error_that_would_come_again_leaves_no_state(tiny, tmp_path, capsys):  # noqa: F811
+def test_an_error_that_would_come_again_leaves_no_state(tiny, tmp_path, capsys):
     assert "exploded at step" in fails(["erase", tiny, *ERASE[:-1], "1"], 1, capsys)
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
-from models import write_pipeline
 from PIL import Image
 from skimage import data as photos
 from test_cli import ERASE as OF_POCKET
@@ -20,14 +19,6 @@ SETTINGS = ["--steps", "2", "--batch-size", "4", "--lr", "1e-4"]
 ERASE = OF_POCKET[2:]  # without the command and the model
 TWO = ["--concept", "a photo of a sneaker", "--anchor", "a photo of a bag",
        "--concept", "a photo of a coat", "--anchor", "a photo of a dress"]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A pipeline that draws in two steps."""
-    folder = write_pipeline(tmp_path_factory.mktemp("models") / "tiny", "sd1")
-    (folder / "sampling.json").write_text('{"steps": 2, "guidance": 3.0}')
-    return str(folder)
 
 
 @pytest.fixture
