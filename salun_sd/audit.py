@@ -143,7 +143,7 @@ def _warn(made: dict) -> None:
     said = []
     for side in filter(None, (made, made["against"])):
         if broken := [f"{Path(file).name} ({why})" for file, why in side["broken"].items()]:
-            of = len(broken) + (side["metrics"]["flag_rate"] or {"of": 0})["of"]
+            of = len(broken) + report.images_of(side)
             said.append(f"{side['model']}: {len(broken)} of {of} images could not be read and count for nothing: "
                         f"{some(broken)}.")  # fmt: skip
         if (score := side["quality"]["clip_score"]) and score["truncated"]:

@@ -13,7 +13,18 @@ from salun_sd.errors import SalunError, UsageError
 from salun_sd.gate import AGAINST
 from salun_sd.markdown import code
 from salun_sd.markdown import table as markdown_table
-from salun_sd.report import SCHEMA, Run, check_same_prompts, in_pairs, in_words, plain, quoted, rate, settings_of
+from salun_sd.report import (
+    SCHEMA,
+    Run,
+    check_same_prompts,
+    images_of,
+    in_pairs,
+    in_words,
+    plain,
+    quoted,
+    rate,
+    settings_of,
+)
 
 COUNTING = ("concepts", "labels", "threshold", "detector", "classifier", "classifier_sha256")  # pairs rest on them
 OF_CONCEPT = "ua of "
@@ -177,7 +188,7 @@ def _cells(side: dict) -> dict[tuple[int, str], object]:
         {f"{OF_CONCEPT}{name}": own["ua"] for name, own in side["concepts"].items()},
         {f"{name}, {count['unit']}": count["n"] for name, count in side["protocols"].items()},
         {metric["name"]: metric for metric in side["quality"].values() if metric},
-        {"images": (side["metrics"]["flag_rate"] or {"of": 0})["of"], "broken": len(side["broken"])},
+        {"images": images_of(side), "broken": len(side["broken"])},
     )
     return {(place, name): cell for place, part in enumerate(rows) for name, cell in part.items()}
 
@@ -192,10 +203,9 @@ def _settings(report: dict) -> dict[str, object]:
     }
     weights = {f"{key} sha256": metric and metric["sha256"] for key, metric in report["quality"].items()}
     reference = (report["quality"]["fid"] or {}).get("reference")
-    images = _cells(report)[4, "images"]
     return (
         settings_of(report) | counting | weights
-        | {"reference": reference, "images": images, "salun_sd": report["salun_sd"]}
+        | {"reference": reference, "images": images_of(report), "salun_sd": report["salun_sd"]}
     )  # fmt: skip
 
 
@@ -242,7 +252,7 @@ def _paired(of_name: dict[str, Audit]) -> tuple[dict[str, dict], dict[str, str]]
 
 def _is_whole(audit: Audit) -> bool:
     """Whether the .jsonl files are those that the report counts; a run that was not finished leaves newer ones."""
-    settings, images = audit.report["settings"], _cells(audit.report)[4, "images"] + len(audit.report["broken"])
+    settings, images = audit.report["settings"], images_of(audit.report) + len(audit.report["broken"])
     by = {(found.get("detector"), found.get("classifier")) for found in audit.run.detections}
     return by == {(settings["detector"], settings["classifier_sha256"])} and len(audit.run.manifest) == images
 

@@ -15,7 +15,7 @@ from salun_sd.files import write_atomic
 from salun_sd.report import Run
 from salun_sd.vision import BATCH
 
-BOXES, CLASSES = ("width", "height", "boxes", "error"), (*UNSEEN, "concepts")  # what a line has of each of the two
+BOXES, CLASSES = ("width", "height", "boxes"), (*UNSEEN, "concepts")  # what a line has of each of the two
 CHUNK = 2**20  # bytes of a file that are read at once
 
 

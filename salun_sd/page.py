@@ -16,7 +16,7 @@ from typing import NamedTuple
 from salun_sd.gate import told
 from salun_sd.images import read_image
 from salun_sd.measure import Key, by_image, most_first
-from salun_sd.report import NO_QUALITY, Run, headline, named
+from salun_sd.report import NO_QUALITY, Run, headline, is_by_name, named, plain
 
 # Four groups of 30 pairs in base64 take 3.9 MB at most, so that the page stays under 5.
 SHOWN = 30  # most images of a group
@@ -186,16 +186,15 @@ def flat(settings: dict, path: str = "") -> Iterator[tuple[str, str]]:
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{path}{key}: ")
-        elif isinstance(value, list | tuple | dict):
-            yield path + key, ", ".join(map(str, value)) or "none"
         else:
-            yield path + key, "none" if value is None else str(value)
+            yield path + key, plain(value)
 
 
 def in_tables(report: dict) -> dict:
     """What the page's tables hold, as far as it does not stand in the report as it is."""
     labels, settings = label_counts(report), report["settings"]
     return {
+        "by_name": is_by_name(report),
         "sides": list(sides_of(report).items()),
         "labels": labels,
         "most": max((n for counts in labels.values() for _, n in counts), default=1),

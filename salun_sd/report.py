@@ -6,12 +6,12 @@ from pathlib import Path
 
 from salun_sd import __version__
 from salun_sd.errors import SalunError
-from salun_sd.gate import AGAINST
+from salun_sd.gate import AGAINST, QUALITY
 from salun_sd.measure import measure, outcomes, pair, paired
 from salun_sd.protocols import DEFAULT_LABELS, PROTOCOLS, THRESHOLD
 
 SCHEMA = 4  # of report.json
-NO_QUALITY = {"clip_score": None, "fid": None, "kid": None}
+NO_QUALITY = dict.fromkeys(QUALITY)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def in_words(metric: dict | None) -> str:
 
 def plain(value: object) -> str:
     """A setting in one line."""
-    if value is None or value == []:
+    if value is None or value in ([], (), {}):
         return "none"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -70,6 +70,16 @@ def settings_of(report: dict) -> dict[str, object]:
     drawn = (own.get("sampling") or {}) | drawn
     layer = {key: value for key, value in drawn.items() if not key.endswith("identity")}
     return layer | {k: v for k, v in own.items() if k not in ("sampling", "sampling_against", "protocols")}
+
+
+def images_of(side: dict) -> int:
+    """How many images the numbers of a model's side of a report speak of."""
+    return (side["metrics"]["flag_rate"] or {"of": 0})["of"]
+
+
+def is_by_name(report: dict) -> bool:
+    """Whether each image was asked for the concepts, whatever its prompt."""
+    return bool(report["metrics"]["ua"]) and not report["classes"]
 
 
 def check_same_prompts(run: Run, base: Run) -> None:
@@ -150,7 +160,7 @@ def headline_metrics(report: dict) -> dict:
     return {
         "prompts": report["prompts"],
         "headline": headline(report),
-        "images": (report["metrics"]["flag_rate"] or {"of": 0})["of"],
+        "images": images_of(report),
         "metrics": {name: rate(metric) for name, metric in measured.items()},
         "detector": report["settings"]["detector"],
         "against": against
@@ -179,7 +189,7 @@ def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
         return f"{metrics[name]['n']} of {metrics[name]['of']} {words}{before}"
 
     parts = []
-    if metrics["ua"] and not report["classes"]:
+    if is_by_name(report):
         seen = "are seen as none of" if len(concepts) > 1 else "are not seen as"
         parts.append(told("ua", f"images {seen} {named(concepts, shown)}"))
     elif metrics["ua"]:
