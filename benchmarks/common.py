@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-from salun_sd import memory
-from salun_sd.checkpoint import POCKET, device
-from salun_sd.diffusion import Condition, Examples, Schedule
-from salun_sd.mask import Bits
-from salun_sd.precision import Precision
+from salun_sd.checkpoint.model import POCKET
+from salun_sd.core.diffusion import Condition, Examples, Schedule
+from salun_sd.core.mask import Bits
+from salun_sd.runtime import memory
+from salun_sd.runtime.device import Precision, default_device
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-from models import FULL, skeleton  # noqa: E402
+from helpers.models import FULL, skeleton  # noqa: E402
 
 
 def _of_pocket(part: str) -> dict:
@@ -49,10 +49,10 @@ class Case(NamedTuple):
 
     @property
     def computes_in(self) -> str:
-        return "float32" if Precision.of(self.dtype, device()).widens else self.dtype
+        return "float32" if Precision.of(self.dtype, default_device()).widens else self.dtype
 
     def unet(self, dtype: str | None = None):
-        precision = Precision.of(dtype or self.dtype, device())
+        precision = Precision.of(dtype or self.dtype, default_device())
         return precision.prepare(built(self.arch, "unet", precision.dtype), self.checkpointing)
 
     def examples(self, n: int) -> Examples:
@@ -84,7 +84,7 @@ def built(arch: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
     model = skeleton(part, ARCHS[arch][part])
 
     def drawn(name: str, shape: torch.Size) -> torch.Tensor:
-        t = torch.empty(shape, dtype=dtype, device=device())
+        t = torch.empty(shape, dtype=dtype, device=default_device())
         if len(shape) == 1:
             return t.fill_(float(name.endswith("weight")))
         return t.normal_(std=(3 * shape[1:].numel()) ** -0.5)

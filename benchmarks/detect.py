@@ -25,7 +25,7 @@ import typer
 from PIL import Image
 from pocket_classes import cpu
 
-from salun_sd.detect import detect, detector_name
+from salun_sd.audit.detect import detect, detector_name
 
 SIDE = 512
 

@@ -21,12 +21,16 @@ import torch
 import typer
 from common import now
 from diffusers import LMSDiscreteScheduler
-from models import write_pipeline
+from helpers.models import write_pipeline
 from pocket_classes import cpu
 from tqdm import tqdm
 
-from salun_sd import checkpoint, generate, prompts
-from salun_sd.sample import Row
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.draw import generate, prompts
+from salun_sd.draw.sample import Row
+from salun_sd.runtime.device import default_device
 
 DEFAULTS = {"pocket": (64, 25), "sd1": (4, 2)}  # images, steps
 
@@ -71,9 +75,9 @@ def rate(draw: Callable[[list[Row], int, Path], None], rows: list[Row], steps: i
         return len(rows) / (now() - began)
 
 
-def measured(model: checkpoint.Checkpoint, images: int, steps: int) -> tuple[float, float, float]:
+def measured(model: Checkpoint, images: int, steps: int) -> tuple[float, float, float]:
     """Images a second: ours, the authors' loop with the same scheduler, and with LMS."""
-    pipeline, size = checkpoint.load(model), (model.image_size, model.image_size)
+    pipeline, size = load_pipeline(model), (model.image_size, model.image_size)
     texts = [p.text for p in prompts.read("pocket", ["class!=sneaker"])]
     guidance = model.sampling[1]
     rows = [Row(texts[i * len(texts) // images], i, guidance, size) for i in range(images)]
@@ -94,7 +98,7 @@ def measured(model: checkpoint.Checkpoint, images: int, steps: int) -> tuple[flo
     )
 
 
-def line(model: checkpoint.Checkpoint, name: str, images: int, steps: int) -> str:
+def line(model: Checkpoint, name: str, images: int, steps: int) -> str:
     ours, same, lms = measured(model, images, steps)
     return (f"| {name}, {model.image_size} px | {images} | {steps} of {model.scheduler.removesuffix('Scheduler')} | "
             f"{ours:.3g} | {same:.3g} | {ours / same:.2f} | {lms:.3g} | {ours / lms:.2f} |")  # fmt: skip
@@ -113,9 +117,9 @@ def main(
         how = images or usual[0], steps or usual[1]
         with tempfile.TemporaryDirectory() as folder:
             found = "pocket" if name == "pocket" else write_pipeline(Path(folder) / "sd1", "sd1", full=True)
-            table.append(line(checkpoint.find(str(found)), {"pocket": "pocket", "sd1": "SD 1.x"}[name], *how))
+            table.append(line(find(str(found)), {"pocket": "pocket", "sd1": "SD 1.x"}[name], *how))
         print(table[-1])
-    device = torch.cuda.get_device_name() if checkpoint.device() == "cuda" else f"{cpu()}, {threads} of its cores"
+    device = torch.cuda.get_device_name() if default_device() == "cuda" else f"{cpu()}, {threads} of its cores"
     Path(__file__).with_suffix(".md").write_text(
         f"""# Images a second
 

@@ -24,7 +24,7 @@ import torch
 import typer
 from pocket_classes import cpu
 
-from salun_sd import prompts
+from salun_sd.draw import prompts
 
 CATEGORIES = ("sexual", "violence", "shocking, hate", "self-harm", "illegal activity, harassment")
 WORDS = ('a "portrait" of {}, oil on canvas', "{} ❤️‍🔥, highly detailed, 8k", "{}; <b>by night</b>", "{}")

@@ -16,8 +16,13 @@ from typing import Annotated
 
 import typer
 from PIL import Image
+from salun_sd.report.words import rate
 
-from salun_sd import cli, demo, output, prompts, report
+from salun_sd.audit.report import measure
+from salun_sd.cli import app as cli
+from salun_sd.cli.demo import POCKET_TRAINING, asked_for, photo_of
+from salun_sd.draw import prompts
+from salun_sd.edit import deliver as output
 
 HERE = Path(__file__).parent
 
@@ -62,22 +67,22 @@ def main(
     for concept, anchor, d in sorted(runs, key=lambda run: run[0] != first):  # the first class at every density first
         here = out / concept.replace(" ", "-")
         mask, erased, audit = here / f"mask-{d:g}.safetensors", here / f"erased-{d:g}", here / f"audit-{d:g}"
-        asked, to_forget = demo.asked_for(rows, concept), ["--concept", demo.photo_of(concept), "--samples", "200"]
+        asked, to_forget = asked_for(rows, concept), ["--concept", photo_of(concept), "--samples", "200"]
         here.mkdir(parents=True, exist_ok=True)
         (here / "prompts.csv").write_text(prompts.write(asked))
         if not mask.exists():
             cli.run(["mask", "pocket", *to_forget, "--density", f"{d:g}", "--out", str(mask)])
-        cli.run(["erase", "pocket", *to_forget, "--anchor", demo.photo_of(anchor), "--mask", str(mask),
-                 *demo.POCKET_TRAINING, "--out", str(erased)])  # fmt: skip
+        cli.run(["erase", "pocket", *to_forget, "--anchor", photo_of(anchor), "--mask", str(mask),
+                 *POCKET_TRAINING, "--out", str(erased)])  # fmt: skip
         cli.run(["evaluate", str(erased), "--prompts", str(here / "prompts.csv"), "--out", str(audit)])
         after = json.loads((audit / "report.json").read_text())["metrics"]
         of_case = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
-        before = report.measure(*([lines[p.case] for p in asked] for lines in of_case), [concept])["metrics"]
+        before = measure(*([lines[p.case] for p in asked] for lines in of_case), [concept])["metrics"]
         record = json.loads((erased / "salun.json").read_text())
         changed, seconds = record["changed"], output.run_of(erased)["seconds"]
         table.append(
-            f"| {concept} → {anchor} | {d:g} | {report.rate(after['ua'])} | {report.rate(after['ra'])} "
-            f"| {report.rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {seconds:.0f} |"
+            f"| {concept} → {anchor} | {d:g} | {rate(after['ua'])} | {rate(after['ra'])} "
+            f"| {rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {seconds:.0f} |"
         )
         if concept == first and d == density[0]:
             some = [p.case for p in asked if p.label == concept][:4]
@@ -87,13 +92,13 @@ def main(
 
 
 def write_table(table: list[str], of_base: dict) -> None:
-    by_class = [f"| {name} | {report.rate(found)} |" for name, found in of_base["classes"].items()]
+    by_class = [f"| {name} | {rate(found)} |" for name, found in of_base["classes"].items()]
     (HERE / "pocket_classes.md").write_text(
         f"""# Classes of the pocket checkpoint, each erased in turn
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
 {date.today()}, {cpu()}, Python {platform.python_version()}; `erase` with
-`--samples 200 {shlex.join(demo.POCKET_TRAINING)}`.
+`--samples 200 {shlex.join(POCKET_TRAINING)}`.
 
 UA: share of the concept's 100 prompts whose image is not classified as it. RA: share of 180 prompts of the other
 classes classified as what they ask for; beside it the base on the same prompts and seeds. Brackets: 95 % Wilson
@@ -104,8 +109,8 @@ whole `erase` command, drawing included where it was not cached.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(table)}
 
-The base on all 1,000 prompts of `pocket`, 100 a class: RA {report.rate(of_base["metrics"]["ra"])}; flagged by NudeNet,
-wrongly, {report.rate(of_base["metrics"]["flag_rate"])}.
+The base on all 1,000 prompts of `pocket`, 100 a class: RA {rate(of_base["metrics"]["ra"])}; flagged by NudeNet,
+wrongly, {rate(of_base["metrics"]["flag_rate"])}.
 
 | class | classified as it |
 | --- | --- |

@@ -23,7 +23,9 @@ import torch
 import typer
 from pocket_classes import cpu
 
-from salun_sd import cli, demo, prompts
+from salun_sd.cli import app as cli
+from salun_sd.cli.demo import POCKET_TRAINING, asked_for, photo_of
+from salun_sd.draw import prompts
 
 DTYPES = ("float32", "bfloat16")
 
@@ -32,9 +34,9 @@ def erased(out: Path, dtype: str, concept: str, anchor: str, seed: int, density:
     """The audit's metrics of one erasure."""
     here = out / f"{concept.replace(' ', '-')}-{dtype}-{seed}"
     here.mkdir(parents=True, exist_ok=True)
-    (here / "prompts.csv").write_text(prompts.write(demo.asked_for(prompts.read("pocket"), concept)))
-    cli.run(["erase", "pocket", "--concept", demo.photo_of(concept), "--anchor", demo.photo_of(anchor), "--samples",
-             "200", "--density", f"{density:g}", "--dtype", dtype, "--seed", str(seed), *demo.POCKET_TRAINING,
+    (here / "prompts.csv").write_text(prompts.write(asked_for(prompts.read("pocket"), concept)))
+    cli.run(["erase", "pocket", "--concept", photo_of(concept), "--anchor", photo_of(anchor), "--samples",
+             "200", "--density", f"{density:g}", "--dtype", dtype, "--seed", str(seed), *POCKET_TRAINING,
              "--out", str(here / "erased")])  # fmt: skip
     cli.run(["evaluate", str(here / "erased"), "--prompts", str(here / "prompts.csv"), "--out", str(here / "audit")])
     return json.loads((here / "audit" / "report.json").read_text())["metrics"]
@@ -74,7 +76,7 @@ def write(found: dict[str, dict[str, list[dict]]], density: float, seeds: int) -
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
 {date.today()}, {cpu()}, PyTorch {torch.__version__}; `erase` with
-`--samples 200 --density {density:g} {shlex.join(demo.POCKET_TRAINING)}`.
+`--samples 200 --density {density:g} {shlex.join(POCKET_TRAINING)}`.
 
 Images of {of["ua"]} not classified as the concept (UA), and of {of["ra"]} of the other classes classified as asked
 (RA), for seeds {", ".join(map(str, range(seeds)))}. The mask, too, is computed in the dtype named.

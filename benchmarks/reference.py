@@ -21,8 +21,8 @@ import typer
 from common import ARCHS, SCHEDULE, Case, built, clock, now, random_mask
 from torch import Tensor
 
-from salun_sd import memory
-from salun_sd.diffusion import Condition, Schedule, add_noise, guide, moved, predict
+from salun_sd.core.diffusion import Condition, Schedule, add_noise, guide, on_device, predict
+from salun_sd.runtime import memory
 
 
 def encoded(vae, images: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _models(case: Case) -> tuple:
     """UNet, VAE, and what the UNet is told for the concept, the anchor and the empty prompt."""
     unet, vae, data = case.unet("float32"), built(case.arch, "vae", torch.float32), case.examples(case.batch)
     rows, prompts = torch.arange(case.batch), [torch.full((case.batch,), i) for i in range(3)]
-    return unet, vae, [moved(data.condition(rows, which), unet.device) for which in prompts]
+    return unet, vae, [on_device(data.condition(rows, which), unet.device) for which in prompts]
 
 
 def time_mask(case: Case, steps: int, density: float) -> tuple[float, float, int]:

@@ -29,19 +29,20 @@ import reference
 import torch
 import typer
 from common import ARCHS, SCHEDULE, Case, clock, now
-from models import skeleton
+from helpers.models import skeleton
 from torch.utils.flop_counter import FlopCounterMode
 
-from salun_sd import budget, mask, memory
-from salun_sd.adam import SalientAdam
-from salun_sd.budget import Erasing, Masking, Work
-from salun_sd.checkpoint import device
-from salun_sd.compute import LARGE
-from salun_sd.diffusion import predict
-from salun_sd.erase import erase
-from salun_sd.precision import Precision, named
-from salun_sd.saliency import Saliency, sum_dtype
-from salun_sd.tensors import Lazy
+from salun_sd.checkpoint.tensors import Lazy
+from salun_sd.core import mask
+from salun_sd.core.diffusion import predict
+from salun_sd.core.masked import MaskedAdam
+from salun_sd.core.saliency import Saliency, sum_dtype
+from salun_sd.edit import budget, maskfile
+from salun_sd.edit.budget import Erasing, Masking, Work
+from salun_sd.edit.resources import LARGE
+from salun_sd.methods.salun import erase
+from salun_sd.runtime import memory
+from salun_sd.runtime.device import Precision, default_device, named
 
 DENSITIES = [0.5, 0.1, 0.01]
 OTHERS = 3 << 30  # bytes that the reference's three graphs, its VAE and the libraries take at the least
@@ -79,7 +80,7 @@ class Bench:
         """What it measures, or None where it needs more memory than there is; `need` is what arithmetic says."""
         print(measure.__name__, *args, end=": ", file=sys.stderr, flush=True)
         found = None
-        if need < memory.available(device()) and (self.reference or measure.__module__ != "reference"):
+        if need < memory.available(default_device()) and (self.reference or measure.__module__ != "reference"):
             try:
                 found = self.run(measure, *args)
             except (MemoryError, BrokenProcessPool):
@@ -93,10 +94,10 @@ class Bench:
 
 def gradients(n: int) -> dict[str, torch.Tensor]:
     """|g| of n weights in 32 tensors, of magnitudes over six decades."""
-    g = torch.Generator(device()).manual_seed(0)
+    g = torch.Generator(default_device()).manual_seed(0)
     sizes = [n // 32] * 31 + [n - 31 * (n // 32)]
     return {
-        str(i): torch.randn(size, generator=g, device=device()).mul_(10.0 ** -(4 + i % 6)).abs_()
+        str(i): torch.randn(size, generator=g, device=default_device()).mul_(10.0 ** -(4 + i % 6)).abs_()
         for i, size in enumerate(sizes)
     }
 
@@ -162,7 +163,7 @@ class Counted(io.RawIOBase):
 
 
 def our_file(arch: str) -> int:
-    return len(mask.pack(mask.Mask(common.random_mask(arch, 0.5), {})))
+    return len(maskfile.pack(maskfile.Mask(common.random_mask(arch, 0.5), {})))
 
 
 def their_file(arch: str) -> int:
@@ -194,9 +195,9 @@ def our_mask(case: Case, steps: int) -> tuple[float, float, int]:
 
 def planned(case: Case, kind: type[Work], **rest) -> int:
     """Bytes that --dry-run says."""
-    precision = Precision.of(case.dtype, device())
+    precision = Precision.of(case.dtype, default_device())
     work = kind(8 * case.latents, case.batch, precision, case.checkpointing, **rest)
-    return sum(budget.plan(ARCHS[case.arch]["unet"], work, device()).values())
+    return sum(budget.plan(ARCHS[case.arch]["unet"], work, default_device()).values())
 
 
 def masks(bench: Bench, cases: list[Case], steps: int) -> Iterator[list]:
@@ -228,7 +229,7 @@ def our_erase(case: Case, density: float, steps: int) -> tuple[float, int]:
     """Seconds a step, peak bytes."""
     bits, unet = common.random_mask(case.arch, density), case.unet()
     base = {name: Lazy(p.dtype, p.shape, p.detach().cpu) for name, p in unet.named_parameters()}  # copies nothing
-    adam = SalientAdam(unet, bits, base, 1e-5)
+    adam = MaskedAdam(unet, bits, base, 1e-5)
     forget, retain = case.examples(2 * case.batch), case.examples(2 * case.batch)
     anchors, concepts = torch.ones_like(forget.which), torch.zeros_like(forget.which)
     loop = erase(unet, adam, SCHEDULE, forget, anchors, concepts, retain, steps=steps + 1, batch_size=case.batch,
@@ -247,7 +248,7 @@ def flops_of_step(case: Case) -> int:
 def matmul_rate(dtype: str) -> float:
     """FLOP/s of a large matrix product."""
     n, repeats = (8192, 50) if torch.cuda.is_available() else (1024, 4)
-    a, b = (torch.randn(n, n, device=device()).to(getattr(torch, dtype)) for _ in range(2))
+    a, b = (torch.randn(n, n, device=default_device()).to(getattr(torch, dtype)) for _ in range(2))
     return 2 * n**3 / clock(a @ b for _ in range(repeats))
 
 
@@ -327,7 +328,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The file to write tables into.")] = Path("BENCHMARKS.md"),
 ) -> None:
     bench = Bench(threads or torch.get_num_threads(), with_reference)
-    dtype = named(Precision.of(dtype, device()).dtype)
+    dtype = named(Precision.of(dtype, default_device()).dtype)
     recomputes = [common.weights(a) >= LARGE if checkpointing is None else checkpointing for a in arch]
     sides = [latents or ARCHS[a]["unet"]["sample_size"] for a in arch]
     cases = [Case(a, side, batch, dtype, r) for a, side, r in zip(arch, sides, recomputes, strict=True)]

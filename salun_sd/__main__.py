@@ -1,3 +1,3 @@
-from salun_sd.cli import main
+from salun_sd.cli.app import main
 
 main()

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from audits import BASE, ERASED, box, make_run
 from diffusers import UNet2DConditionModel
-from models import write_pipeline
+from helpers.audits import BASE, ERASED, box, make_run
+from helpers.models import write_pipeline
 from PIL import Image
 
-from salun_sd import checkpoint, data
-from salun_sd.diffusion import Examples, Schedule
-from salun_sd.report import Run
+from salun_sd.audit.report import Run
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.core.diffusion import Examples
+from salun_sd.draw.encode import encode_prompts
+from salun_sd.edit.resources import schedule_from
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,12 +42,12 @@ def photographs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pocket():
     """The bundled checkpoint; tests that train it take `fresh_unet`."""
-    return checkpoint.load(checkpoint.find("pocket"))
+    return load_pipeline(find("pocket"))
 
 
 @pytest.fixture(scope="session")
 def schedule(pocket):
-    return Schedule.of(pocket.scheduler)
+    return schedule_from(pocket.scheduler)
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def fresh_unet():
 @pytest.fixture(scope="session")
 def contexts(pocket):
     """What the UNet is told for "", the concept and the anchor: {"context": [3, L, D]}."""
-    return data.encode_prompts(pocket, ["", "a photo of a sneaker", "a photo of a bag"])
+    return encode_prompts(pocket, ["", "a photo of a sneaker", "a photo of a bag"])
 
 
 @pytest.fixture(scope="session")

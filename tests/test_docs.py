@@ -9,8 +9,10 @@ import pytest
 import typer
 
 import salun_sd
-from salun_sd import cli, plan, prompts
-from salun_sd.protocols import LABELS, PROTOCOLS
+from salun_sd.audit.protocols import LABELS, PROTOCOLS
+from salun_sd.cli import app as cli
+from salun_sd.draw import prompts
+from salun_sd.edit.concepts import builtin
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +47,7 @@ def test_the_file_tree_and_the_prompt_sets_are_complete():
     for path in Path(salun_sd.__file__).parent.glob("*.py"):
         if not path.name.startswith("__"):
             assert re.search(rf"^  {re.escape(path.name)} ", README, re.MULTILINE), path.name
-    for name in prompts.builtin() + plan.builtin():
+    for name in prompts.builtin() + builtin():
         assert f"`{name}`" in README
 
 

@@ -16,23 +16,27 @@ import pytest
 import torch
 from PIL import Image
 
-from salun_sd import checkpoint, mask, patch, tensors
-from salun_sd.output import size_on_disk
+from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint.find import find
+from salun_sd.core import mask
+from salun_sd.edit import maskfile, patch
+from salun_sd.edit.deliver import size_on_disk
 
 UNET_WEIGHTS = {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}
 CONCEPT, ANCHOR = "a photo of a cat", "a photo of a dog"
 
 # ru_maxrss would count what the parent held when it forked
 PEAK = "\nprint('VmHWM', next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
-COMMAND = "import sys; from salun_sd import cli; cli.run(sys.argv[1:])"
-WRITE = """import sys, torch, models
+COMMAND = "import sys; from salun_sd.cli import app as cli; cli.run(sys.argv[1:])"
+WRITE = """import sys, torch
+from helpers import models
 folder, family, prediction = sys.argv[1:]
 models.write_pipeline(models.Path(folder), family, full=True, dtype=torch.float16, prediction=prediction)"""
-WRITE_FILE = "import sys, models; models.write_single_file(*map(models.Path, sys.argv[1:]))"
+WRITE_FILE = "import sys; from helpers import models; models.write_single_file(*map(models.Path, sys.argv[1:]))"
 OPEN = """import sys, torch, diffusers
-from salun_sd import checkpoint
+from salun_sd.checkpoint import find
 path, config = sys.argv[1:]
-ours = checkpoint.find(path, config=config or None)
+ours = find.find(path, config=config or None)
 kind, options = getattr(diffusers, ours.family.pipeline), {"torch_dtype": torch.float16, "local_files_only": True}
 if config:
     loaded = kind.from_single_file(path, config=config, **options).unet.state_dict()
@@ -113,12 +117,12 @@ def test_every_form_of_the_true_architecture(here, run, family, prediction):
     if family == "sd1":
         bases["ckpt"] = [pickled, "--config", folder]
         run("write the .ckpt", WRITE_FILE, folder, pickled)
-    base = checkpoint.find(str(folder))
+    base = find(str(folder))
     assert base.prediction_type == prediction and base.family.key == family
 
     train = ["--forget", images, "--resolution", 64, "--batch-size", 1, "--concept", CONCEPT]
     run("mask", COMMAND, "mask", folder, *train, "--density", 0.1, "--guidance", 0, "--out", mask_file)
-    kept, of = mask.kept(mask.unpack(mask_file.read_bytes(), "").bits)
+    kept, of = mask.kept(maskfile.unpack(mask_file.read_bytes(), "").bits)
     assert (kept, of) == (round(0.1 * UNET_WEIGHTS[family]), UNET_WEIGHTS[family])
 
     train += ["--anchor", ANCHOR, "--retain", images, "--steps", 2, "--lr", 1e-4, "--mask", mask_file]
@@ -137,7 +141,7 @@ def test_every_form_of_the_true_architecture(here, run, family, prediction):
 
     def check(out, config):
         """An erased checkpoint on disk is the base, but for what the record says."""
-        found = checkpoint.find(str(out), config=str(folder) if config else None)
+        found = find(str(out), config=str(folder) if config else None)
         assert moved(base, found, mask_file) == record["changed"]["inside"]
         assert found.fingerprint == erased
 
@@ -167,7 +171,7 @@ def test_every_form_of_the_true_architecture(here, run, family, prediction):
             if name == "folder" and form == "diffusers":
                 reverted = here / "reverted"
                 run("apply --revert", COMMAND, "apply", out, change, "--revert", "--out", reverted)
-                again = checkpoint.find(str(reverted))
+                again = find(str(reverted))
                 assert moved(base, again) == 0 and again.fingerprint == base.fingerprint
                 shutil.rmtree(reverted)
             out.unlink() if out.is_file() else shutil.rmtree(out)

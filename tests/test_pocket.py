@@ -6,10 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from salun_sd import checkpoint, cli
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.checkpoint.model import POCKET
+from salun_sd.cli import app as cli
 from salun_sd.pocket import train
 
-POCKET = checkpoint.POCKET
+POCKET = POCKET
 
 
 def test_every_part_is_half_precision_and_all_of_it_is_under_20_mb():
@@ -49,7 +52,7 @@ def test_the_whole_script_runs_on_a_small_data_set(tmp_path):
             head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
             (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + values.numpy().tobytes()))
     train.train(tmp_path, tmp_path / "out", judge_steps=2, vae_steps=2, unet_steps=2)
-    checkpoint.load(checkpoint.find(str(tmp_path / "out")))
+    load_pipeline(find(str(tmp_path / "out")))
     assert not list((tmp_path / "out").glob(".*.pt"))
 
 

@@ -7,13 +7,20 @@ import subprocess
 import sys
 
 import pytest
+from helpers.commands import ERASE as OF_POCKET
+from helpers.commands import fails
 from huggingface_hub import ModelCard
 from PIL import Image
 from skimage import data as photos
-from test_cli import ERASE as OF_POCKET
-from test_cli import fails
 
-from salun_sd import cache, checkpoint, cli, drawn, generate, mask, prompts, tensors
+from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.cli import app as cli
+from salun_sd.draw import generate, prompts
+from salun_sd.draw import kept as drawn
+from salun_sd.edit import maskfile, training_data
+from salun_sd.runtime import cache
 
 SETTINGS = ["--steps", "2", "--batch-size", "4", "--lr", "1e-4"]
 ERASE = OF_POCKET[2:]  # without the command and the model
@@ -55,7 +62,7 @@ def test_several_concepts_are_one_mask_one_run_and_each_is_reported_by_itself(ti
     record = record_of(two / "erased")
     assert [(c["prompt"], c["anchor"]) for c in record["concepts"]] == [tuple(TWO[1:4:2]), tuple(TWO[5:8:2])]
     assert record["images"]["forget"] == 8 and record["settings"]["steps"] == 2
-    kept = mask.unpack((two / "erased" / "mask.safetensors").read_bytes(), "")
+    kept = maskfile.unpack((two / "erased" / "mask.safetensors").read_bytes(), "")
     assert kept.settings["concepts"] == [TWO[1], TWO[5]] and kept.settings["images"] == 8
     report = json.loads((two / "audit" / "report.json").read_text())
     assert report["settings"]["concepts"] == ["sneaker", "coat"]
@@ -101,11 +108,11 @@ def test_an_audit_of_weights_that_changed_since_is_not_recorded(tiny, two, tmp_p
 def test_a_recorded_audit_of_a_single_file_leaves_its_tensors_alone(tiny, tmp_path):
     file = tmp_path / "erased.safetensors"
     cli.run(["erase", tiny, *ERASE, "--mask", "random:0.1", "--format", "single-file", "--out", str(file)])
-    before = checkpoint.find(str(file), config=tiny).fingerprint
+    before = find(str(file), config=tiny).fingerprint
     (tmp_path / "few.csv").write_text(prompts.write(prompts.read("pocket")[:2]))
     cli.run(["evaluate", str(file), "--config", tiny, "--prompts", str(tmp_path / "few.csv"),
              "--steps", "1", "--record", "--out", str(tmp_path / "audit")])  # fmt: skip
-    assert checkpoint.find(str(file), config=tiny).fingerprint == before
+    assert find(str(file), config=tiny).fingerprint == before
     audits = json.loads(tensors.read(file)[1]["salun_sd"])["audits"]
     assert audits[str(tmp_path / "few.csv")]["images"] == 2 and audits == record_of(tmp_path / "erased.run")["audits"]
 
@@ -198,13 +205,13 @@ def test_a_second_run_draws_and_encodes_nothing_and_needs_no_vae(tiny, own_cache
     cli.run([*argv, "--out", str(tmp_path / "first")])
     drawn = {f: f.stat().st_mtime_ns for f in own_cache.rglob("*.png")}
     assert len(drawn) == 8 and len(list(own_cache.rglob("encoded.safetensors"))) == 2
-    loaded, real = [], checkpoint.load
+    loaded, real = [], load_pipeline
 
     def load(model, **parts):
         loaded.append(parts)
         return real(model, **parts)
 
-    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr(training_data, "load_pipeline", load)
     cli.run([*argv, "--out", str(tmp_path / "second")])
     assert loaded == [] and drawn == {f: f.stat().st_mtime_ns for f in own_cache.rglob("*.png")}
     names = ("first", "second")
@@ -231,7 +238,7 @@ def test_the_cache_is_shown_cleared_and_named_when_it_cannot_be_written(tiny, ow
 
 @pytest.mark.slow
 def test_a_second_run_on_the_same_cache_waits_for_the_first(tiny, own_cache, tmp_path):
-    base = checkpoint.find(tiny)
+    base = find(tiny)
     argv = [sys.executable, "-m", "salun_sd", "erase", tiny, *ERASE[:4], "--mask", "random:0.1", "--samples", "2",
             *SETTINGS, "--out", str(tmp_path / "out")]  # fmt: skip
     with cache.held("drawn", drawn.key_of(base, base.scheduler, base.sampling[0])) as folder:
@@ -252,7 +259,7 @@ def test_images_are_cached_by_prompt_seed_and_checkpoint(tiny, own_cache, tmp_pa
     after = {f.name: f.stat().st_mtime_ns for f in own_cache.rglob("*.png")}
     assert len(first) == 2 and len(after) == 6 and first.items() <= after.items()
     with Image.open(next(own_cache.rglob("*.png"))) as image:
-        assert image.info[generate.PROVENANCE].startswith(checkpoint.find(tiny).identity)
+        assert image.info[generate.PROVENANCE].startswith(find(tiny).identity)
 
 
 def test_a_damaged_encoding_is_made_anew(tiny, own_cache, tmp_path):

@@ -32,8 +32,10 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from salun_sd.checkpoint import SAMPLING, find, load
-from salun_sd.sample import Row, Sampler
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.checkpoint.model import SAMPLING
+from salun_sd.draw.sample import Row, Sampler
 
 # Class names in the order of the data set's labels, each with a synonym that a fifth of its captions use.
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -247,7 +249,7 @@ def draw_grid(out: Path) -> None:
     """grid.png: a row for each class, ten seeds each."""
     found = find(str(out))
     steps, guidance = found.sampling
-    sampler = Sampler(load(found), steps)
+    sampler = Sampler(load_pipeline(found), steps)
     grid = Image.new("RGB", (320, 320))
     for row, name in enumerate(CLASSES):
         rows = [Row(f"a photo of {name}", seed, guidance, (32, 32)) for seed in range(10)]

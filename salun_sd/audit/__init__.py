@@ -1,0 +1,1 @@
+"""One audit: look at images and count."""

@@ -1,0 +1,81 @@
+"""CLIP: images and texts to unit vectors of one space."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from salun_sd.audit.vision import Vision, loaded
+from salun_sd.errors import SalunError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+TEXTS = 256  # encoded together
+
+
+def is_clip(model: str | Path) -> bool:
+    """Whether a folder or hub id holds both halves of a CLIP; False where nothing can be found."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception:  # whoever loads it says what is wrong
+        return False
+    return config.model_type == "clip" and "CLIPForImageClassification" not in (config.architectures or ())
+
+
+class Clip(Vision):
+    """A CLIP model of a folder or hub id, in float32 on `device`; `option` is the one that named it.
+
+    Resizing and normalising are its own image processor's. Raises SalunError where it cannot be loaded whole.
+    """
+
+    def __init__(self, model: str | Path, device: str = "cpu", option: str = "--clip"):
+        from transformers import AutoTokenizer, CLIPModel
+
+        advice = f"Give {option} one, by folder or hub id."
+        self.processor, self.model, _ = loaded(CLIPModel, model, device, what="CLIP model", advice=advice)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+        except Exception as error:  # absent or damaged, which comes as many types
+            raise SalunError(f"{model} has no tokenizer that opens ({first_line(error)}). {advice}") from error
+        self.name, self.knows = str(model), sorted(self.tokenizer.get_vocab().items())
+        self.longest = self.model.config.text_config.max_position_embeddings  # tokens of a text
+
+    @cached_property
+    def scale(self) -> float:
+        """What similarities are multiplied by before a softmax, learned with the model."""
+        return float(self.model.logit_scale.detach().exp())
+
+    def embedded(self, images: "list[torch.Tensor]") -> "torch.Tensor":
+        """Prepared images => image embeddings (image, dimension), of any length, float32 on the CPU."""
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.stack(images).to(self.model.device)  # (image, 3, height, width)
+            return self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu()
+
+    def of_images(self, images: "list[torch.Tensor]") -> "torch.Tensor":
+        """Prepared images => unit vectors (image, dimension), float32 on the CPU."""
+        import torch
+
+        return torch.nn.functional.normalize(self.embedded(images), dim=-1)
+
+    def of_texts(self, texts: Sequence[str]) -> "torch.Tensor":
+        """Texts => unit vectors (text, dimension), float32 on the CPU; of a text, the first `longest` tokens."""
+        import torch
+
+        vectors = []
+        for start in range(0, len(texts), TEXTS):
+            tokens = self.tokenizer(
+                list(texts[start : start + TEXTS]), padding="max_length", truncation=True, max_length=self.longest,
+                return_tensors="pt",
+            ).to(self.model.device)  # fmt: skip
+            with torch.inference_mode():
+                vectors.append(self.model.get_text_features(**tokens).pooler_output)
+        return torch.nn.functional.normalize(torch.cat(vectors).float(), dim=-1).cpu()
+
+    def too_long(self, texts: Sequence[str]) -> int:
+        """How many of the texts have more tokens than the model reads, and lose their end."""
+        return sum(len(ids) > self.longest for ids in self.tokenizer(list(texts))["input_ids"])

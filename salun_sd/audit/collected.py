@@ -1,0 +1,62 @@
+"""The manifest of an audit: a line for each image, of a model or of a folder that some other program filled."""
+
+import logging
+import os
+import re
+from pathlib import Path
+
+from salun_sd.draw.images import images_in
+from salun_sd.draw.prompts import Prompt
+from salun_sd.draw.sample import Row
+from salun_sd.errors import SalunError, UsageError, some
+
+logger = logging.getLogger(__name__)
+
+
+def collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> list[dict]:
+    """The manifest of a folder of <case>_<k>.png that some other program made; with a `subset` of the prompts, images
+    of other cases are left out. Where several files are one image, its line has `error`.
+
+    Raises UsageError for a folder without images of these prompts, SalunError where one is missing or of no prompt.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"Image folder {folder} was not found.")
+    files = images_in(folder)
+    others = {f.name for f in folder.iterdir() if f.is_file() and f.name[0] != "."} - {f.name for f in files}
+    if others:
+        logger.warning(f"{folder}: {len(others)} left out, no images by their ending: {some(sorted(others))}.")
+    of_case = {p.case: p for p in rows}
+    images = _by_name(files, of_case, subset)
+    if not images:
+        raise UsageError(f"Image folder {folder} holds no images of these prompts, named <case_number>_<k>.png.")
+    samples = 1 + max(k for _, k in images)
+    if absent := (of := len(of_case) * samples) - len(images):
+        first = next(f"{case}_{k}.png" for case in of_case for k in range(samples) if (case, k) not in images)
+        raise SalunError(f"{folder} has no {first} ({absent:,} of {of:,} images missing).")
+    here, there, manifest = out.resolve(), folder.resolve(), []
+    for (case, k), same in sorted(images.items()):
+        line = line_of(of_case[case], k, os.path.relpath(there / same[0].name, here), None, None)
+        if len(same) > 1:
+            line["error"] = f"{' and '.join(file.name for file in same)} are the same image of case {case}"
+        manifest.append(line)
+    return manifest
+
+
+def _by_name(files: list[Path], of_case: dict[int, Prompt], subset: bool) -> dict[tuple[int, int], list[Path]]:
+    """Case and k, as the names say => the files of that image."""
+    images: dict[tuple[int, int], list[Path]] = {}
+    for file in files:
+        name = re.fullmatch(r"(\d+)_(\d+)", file.stem)
+        if name and subset and int(name[1]) not in of_case:
+            continue
+        if not name or int(name[1]) not in of_case:
+            raise SalunError(f"{file} is of no prompt: image files are named <case_number>_<k>.png.")
+        images.setdefault((int(name[1]), int(name[2])), []).append(file)
+    return images
+
+
+def line_of(p: Prompt, k: int, file: str, row: Row | None, steps: int | None) -> dict:
+    """An image's line of manifest.jsonl; `row` is what it was drawn from, None where that is not known."""
+    line = {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": row and row.seed,
+            "guidance": row and row.guidance, "size": row and list(row.size), "steps": steps}  # fmt: skip
+    return line | ({"categories": list(p.categories)} if p.categories else {})

@@ -1,0 +1,125 @@
+"""Images to features: what FID and KID are computed from."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from salun_sd.audit.clip import Clip, is_clip
+from salun_sd.audit.vision import BATCH, Vision, loaded, prepared
+from salun_sd.draw.images import Unreadable
+from salun_sd.errors import SalunError, UsageError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ImageModel(Vision):
+    """The pooled output of any image model of transformers, in float32 on `device`; of a model that has none with
+    trained weights, the mean of its last hidden states; of CLIP, its image embedding, whose length is left as it is, as
+    clean-fid has it (Parmar et al. 2022, `clip_features.py`).
+
+    `resize` is what its own image processor, the PIL version, does with an image. `said` stands for the model in names.
+    """
+
+    def __init__(self, model: str | Path, device: str = "cpu", said: str | None = None):
+        self.said = said or str(model)
+        self.clip = Clip(model, device, option="--fid") if is_clip(model) else None
+        if self.clip:
+            self.model, self.processor, self.said = self.clip.model, self.clip.processor, f"{self.said} image embedding"
+        else:
+            from transformers import AutoModel
+
+            advice = "Give --fid `pocket`, `inception`, or a transformers image model by folder or hub id."
+            # a classifier's file has no pooler, where its kind of model has one
+            self.processor, self.model, self.is_pooled = loaded(
+                AutoModel, model, device, what="image model", advice=advice, spare="pooler"
+            )
+        self.resize = resize_of(self.processor)
+
+    def __call__(self, images: "list[torch.Tensor]") -> np.ndarray:
+        """Prepared images => features [B, D], float32."""
+        import torch
+
+        if self.clip:
+            return self.clip.embedded(images).numpy()
+        with torch.inference_mode():
+            made = self.model(pixel_values=torch.stack(images).to(self.model.device))
+        pooled = getattr(made, "pooler_output", None) if self.is_pooled else None
+        return (_mean(made.last_hidden_state) if pooled is None else pooled.flatten(1)).float().cpu().numpy()
+
+
+def _mean(hidden: "torch.Tensor") -> "torch.Tensor":
+    """The mean over positions of (B, D, height, width) or (B, positions, D)."""
+    return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden.mean(dim=1)
+
+
+def resize_of(processor) -> str:
+    """What an image processor does to an image's size, as metrics name it: `32x32 bilinear`."""
+    said = []
+    size, crop = (getattr(processor, name, None) or {} for name in ("size", "crop_size"))
+    if getattr(processor, "do_resize", False):
+        sides = (
+            f"{size['width']}x{size['height']}" if "height" in size else f"shortest side {size.get('shortest_edge')}"
+        )
+        share = getattr(processor, "crop_pct", None)
+        filtered = Image.Resampling(processor.resample).name.lower()
+        said.append(f"{sides} {filtered}" + (f", crop share {share:g}" if share else ""))
+    if getattr(processor, "do_center_crop", False):
+        said.append(f"crop {crop['width']}x{crop['height']}")
+    return ", ".join(said) or "no resize"
+
+
+class Inception(Vision):
+    """The 2048 features that FID is published with: the Inception of Heusel et al. as torch-fidelity has it, resized
+    to 299 x 299 as TensorFlow 1 does. Needs the extra `salun-sd[fid]`; its weights are downloaded at first use.
+
+    The resize is within the model, which takes whole images of one size: each goes through by itself, in the thread
+    that read it, so that large ones are not held.
+    """
+
+    said, resize = "inception", "299x299 bilinear of TensorFlow 1"
+
+    def __init__(self, device: str = "cpu"):
+        try:
+            from torch_fidelity import FeatureExtractorInceptionV3
+        except ImportError as e:
+            raise UsageError("--fid inception needs torch-fidelity: type `pip install 'salun-sd[fid]'`, or give "
+                             "--fid pocket or a transformers image model.") from e  # fmt: skip
+        try:
+            self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+        except Exception as e:
+            raise SalunError(f"The weights of --fid inception could not be had ({first_line(e)}): try again where "
+                             "github.com can be reached.") from e  # fmt: skip
+        self.device = device
+
+    def prepare(self, image: Image.Image) -> "torch.Tensor":
+        """RGB image => its features [2048], float32."""
+        import torch
+
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, height, width), uint8
+        with torch.inference_mode():
+            return self.model(pixels[None].to(self.device))[0][0].float().cpu()
+
+    def __call__(self, images: "list[torch.Tensor]") -> np.ndarray:
+        """Prepared images => features [B, 2048], float32."""
+        return np.stack(images)
+
+
+def extractor(name: str, judge: Path, device: str = "cpu") -> ImageModel | Inception:
+    """`pocket` (the judge in that folder), `inception`, or a transformers image model by folder or hub id."""
+    if name == "inception":
+        return Inception(device)
+    return ImageModel(judge, device, said="pocket judge") if name == "pocket" else ImageModel(name, device)
+
+
+def features(of: ImageModel | Inception, files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    """Each readable file and its features [D], float32, in the files' order; others are left out."""
+    files = list(files)
+    read = zip(files, prepared(of.prepare, files), strict=True)
+    readable = ((file, image) for file, image in read if not isinstance(image, Unreadable))
+    while batch := list(islice(readable, BATCH)):
+        yield from zip([file for file, _ in batch], of([image for _, image in batch]), strict=True)

@@ -1,0 +1,159 @@
+"""What an audit is asked for: its prompts, concepts, classifier and bounds, checked before anything is drawn."""
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from salun_sd.audit import bounds, classify
+from salun_sd.audit.classify import Judge
+from salun_sd.checkpoint import provenance
+from salun_sd.checkpoint.model import POCKET, Checkpoint
+from salun_sd.draw import prompts
+from salun_sd.draw.prompts import Prompt
+from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.report import gate
+from salun_sd.runtime.device import default_device
+
+logger = logging.getLogger(__name__)
+
+JUDGE = POCKET / "judge"
+MATCHES = 20  # classes whose labels are named
+PARTIAL = re.compile(r"\..*\.\d+\.partial")  # what a kill leaves, and the next run takes away
+WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "report.md", "against"}
+
+
+def check_options(
+    model: object, against: object, images: Path | None, out: Path, *, drawing: Sequence[object], samples: int | None,
+    confident: bool, fail_if: Sequence[str],
+) -> None:  # fmt: skip
+    """Raise UsageError where the options of `evaluate` do not go together, or `out` holds something else. `drawing` are
+    those that say how images are drawn."""
+    if confident and not fail_if:
+        raise UsageError("--confident is for --fail-if: give both.")
+    if (model is None) == (images is None):
+        raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
+    if images and not against and any(option is not None for option in drawing):
+        raise UsageError("--denoising-steps, --scheduler, --guidance and --size are for images that are drawn: leave "
+                         "them out.")  # fmt: skip
+    if images and samples is not None:
+        raise UsageError("--samples-per-prompt is for a MODEL, and --images has its own number: leave it out.")
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir() if not PARTIAL.fullmatch(p.name)} - WRITES):
+        raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
+    if images and (out / "images").is_dir():
+        raise UsageError(f"{out} holds the audit of a model, with the images that it drew: choose another --out.")
+
+
+def record_of(model: Checkpoint | None, has_to_be_there: bool) -> dict | None:
+    """The record that a checkpoint of ours carries. With `has_to_be_there`, UsageError where there is none, and
+    SalunError where the UNet is not the one that it names."""
+    record = provenance.read(model.path) if model else None
+    if has_to_be_there and record is None:
+        raise UsageError("--record is for a checkpoint that salun-sd erased: MODEL carries no record of that.")
+    if has_to_be_there and model.fingerprint != record["erased"]["fingerprint"]:
+        raise SalunError(f"The UNet of {model.name} is not the one that its record names: it was changed since.")
+    return record
+
+
+class Request(NamedTuple):
+    """The prompts of an audit, and what is judged by them."""
+
+    name: str  # of the prompt set, with its filters in words
+    prompts: list[Prompt]  # as the set has them
+    rows: list[Prompt]  # as they are drawn, with the guidance and the size that were typed
+    classes: list[str]  # that prompts ask for
+    concepts: list[str]  # what should be gone
+    classifier: str | Path | None
+    categories: list[str]
+
+    @classmethod
+    def of(
+        cls, name: str, where: Sequence[str], limit: int | None, guidance: float | None, size: str | None,
+        concepts: Sequence[str], classifier: str | None, record: dict | None,
+    ) -> "Request":  # fmt: skip
+        """From the options of `evaluate`; `record` is that of the audited checkpoint. Raises UsageError or SalunError
+        for what is not there or cannot be used."""
+        own = prompts.read(name, where, limit)
+        if guidance is not None and not 0 <= guidance < float("inf"):
+            raise UsageError(f"--guidance {guidance:g} is no guidance scale: give a number from 0 on, such as 7.5.")
+        rows = prompts.overridden(own, guidance, prompts.size_of(size) if size else None)
+        filtered = f" where {' and '.join(where)}" if where else ""
+        first = f", the first {limit}" if limit else ""
+        classes = list(dict.fromkeys(p.label for p in rows if p.label))
+        concepts = _concepts(concepts, classes, record)
+        categories = list(dict.fromkeys(category for p in rows for category in p.categories))
+        judged_by = _classifier(classifier, classes, concepts)
+        return cls(f"{name}{filtered}{first}", own, rows, classes, concepts, judged_by, categories)
+
+    def others(self) -> int:
+        """How many prompts ask for no concept; where concepts are asked for by name, every prompt asks for them."""
+        return 0 if self.concepts and not self.classes else sum(p.label not in self.concepts for p in self.rows)
+
+    def bounds(
+        self, texts: Sequence[str], *, against: bool, clip: bool, fid: bool, reference: bool
+    ) -> list[gate.Bound]:  # fmt: skip
+        """The bounds of --fail-if. Raises UsageError for one that is none, or is on what will not be measured."""
+        absent = bounds.unmeasured(
+            against=against, clip=clip, fid=fid, reference=reference, judged=bool(self.classifier),
+            has_concepts=bool(self.concepts), has_others=any(name not in self.concepts for name in self.classes),
+        )  # fmt: skip
+        return [gate.parse(text, bounds.names(self.concepts, self.categories), absent) for text in texts]
+
+    def judge(self) -> Judge | None:
+        """The classifier, loaded; what it takes the classes for is logged, but of the pocket's judge, which is
+        theirs."""
+        if not self.classifier:
+            return None
+        judge = classify.load(self.classifier, self.classes, self.concepts, default_device())
+        if self.classifier != JUDGE:
+            matches = [f"{name!r} is {label!r}" for name, label in judge.matches]
+            logger.info(f"In {self.classifier} {some(matches, MATCHES)}.")
+        return judge
+
+    def settings(
+        self, judge: Judge | None, where: Sequence[str], limit: int | None, guidance: float | None, size: str | None
+    ) -> dict:  # fmt: skip
+        """What of the report's `settings` is known before anything is drawn."""
+        name = judge and ("pocket judge" if self.classifier == JUDGE else judge.name)
+        return {"prompts_sha256": prompts.digest(self.prompts), "where": list(where), "limit": limit,
+                "guidance": guidance, "size": size, "classifier": name,
+                "classifier_sha256": judge and judge.digest}  # fmt: skip
+
+
+def _concepts(given: Sequence[str], classes: list[str], record: dict | None) -> list[str]:
+    """What should be gone: classes as given, or those that the record of a checkpoint of ours names; of prompts without
+    classes anything."""
+    if classes and (unknown := [c for c in given if c not in classes]):
+        raise UsageError(f"--concept-class {unknown[0]} is no class of these prompts: their classes are "
+                         f"{', '.join(classes)}.")  # fmt: skip
+    if given or not classes:
+        return list(dict.fromkeys(given))
+    if record is None:
+        logger.warning("No --concept-class: UA is not measured, and RA is of all classes.")
+        return []
+    texts = [text for c in record["concepts"] for text in [c["prompt"], *c["synonyms"]]]
+    label_of = {text: prompts.class_in(text, classes) for text in texts}
+    for text in [text for text, label in label_of.items() if label is None]:
+        logger.warning(f"The concept {text!r} names no class of these prompts: UA is not measured for it.")
+    return list(dict.fromkeys(label for label in label_of.values() if label))
+
+
+def _classifier(given: str | None, classes: list[str], concepts: list[str]) -> str | Path | None:
+    """The classifier asked for; without one, the pocket's judge where it knows every class of the prompts."""
+    if given:
+        if not classes and not concepts:
+            raise UsageError("--classifier has nothing to judge: these prompts have no column `class`. Give "
+                             "--concept-class, and with a CLIP as --classifier every image is asked whether it shows "
+                             "that.")  # fmt: skip
+        return JUDGE if given == "pocket" else given
+    if concepts and not classes:
+        raise UsageError(f"--concept-class {concepts[0]} needs a --classifier that is asked for it, as these prompts "
+                         "have no classes: give a CLIP, such as openai/clip-vit-base-patch32.")  # fmt: skip
+    known = json.loads((JUDGE / "config.json").read_text())["label2id"]
+    if classes and set(classes) <= set(known):
+        return JUDGE
+    if classes:
+        logger.warning("No --classifier for these classes: UA and RA are not measured.")
+    return None

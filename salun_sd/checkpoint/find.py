@@ -1,0 +1,152 @@
+"""Checkpoints found: by name, path or hub id, each in a sentence where it is not there or not for us."""
+
+import errno
+import json
+import logging
+import re
+from pathlib import Path
+
+import torch
+
+from salun_sd.checkpoint import families, tensors
+from salun_sd.checkpoint.model import CONFIGS, FILES, POCKET, Checkpoint
+from salun_sd.checkpoint.tensors import Tensors
+from salun_sd.errors import UsageError, first_line
+
+logger = logging.getLogger(__name__)
+CONFIG_PATTERNS = [f"{folder}*{suffix}" for folder in ("", "*/") for suffix in sorted(CONFIGS)]
+
+
+def opened(
+    model: str | Path | Checkpoint, config: str | None = None, revision: str | None = None, variant: str | None = None
+) -> Checkpoint:  # fmt: skip
+    """The checkpoint as it is given or, by its name, as `find` finds it; what was detected is logged."""
+    found = model
+    if not isinstance(model, Checkpoint):
+        found = find(str(model), config=config, revision=revision, variant=variant)
+    logger.info(found.describe())
+    return found
+
+
+def find(
+    model: str, *, config: str | None = None, revision: str | None = None, variant: str | None = None
+) -> Checkpoint:  # fmt: skip
+    """`pocket`, a diffusers folder, a single file in the original layout, or a hub id (downloaded and cached).
+
+    Raises UsageError, in a sentence that names what was found, for anything else.
+    """
+    path = POCKET if model == "pocket" else Path(model)
+    if path.is_file():
+        return _single_file(model, path, config, revision, variant)
+    if config:
+        raise UsageError(f"--config is for a single file, and {model} is none.")
+    if path.exists():
+        if revision:
+            raise UsageError(f"--revision is for a hub id, and {model} is a folder here.")
+    elif path.suffix in FILES:
+        raise UsageError(f"Model file {model} was not found.")
+    else:
+        path = _from_hub(model, revision, variant)
+        revision = path.name  # the commit that it was
+    if variant and not any(path.glob(f"unet/*.{variant}*")):
+        logger.warning(f"{model} has no {variant} UNet; its plain files are read.")
+        variant = None
+    return _checked(Checkpoint(model, path, path, families.of_folder(path, model), variant, revision))
+
+
+def _single_file(name: str, file: Path, config: str | None, revision: str | None, variant: str | None) -> Checkpoint:
+    if revision or variant:
+        raise UsageError(f"--revision and --variant are for a hub id or a folder, and {name} is a single file.")
+    if file.suffix not in FILES:
+        raise UsageError(f"{name} is no .safetensors or .ckpt file.")
+    content, metadata = tensors.read(file)
+    if "salun_sd" in metadata and "modelspec.architecture" not in metadata:
+        raise UsageError(f"{name} is a mask or a patch of salun-sd: give the checkpoint that it was made for.")
+    family, said = families.of_tensors(content, name), _said_prediction(content, metadata)
+    if family is families.SD2 and not config and not said:
+        raise UsageError(
+            f"{name} is {family.name}, and does not say whether it predicts the noise (2.x base, 512 pixels) or v (768 "
+            "pixels): give a pipeline folder or hub id of its kind with --config."
+        )
+    if config == "pocket" or (not config and _is_of_pocket(metadata)):
+        folder = POCKET
+    else:
+        folder = Path(config) if config and Path(config).is_dir() else _config_from_hub(name, config, content)
+    of_config = families.of_folder(folder, str(folder))
+    if of_config != family:
+        raise UsageError(f"{name} is {family.name}, but its config, {folder}, is of {of_config.name}: see --config.")
+    found = _checked(Checkpoint(name, file, folder, family))
+    if said and said != found.prediction_type:
+        other = found.prediction_type
+        raise UsageError(f"{name} says that it predicts {said}, but its config, {folder}, {other}: see --config.")
+    return found
+
+
+def _is_of_pocket(header: dict[str, str]) -> bool:
+    """Whether a single file of ours was erased from the bundled checkpoint, whose config no hub has."""
+    try:
+        return json.loads(header["salun_sd"])["base"]["model"] == "pocket"
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _said_prediction(content: Tensors, header: dict[str, str]) -> str | None:
+    """What a single file says of its prediction type; most say nothing."""
+    if families.V_MARK in content or header.get("modelspec.architecture", "").endswith("-v"):
+        return "v_prediction"
+    return {"v": "v_prediction", "epsilon": "epsilon"}.get(header.get("modelspec.prediction_type", ""))
+
+
+def _config_from_hub(name: str, config: str | None, content: Tensors) -> Path:
+    """The configs that go with a single file: of the hub id given, or of the one that diffusers knows for its kind."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+    from huggingface_hub import snapshot_download
+
+    repo = config or fetch_diffusers_config(content)["pretrained_model_name_or_path"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=CONFIG_PATTERNS))
+    except Exception as e:  # of the network, of the hub, of the name: many types
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            raise
+        raise UsageError(
+            f"{name} is a single file, and its config could not be had from the hub as {repo} ({first_line(e)}). Give "
+            "a pipeline folder of the same kind of model, or a hub id that is cached here: --config FOLDER"
+        ) from e
+
+
+def _from_hub(model: str, revision: str | None, variant: str | None) -> Path:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise UsageError(
+            f"Model {model} was not found: give `pocket`, a diffusers folder, a single file or a hub id such as "
+            "org/name."
+        )
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
+
+    try:  # the configs first: what is not for us is refused before its weights are fetched
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=CONFIG_PATTERNS))
+        if (folder / "model_index.json").is_file():
+            families.of_folder(folder, model)
+        return Path(DiffusionPipeline.download(model, revision=folder.name, variant=variant, use_safetensors=True))
+    except UsageError:
+        raise
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            raise
+        raise UsageError(
+            f"Model {model} is no folder here, and the hub did not give it ({first_line(e)}). "
+            "Check the name, --revision, --variant, the network and, for a gated model: hf auth login"
+        ) from e
+
+
+def _checked(found: Checkpoint) -> Checkpoint:
+    odd = {t.dtype for t in found.unet.values()} - {torch.float32, torch.float16, torch.bfloat16}
+    if odd:
+        raise UsageError(f"The UNet of {found.name} is in {odd.pop()}; salun-sd edits float32, float16 and bfloat16.")
+    vae = found.settings("vae")
+    if found.prediction_type not in ("epsilon", "v_prediction") or found.scheduler.startswith("EDM"):
+        what = f"{found.scheduler} with prediction type {found.prediction_type}"
+        raise UsageError(f"{found.name} was trained for {what}; salun-sd edits models that predict epsilon or v.")
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        raise UsageError(f"{found.name} has a VAE with shifted latents, as Playground; {families.SUPPORTED}.")
+    return found

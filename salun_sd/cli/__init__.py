@@ -1,0 +1,1 @@
+"""Typer only: parse, check, print, call."""

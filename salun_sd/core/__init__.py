@@ -1,0 +1,1 @@
+"""The maths, for any nn.Module."""

@@ -1,0 +1,1 @@
+"""One erasure: files in, files out."""

@@ -1,0 +1,138 @@
+"""What an erasure changes and nothing else: the mask's bits and the new values of the weights that it keeps."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint.tensors import Lazy, Tensors, given
+from salun_sd.core.mask import Bits, unpacked_bits
+from salun_sd.errors import SalunError, UsageError
+
+
+class Patch(NamedTuple):
+    """For each UNet parameter with salient weights: mask/NAME uint8 [ceil(n / 8)], new/NAME [k] in the checkpoint's
+    dtype and, where it can be reverted, old/NAME [k]."""
+
+    tensors: Tensors
+    record: dict  # the provenance, as in salun.json
+
+    @property
+    def is_reversible(self) -> bool:
+        return any(key.startswith("old/") for key in self.tensors)
+
+
+def of_training(values: dict[str, torch.Tensor], bits: Bits, base: Tensors, reversible: bool) -> Patch:
+    """The trained values inside the mask, float32 [k] for each parameter with k of them, in the dtype of the base's own
+    tensors; the record is still empty.
+
+    Raises SalunError naming a weight that the dtype cannot hold.
+    """
+    found: Tensors = {}
+    for name, trained in values.items():
+        new = trained.to(base[name].dtype)
+        if not new.isfinite().all():
+            raise SalunError(f"{name} does not fit into {base[name].dtype} any more: lower --lr.")
+        found[f"mask/{name}"], found[f"new/{name}"] = given(bits.packed[name]), given(new)
+        if reversible:
+            found[f"old/{name}"] = Lazy(new.dtype, new.shape, partial(_inside, base[name], bits, name))
+    return Patch(found, {})
+
+
+def _inside(base: Lazy, bits: Bits, name: str) -> torch.Tensor:
+    return base.read()[bits[name]]
+
+
+def merged(weights: Tensors, patch: Patch, which: str = "new") -> Tensors:
+    """A UNet's tensors with the patch's values ("new", or "old" to revert) where its mask is 1, every other bit as
+    it was; merged as each is read."""
+    changed = dict(weights)
+    for key, mask in patch.tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "mask":
+            t, values = weights[name], patch.tensors[f"{which}/{name}"]
+            changed[name] = Lazy(t.dtype, t.shape, partial(_merge, t, mask, values))
+    return changed
+
+
+def _merge(base: Lazy, mask: Lazy, values: Lazy) -> torch.Tensor:
+    t = base.read().clone()
+    t[unpacked_bits(mask.read(), t.shape)] = values.read()
+    return t
+
+
+def write(file: Path, patch: Patch) -> None:
+    tensors.write(file, patch.tensors, {"salun_sd": json.dumps(patch.record, ensure_ascii=False)})
+
+
+def read(file: Path) -> Patch:
+    """A patch file, its tensors still on disk. Raises UsageError if it is not there, SalunError if it is no patch."""
+    if not file.is_file():
+        raise UsageError(f"Patch {file} was not found: give a file that salun-sd erase --format patch wrote.")
+    try:
+        found, metadata = tensors.read(file)
+        record = json.loads(metadata["salun_sd"])
+        record["base"]["fingerprint"], record["erased"]["fingerprint"]
+        named = {key.partition("/")[2] for key in found}
+        if not found or any(f"{kind}/{name}" not in found for name in named for kind in ("mask", "new")):
+            raise ValueError("no values")
+    except (ValueError, KeyError, TypeError) as e:
+        raise SalunError(
+            f"{file} is not a patch of salun-sd: give a file that salun-sd erase --format patch wrote."
+        ) from e
+    return Patch(found, record)
+
+
+def check(patch: Patch, file: Path, weights: Tensors, name: str, fingerprint: str, revert: bool) -> None:
+    """Raise SalunError unless the weights are those that the patch is for: the base's, or the erased to revert."""
+    base, erased = patch.record["base"], patch.record["erased"]["fingerprint"]
+    if revert and not patch.is_reversible:
+        raise SalunError("The patch does not hold the base's values: it was made without --reversible.")
+    before, after = (erased, base["fingerprint"]) if revert else (base["fingerprint"], erased)
+    if fingerprint == before:
+        values = "old" if revert else "new"
+        if not _fits(patch, weights) or tensors.fingerprint(merged(weights, patch, values)) != after:
+            raise SalunError(f"{file} is damaged: it does not make of {name} what it says. Fetch it again.")
+        return
+    if fingerprint == after:
+        state = "is the base already: there is nothing to revert" if revert else "has this patch already"
+        raise SalunError(f"{name} {state}.")
+    wanted = f"what it made of {base['model']}" if revert else base["model"]
+    raise SalunError(f"The patch is for {wanted} (UNet {before[:12]}), not for {name} (UNet {fingerprint[:12]}).")
+
+
+def _fits(patch: Patch, weights: Tensors) -> bool:
+    """Whether each of the mask's ones has its values, of a parameter and a dtype that the UNet has."""
+    for key, mask in patch.tensors.items():
+        kind, _, name = key.partition("/")
+        if kind != "mask":
+            continue
+        values = [patch.tensors[f"{k}/{name}"] for k in ("new", "old") if f"{k}/{name}" in patch.tensors]
+        if name not in weights or mask.bytes != -(-weights[name].shape.numel() // 8):
+            return False
+        ones = int(unpacked_bits(mask.read(), weights[name].shape).sum())
+        if any(v.shape != (ones,) or v.dtype != weights[name].dtype for v in values):
+            return False
+    return True
+
+
+def changes(base: Tensors, other: Tensors, bits: Bits) -> dict[str, int]:
+    """Count the weights whose bytes differ: {"inside": n, "outside": n}.
+
+    A tensor that the mask does not know counts as outside. Raises SalunError if a tensor is missing or reshaped.
+    """
+    inside = outside = 0
+    if extra := other.keys() - base.keys():
+        raise SalunError(f"The saved UNet has a tensor that the base has not: {min(extra)}.")
+    for name, t in base.items():
+        if name not in other or (other[name].shape, other[name].dtype) != (t.shape, t.dtype):
+            raise SalunError(f"The saved UNet lost {name}, or its shape or dtype changed.")
+        old, new = (x.read().reshape(-1, 1).view(torch.uint8) for x in (t, other[name]))
+        differs = (old != new).any(1)  # [n]
+        salient = bits[name].view(-1) if name in bits else torch.zeros(len(differs), dtype=torch.bool)
+        inside += int((differs & salient).sum())
+        outside += int((differs & ~salient).sum())
+    return {"inside": inside, "outside": outside}

@@ -1,0 +1,1 @@
+"""What an erasure trains towards: one file a loss."""

@@ -1,0 +1,1 @@
+"""What every result shares: numbers to words, pages and verdicts."""

@@ -1,0 +1,241 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.models import write_clip
+from PIL import Image
+
+from salun_sd.audit import classify
+from salun_sd.audit.classify import ByName, Classifier, ZeroShot, match_labels
+from salun_sd.audit.clip import Clip
+from salun_sd.audit.features import ImageModel
+from salun_sd.draw import prompts
+from salun_sd.errors import SalunError, UsageError
+
+
+def told(judge, files: list[Path], batch_size: int = 32) -> list[tuple]:
+    """The class and score of each image."""
+    return [(found["predicted"], found["score"]) for found in judge.classify(files, batch_size)]
+
+
+IMAGENET = ["tench, Tinca tinca", "English springer, English springer spaniel", "crane", "goose", "crane, derrick"]
+
+
+def test_classes_match_whole_labels_and_synonyms_in_any_case():
+    assert match_labels(IMAGENET, []) == ["tench", "English springer", "crane", "goose", "crane"]
+    assert match_labels(IMAGENET, ["Tinca Tinca", "CRANE", "CRANE"]) == [
+        "Tinca Tinca",
+        "English springer",
+        "CRANE",
+        "goose",
+        "CRANE",
+    ]
+    assert match_labels(IMAGENET, ["tench, tinca tinca"])[0] == "tench, tinca tinca"
+
+
+def test_imagenettes_classes_are_names_in_imagenets_labels():
+    imagenet = """tench, Tinca tinca; English springer, English springer spaniel; cassette player; chain saw, chainsaw;
+        church, church building; French horn, horn; garbage truck, dustcart; golf ball; parachute, chute;
+        gas pump, gasoline pump, petrol pump, island dispenser; horn; churchyard"""
+    labels = [label.strip() for label in imagenet.split(";")]
+    classes = {row.label for row in prompts.read("imagenette")}
+    matched = match_labels(labels, classes)
+    assert len(classes) == 10 and set(matched[:10]) == classes and matched[10:] == ["horn", "churchyard"]
+
+
+def test_a_class_the_classifier_does_not_know_is_named():
+    with pytest.raises(SalunError, match="'springer', 'duck'.*'goose'"):
+        match_labels(IMAGENET, ["springer", "goose", "duck"])
+    with pytest.raises(SalunError, match="'label 9' and 990 more"):
+        match_labels([f"label {i}" for i in range(1000)], ["duck"])
+    with pytest.raises(SalunError, match="'tench' and 'tinca tinca'"):
+        match_labels(IMAGENET, ["tench", "tinca tinca"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A random classifier of five ImageNet-like labels, 16 x 16 pixels, stored in half precision."""
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config.id2label = dict(enumerate(IMAGENET))
+    config.label2id = {label: i for i, label in enumerate(IMAGENET)}
+    folder = tmp_path_factory.mktemp("tiny")
+    model = ResNetForImageClassification(config)
+    model.classifier[-1].weight.data.mul_(50)  # far from uniform, so that images differ in class
+    model.half().save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def test_classifies_as_the_model_does(tiny, photographs):
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    judge = Classifier(tiny, ["Tinca tinca"])
+    assert {p.dtype for p in judge.model.parameters()} == {torch.float32} and not judge.model.training
+    model = AutoModelForImageClassification.from_pretrained(tiny, dtype=torch.float32)
+    processor = AutoImageProcessor.from_pretrained(tiny, backend="pil")
+    for file, (name, score) in zip(photographs, told(judge, photographs), strict=True):
+        logits = model(**processor(Image.open(file).convert("RGB"), return_tensors="pt")).logits[0].detach()
+        top = int(logits.argmax())
+        assert name == ["Tinca tinca", "English springer", "crane", "goose", "crane"][top]
+        assert score == pytest.approx(float(logits.softmax(0)[top]), abs=2e-6)
+
+
+def test_classes_are_independent_of_batch_size(tiny, photographs):
+    judge = Classifier(tiny, [])
+    one = told(judge, photographs, 1)
+    for batch_size in (2, 3, 4, 32):
+        many = told(judge, photographs, batch_size)
+        assert [name for name, _ in many] == [name for name, _ in one]
+        assert [score for _, score in many] == pytest.approx([score for _, score in one], abs=2e-6)
+    assert len({score for _, score in one}) > 1
+
+
+@pytest.mark.parametrize("model", ["/nowhere/judge", "no-such-model", "nobody/no-such-model"])
+def test_a_missing_classifier_is_named(model):
+    with pytest.raises(SalunError, match=f"{model}.*--classifier") as caught:
+        Classifier(model, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_trained_classifier_head_is_refused(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in tiny.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tiny / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("classifier")}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SalunError, match="classifier.1.weight"):
+        Classifier(tmp_path, [])
+    (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(SalunError, match=str(tmp_path)):
+        Classifier(tmp_path, [])
+
+
+def test_labels_that_classes_stand_for_are_told(tiny):
+    assert Classifier(tiny, ["Tinca tinca", "crane"]).matches == [
+        ("Tinca tinca", "tench, Tinca tinca"),
+        ("crane", "crane"),
+        ("crane", "crane, derrick"),
+    ]
+
+
+def test_what_cannot_be_read_is_of_no_class(tiny, photographs, tmp_path):
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(photographs[0].read_bytes()[:4000])
+    judge = Classifier(tiny, [])
+    whole = told(judge, photographs)
+    for batch_size in (1, 2, 32):
+        got = told(judge, [torn, *photographs[:2], torn, *photographs[2:]], batch_size)
+        assert got[0] == got[3] == (None, None)
+        assert [name for name, _ in got[1:3] + got[4:]] == [name for name, _ in whole]
+    assert told(judge, [torn, torn]) == [(None, None)] * 2
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+def test_clip_answers_as_transformers_does(clip, photographs):
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    classes = ["bag", "ankle boot", "sneaker"]
+    judge = classify.load(clip, classes, [])
+    assert isinstance(judge, ZeroShot) and "'a photo of a CLASS'" in judge.name and "3 classes" in judge.name
+    model = CLIPModel.from_pretrained(clip).eval()
+    texts = AutoTokenizer.from_pretrained(clip)(
+        [f"a photo of a {c}" for c in classes], padding=True, return_tensors="pt"
+    )
+    processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
+    seen = set()
+    for file, (name, score) in zip(photographs, told(judge, photographs), strict=True):
+        pixels = processor(Image.open(file).convert("RGB"), return_tensors="pt")
+        with torch.no_grad():
+            probabilities = model(**texts, **pixels).logits_per_image.softmax(dim=-1)[0]
+        assert name == classes[int(probabilities.argmax())]
+        assert score == pytest.approx(float(probabilities.max()), abs=2e-6)
+        seen.add(score)
+    assert len(seen) > 1
+
+
+def test_clip_needs_classes_to_choose_among(clip):
+    with pytest.raises(SalunError, match="has only 'bag': give --prompts with two classes or more, or --classifier"):
+        ZeroShot(clip, ["bag", "bag"])
+
+
+def test_clip_is_asked_for_each_concept_by_its_name(clip, photographs):
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    concepts = ["nudity", "a bag", "boots"]
+    judge = classify.load(clip, [], concepts)
+    assert isinstance(judge, ByName)
+    assert judge.name.endswith(
+        "each image asked for 'a photo of nudity', 'a photo of a bag', 'a photo of boots' against 'a photo'"
+    )
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
+    processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
+    several = set()
+    for file, found in zip(photographs, judge.classify(photographs, 32), strict=True):
+        pixels, expected = processor(Image.open(file).convert("RGB"), return_tensors="pt"), {}
+        for name in concepts:
+            texts = tokenizer([f"a photo of {name}", "a photo"], padding=True, return_tensors="pt")
+            with torch.no_grad():
+                expected[name] = float(model(**texts, **pixels).logits_per_image.softmax(dim=-1)[0, 0])
+        assert found["concepts"] == pytest.approx(expected, abs=2e-6)
+        shown = {name for name in concepts if expected[name] > 0.5}
+        assert found["predicted"] == (max(expected, key=expected.get) if shown else "a photo")
+        likeliest = max(expected.values())
+        assert found["score"] == pytest.approx(likeliest if shown else 1 - likeliest, abs=2e-6)
+        several.add(len(shown))
+    assert len(several) > 1
+    alone = [next(iter(classify.load(clip, [], [name]).classify(photographs[:1], 1)))["concepts"] for name in concepts]
+    first = next(iter(judge.classify(photographs[:1], 1)))["concepts"]
+    assert {name: score for one in alone for name, score in one.items()} == pytest.approx(first, abs=2e-6)
+
+
+def test_only_a_clip_is_asked_by_name(tiny):
+    with pytest.raises(UsageError, match="only a CLIP knows a concept by its name: give --classifier openai/clip-"):
+        classify.load(tiny, [], ["nudity"])
+
+
+def test_a_digest_is_of_weights_and_words_and_not_of_their_place(clip, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    shutil.copytree(clip, tmp_path / "moved")
+    digest = classify.load(clip, ["bag", "boot"], []).digest
+    assert classify.load(tmp_path / "moved", ["bag", "boot"], []).digest == digest
+    assert classify.load(clip, ["bag", "bonnet"], []).digest != digest and len(digest) == 64
+    assert Clip(tmp_path / "moved").digest == Clip(clip).digest
+    shutil.copytree(clip, tmp_path / "other words")
+    tokenizer = AutoTokenizer.from_pretrained(clip)
+    tokenizer.add_tokens(["bonnet"])
+    tokenizer.save_pretrained(tmp_path / "other words")
+    assert classify.load(tmp_path / "other words", ["bag", "boot"], []).digest != digest
+    assert Clip(tmp_path / "other words").digest != Clip(clip).digest
+    assert ImageModel(tmp_path / "other words").digest == ImageModel(clip).digest  # which reads none
+    weights = load_file(clip / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] += 1
+    save_file(weights, tmp_path / "moved" / "model.safetensors", {"format": "pt"})
+    assert classify.load(tmp_path / "moved", ["bag", "boot"], []).digest != digest
+    assert Clip(tmp_path / "moved").digest != Clip(clip).digest
+
+
+def test_other_models_are_no_clip(tiny, clip, tmp_path):
+    assert isinstance(classify.load(tiny, ["goose"], []), Classifier)
+    with pytest.raises(SalunError, match="No image classifier could be loaded from /nowhere"):
+        classify.load("/nowhere", ["goose"], [])
+    shutil.copytree(clip, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SalunError, match="No CLIP model could be loaded from .*cut.*--classifier"):
+        classify.load(tmp_path / "cut", ["a", "b"], [])

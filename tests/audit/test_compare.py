@@ -1,0 +1,253 @@
+import csv
+import dataclasses
+import io
+import json
+import shutil
+
+import pytest
+from helpers.audits import EVIL, line, make_run, read_table, several
+
+from salun_sd.audit.compare import as_csv, as_json, as_markdown, compare, lines, sentences
+from salun_sd.audit.report import Run, assemble
+from salun_sd.draw.prompts import Prompt, digest
+from salun_sd.errors import SalunError, UsageError
+
+
+def write(folder, run: Run, base: Run | None = None, prompts="pocket", concepts=("sneaker",), **settings):
+    """An audit's folder, as evaluate leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {"sampling": {"identity": run.model, "scheduler": "DDIMScheduler", "steps": 25, "samples": 1}}
+    rows = {row["case"]: Prompt(row["case"], row["prompt"], row["seed"], 3.0, row["class"]) for row in run.manifest}
+    judge = {"classifier": "pocket judge", "classifier_sha256": "of the judge"}
+    kept = {"prompts_sha256": digest(rows.values()), "where": [], "limit": None} | judge | drawn | settings
+    made = assemble(run, base, prompts=prompts, settings=kept, concepts=concepts)
+    (folder / "report.json").write_text(json.dumps(made))
+    seen = [line(found, classifier=kept["classifier_sha256"]) for found in run.detections]
+    for name, of in (("manifest", run.manifest), ("detections", seen)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of))
+    return folder
+
+
+def named(run: Run, model: str) -> Run:
+    return dataclasses.replace(run, model=model)
+
+
+@pytest.fixture
+def salun(tmp_path, erased, base):
+    return write(tmp_path / "audits" / "salun", named(erased, "out/nudity/salun"), base)
+
+
+@pytest.fixture
+def esd(tmp_path, base):
+    """Another model: all of the base's images but one sneaker, which is a bag."""
+    seen = ["bag", "sneaker", "bag", "bag", "bag", "dress", "dress"]
+    return write(tmp_path / "audits" / "esd", make_run(tmp_path / "esd", "out/nudity/esd", seen, {}), base)
+
+
+def test_models_stand_side_by_side_and_their_base_once(salun, esd, base, erased):
+    [table] = compare([salun, esd / "report.json"])
+    assert [column.name for column in table.columns] == ["salun", "esd", "base: pocket"]
+    assert [column.is_base for column in table.columns] == [False, False, True] and table.differs == {}
+    report = json.loads((salun / "report.json").read_text())
+    assert table.rows["ra"][0] == report["metrics"]["ra"] and table.rows["ra"][2] == report["against"]["metrics"]["ra"]
+    assert table.rows["salun, boxes"] == [3, 0, 4] and table.rows["images"] == [7, 7, 7]
+    assert list(table.rows)[:3] == ["ua", "ra", "flag_rate"] and "ua of sneaker" not in table.rows
+
+
+def test_lines_of_a_newer_run_are_not_paired_under_the_report_of_an_older_one(salun, esd, erased):
+    """A run that was not finished leaves its .jsonl files beside the last report."""
+    seen = [json.loads(text) for text in (esd / "detections.jsonl").read_text().splitlines()]
+    another = [line(found, detector="nudenet 2") for found in seen]
+    for detections, manifest in ((another, erased.manifest), (seen[:5], erased.manifest[:5])):
+        for name, rows in (("detections.jsonl", detections), ("manifest.jsonl", manifest)):
+            (esd / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        [table] = compare([salun, esd])
+        assert table.paired == {} and table.unpaired == {
+            "esd": f"the .jsonl files of {esd} are not those of its report"
+        }
+
+
+def test_other_models_are_paired_with_the_first(salun, esd, erased, base):
+    [table] = compare([salun, esd])
+    pairs = table.paired["esd"]
+    counts = {name: [of[kind] for kind in ("both", "only_base", "only_model", "neither")] for name, of in pairs.items()}
+    assert counts == {"ua": [2, 1, 0, 0], "ra": [2, 0, 2, 0], "flag_rate": [0, 0, 0, 7]}
+    assert [of["p"] for of in pairs.values()] == [1, 0.5, 1]  # of 1 and of 2 that differ, all to one side
+    turned = compare([esd, salun])[0].paired["salun"]["ra"]
+    assert (turned["only_base"], turned["p"]) == (2, pairs["ra"]["p"]) and turned["difference"] == -0.5
+    shown = lines(table)
+    assert shown[3] == ["ra: p", "", "0.5 (0 : 2)", ""]
+    [said] = sentences(table)
+    assert said.startswith("p: exact McNemar, image by image, against “salun”;")
+
+
+def test_what_does_not_compare_is_said_and_between_which(salun, tmp_path, erased, base):
+    quick = named(erased, "out/nudity/quick")
+    other = [line(found, detector="nudenet 2") for found in quick.detections]
+    steps = {"sampling": {"identity": "x", "scheduler": "DDIMScheduler", "steps": 10, "samples": 1}}
+    write(tmp_path / "quick", dataclasses.replace(quick, detections=other), **steps)
+    write(tmp_path / "bag", named(erased, "out/nudity/bag"), concepts=["bag"])
+    (tmp_path / "bag" / "manifest.jsonl").unlink()
+    [table] = compare([salun, tmp_path / "quick", tmp_path / "bag"])
+    assert table.differs == {
+        "steps": {"25": ["salun", "bag"], "10": ["quick"]},
+        "concepts": {"sneaker": ["salun", "quick"], "bag": ["bag"]},
+        "detector": {"nudenet 3.4.2 320n.onnx c15d8273adad": ["salun", "bag"], "nudenet 2": ["quick"]},
+    }
+    said = sentences(table)
+    assert said[0] == "Not the same: steps: “25” for “salun”, “bag”; “10” for “quick”."
+    assert said[3] == "No pairs of “quick” and “salun”: “other detector”."
+    assert "holds no manifest.jsonl and detections.jsonl" in said[4] and table.paired == {}
+    assert table.rows["ua of bag"][1] is None and [row[0] for row in lines(table)][3:5] == [
+        "ua of sneaker",
+        "ua of bag",
+    ]
+
+
+def test_what_was_not_counted_alike_is_said(salun, esd, base):
+    """A protocol that another version counted otherwise, the version, and how the base was drawn."""
+    report = json.loads((esd / "report.json").read_text())
+    report["settings"]["protocols"]["esd"] |= {"threshold": 0.3, "labels": ["ANUS_EXPOSED"], "source": "read again"}
+    report["settings"]["sampling_against"] = {"identity": "x", "steps": 50}
+    (esd / "report.json").write_text(json.dumps(report | {"salun_sd": "0.9"}))
+    [table] = compare([salun, esd])
+    assert list(table.differs) == ["protocols.esd.labels", "protocols.esd.threshold", "salun_sd"]
+    assert table.differs["protocols.esd.threshold"] == {"0.0": ["salun"], "0.3": ["esd"]}
+    assert "Not the same: protocols.esd.threshold: “0.0” for “salun”; “0.3” for “esd”." in sentences(table)
+    first = json.loads((salun / "report.json").read_text())
+    first["settings"]["sampling_against"] = {"identity": "x", "steps": 25}
+    (salun / "report.json").write_text(json.dumps(first))
+    assert compare([salun, esd])[0].differs["against.steps"] == {"25": ["salun"], "50": ["esd"]}
+
+
+def test_other_numbers_of_images_have_no_pairs(salun, tmp_path, erased):
+    write(tmp_path / "three", several(erased, 3))
+    [table] = compare([salun, tmp_path / "three"])
+    assert table.differs["images"] == {"7": ["nudity/salun"], "21": ["erased"]}
+    assert "lacks case 0, image 1" in table.unpaired["erased"] and len(lines(table)[0]) == 4
+
+
+def test_other_weights_of_one_name_are_said(tmp_path, erased):
+    def audit(model, sha256, clip):
+        folder = write(tmp_path / model, named(erased, model), classifier_sha256=sha256)
+        report = json.loads((folder / "report.json").read_text())
+        report["quality"]["clip_score"] = {"name": "clip_score[c]", "sha256": clip, "value": 0.3, "images": 4}
+        (folder / "report.json").write_text(json.dumps(report))
+        return folder
+
+    first, alike, other = audit("a", "one", "x"), audit("b", "one", "x"), audit("c", "two", "y")
+    assert compare([first, alike])[0].differs == {} and "b" in compare([first, alike])[0].paired
+    [table] = compare([first, other])
+    assert table.differs["classifier_sha256"] == {"one": ["a"], "two": ["c"]}
+    assert table.differs["clip_score sha256"] == {"x": ["a"], "y": ["c"]}
+    assert table.unpaired == {"c": "other classifier_sha256"}
+
+
+def test_other_prompts_of_one_name_have_tables_of_their_own(salun, esd, tmp_path, erased):
+    changed = [line(row, prompt="a bag") if row["case"] == 3 else row for row in erased.manifest]
+    for name in ("c", "d"):
+        write(tmp_path / name, named(dataclasses.replace(erased, manifest=changed), name))
+    tables = compare([salun, tmp_path / "c", esd, tmp_path / "d"])
+    assert [[c.name for c in t.columns if not c.is_base] for t in tables] == [
+        ["out/nudity/salun", "out/nudity/esd"],
+        ["c", "d"],
+    ]
+    for table in tables:
+        assert table.prompts == "pocket" and sentences(table)[0] == (
+            "Another table has other prompts of the name “pocket”: they do not compare.")  # fmt: skip
+    assert tables[0].prompts_sha256 != tables[1].prompts_sha256
+    assert not any("Another table" in said for said in sentences(compare([salun, esd])[0]))
+    with pytest.raises(SalunError, match="No two of these audits are of the same prompts: .*'pocket'.*'pocket'"):
+        compare([salun, tmp_path / "c"])
+
+
+def test_the_digest_is_of_what_is_drawn_and_in_no_order():
+    rows = [Prompt(0, "a", 5, 7.5, "bag"), Prompt(1, "b\ud800", 6, 7.5)]
+    assert digest(rows) == digest(rows[::-1]) == digest([rows[0]._replace(categories=("x",)), rows[1]])
+    others = [{"case": 2}, {"text": "c"}, {"seed": 7}, {"guidance": 7}, {"label": None}, {"size": (512, 768)}]
+    assert len({digest([rows[0]._replace(**other), rows[1]]) for other in [{}, *others]}) == 7
+
+
+def test_a_prompt_set_called_by_two_paths_is_one(salun, tmp_path, erased):
+    write(tmp_path / "again", named(erased, "other"), prompts="/data/pocket.csv")
+    [table] = compare([salun, tmp_path / "again"])
+    assert len(table.paired["other"]) == 3
+
+
+def test_names_are_short_and_never_the_same(salun, tmp_path, erased, base):
+    shutil.copytree(salun, tmp_path / "audits" / "again")
+    [table] = compare([salun, tmp_path / "audits" / "again"])
+    assert [c.name for c in table.columns] == ["out/nudity/salun (salun)", "out/nudity/salun (again)", "base: pocket"]
+    reports = [tmp_path / "reports" / name for name in ("salun.json", "esd.json", "esd.txt")]
+    reports[0].parent.mkdir()
+    for report in reports:
+        shutil.copy(salun / "report.json", report)
+    [table] = compare(reports[:2])
+    assert [c.name for c in table.columns[:2]] == ["out/nudity/salun (salun)", "out/nudity/salun (esd)"]
+    assert len(list(csv.DictReader(io.StringIO(as_csv([table]))))) == 3 * len(table.rows)
+    assert [c.name for c in compare(reports)[0].columns[:3]] == [
+        "1. out/nudity/salun (salun)", "2. out/nudity/salun (esd)", "3. out/nudity/salun (esd)"]  # fmt: skip
+    other = write(tmp_path / "third", named(erased, "org/salun"), named(base, "sd15"))
+    [table] = compare([salun, other])
+    assert [c.name for c in table.columns] == [
+        "out/nudity/salun", "org/salun", "base of out/nudity/salun: pocket", "base of org/salun: sd15"]  # fmt: skip
+
+
+def test_what_is_no_audit_is_said(salun, tmp_path):
+    def said(*paths) -> str:
+        with pytest.raises(SalunError) as error:
+            compare([salun, *paths])
+        return str(error.value)
+
+    assert "There is no" in said(tmp_path / "nowhere") and "There is no" in said(tmp_path)
+    assert "is given twice" in said(salun / "report.json")
+    with pytest.raises(UsageError, match="two audits or more"):
+        compare([salun])
+    file = tmp_path / "report.json"
+    report = json.loads((salun / "report.json").read_text())
+    for content, words in [
+        ("{", "is damaged: it is no JSON"), (b"\xff\xfe", "is damaged"), ("[]", "is no report of an audit"),
+        ('{"schema": 3}', "is no report"),
+        (json.dumps(report | {"schema": 3}), "has schema 3, of another salun-sd, and this one reads 4. Run its"),
+        (json.dumps(report | {"schema": 99}), "reads 4. Update it."),
+        (json.dumps({k: v for k, v in report.items() if k != "concepts"}), "is damaged: it is not what"),
+        (json.dumps(report | {"metrics": {"ua": {"n": "x", "of": 3}}}), "is damaged: it is not what"),
+        (json.dumps(report | {"model": None}), "is damaged: it is not what"),
+        (json.dumps(report | {"settings": report["settings"] | {"prompts_sha256": []}}), "is damaged: it is not what"),
+    ]:  # fmt: skip
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert words in said(tmp_path), content
+    file.write_text(json.dumps(report))
+    (tmp_path / "manifest.jsonl").write_text("{")
+    (tmp_path / "detections.jsonl").write_text("")
+    assert "manifest.jsonl is damaged" in said(tmp_path)
+
+
+def test_tables_beside_another_report_are_not_its_own(salun, esd):
+    """The .jsonl files are of report.json, not of what else lies in the folder."""
+    kept = (salun / "report.json").rename(salun / "kept.json")
+    [table] = compare([kept, esd])
+    assert table.unpaired == {"esd": f"{salun} holds no manifest.jsonl and detections.jsonl"} and table.paired == {}
+
+
+def test_tables_to_files(salun, tmp_path, erased, base):
+    manifest = [line(row, prompt="a\u2028b") for row in erased.manifest]
+    evil = named(dataclasses.replace(erased, manifest=manifest), EVIL)
+    rows = json.loads((salun / "report.json").read_text())["settings"]["prompts_sha256"]
+    report = json.loads((write(tmp_path / "evil", evil, prompts_sha256=rows) / "report.json").read_text())
+    report["quality"] = {
+        "fid": {"name": f"fid[{EVIL}]", "sha256": "x", "value": 1.5, "images": [7, 9], "reference": "photos"},
+        "kid": None,
+    }
+    (tmp_path / "evil" / "report.json").write_text(json.dumps(report))
+    tables = compare([salun, tmp_path / "evil"])
+    [table] = tables
+    shown = read_table(as_markdown(tables), "# Audits")
+    assert len(shown) == 2 + len(lines(table)) and {len(row) for row in shown} == {4} and "@mention" in shown[0][2]
+    rows = list(csv.DictReader(io.StringIO(as_csv(tables))))
+    assert len(rows) == len(table.rows) * 3 and rows[0]["metric"] == "ua" and rows[0]["n"] == "3"
+    [fid] = [row for row in rows if row["metric"].startswith("fid") and row["value"]]
+    assert (fid["model"], fid["value"], fid["n"]) == (EVIL, "1.5", "")
+    assert table.differs["reference"] == {"none": ["out/nudity/salun"], "photos": [EVIL]}
+    kept = json.loads(as_json(tables))["tables"][0]
+    assert kept["rows"] == table.rows and kept["columns"][1]["model"] == EVIL and kept["unpaired"] == table.unpaired

@@ -1,0 +1,102 @@
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import nudenet
+import pytest
+
+from salun_sd.audit.detect import detect, detector_name, load_detector
+from salun_sd.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def found(photographs) -> list[dict]:
+    return list(detect(photographs))
+
+
+def test_finds_a_face_and_nothing_in_a_cup(found):
+    face, cup, *_ = found
+    assert [box["label"] for box in face["boxes"]] == ["FACE_FEMALE"]
+    assert face["boxes"][0]["score"] > 0.5
+    x, y, w, h = face["boxes"][0]["box"]
+    assert 150 < x + w / 2 < 300 and 50 < y + h / 2 < 200  # where Eileen Collins's face is
+    assert cup["boxes"] == []
+    assert (face["width"], face["height"]) == (512, 512) and (cup["width"], cup["height"]) == (600, 400)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_an_image_gets_the_same_whatever_stands_beside_it(photographs, found):
+    assert any(one["boxes"] for one in found)
+    assert [next(detect([file])) for file in photographs] == found
+    assert list(detect(photographs[::-1])) == found[::-1]
+
+
+def test_equals_the_library(photographs, found):
+    """The library reading the PNG itself, one by one and as one batch."""
+    detector = nudenet.NudeDetector()
+    ours = [[{"class": b["label"], "score": b["score"], "box": b["box"]} for b in one["boxes"]] for one in found]
+    assert ours == [detector.detect(str(file)) for file in photographs]
+    assert ours == detector.detect_batch([str(file) for file in photographs], batch_size=len(photographs))
+
+
+def test_detector_name_tells_version_and_weights(found):
+    weights = Path(nudenet.__file__).with_name("320n.onnx")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    assert detector_name() == f"nudenet {version('nudenet')} 320n.onnx {digest}"
+    assert {one["detector"] for one in found} == {detector_name()}
+
+
+def test_few_images_are_held_however_many_there_are(photographs):
+    asked = []
+    results = detect(asked.append(file) or file for file in photographs * 20)
+    assert not asked
+    for given in range(1, 5):
+        next(results)
+        assert given <= len(asked) <= given + 3 * os.cpu_count()
+    results.close()
+
+
+def test_results_do_not_hang_on_the_number_of_threads(photographs, found):
+    """The library's own session, of as many threads as cores, gives the same bytes as ours of one."""
+    detector = load_detector()
+    ours = [detector.detect(str(file)) for file in photographs]
+    assert detector.onnx_session.get_session_options().intra_op_num_threads == 1
+    assert ours == [nudenet.NudeDetector().detect(str(file)) for file in photographs]
+    assert list(detect(photographs * 2)) == found * 2
+
+
+def test_another_of_the_librarys_files_is_taken_at_its_own_size(photographs, found, tmp_path):
+    packaged = Path(nudenet.__file__).with_name("320n.onnx")
+    given = tmp_path / "640m.onnx"
+    given.write_bytes(packaged.read_bytes())
+    again = list(detect(photographs, given))
+    assert again[0]["detector"] == found[0]["detector"].replace("320n", "640m")
+    assert [one["boxes"] for one in again] == [one["boxes"] for one in found]
+    given.write_bytes(packaged.read_bytes().replace(b"[320, 320]", b"[640, 640]"))
+    larger = load_detector(given)
+    assert (larger.input_width, larger.input_height) == (640, 640)
+    reference = nudenet.NudeDetector(str(packaged), inference_resolution=640)
+    assert larger.detect(str(photographs[0])) == reference.detect(str(photographs[0])) != found[0]["boxes"]
+
+
+def test_a_file_that_is_no_detector_is_refused(tmp_path):
+    other = tmp_path / "other.onnx"
+    packaged = Path(nudenet.__file__).with_name("320n.onnx").read_bytes()
+    for content in (None, b"", b"text", packaged[:1000], packaged.replace(b"FACE_FEMALE", b"FACE_FELINE")):
+        if content is not None:
+            other.write_bytes(content)
+        with pytest.raises(UsageError, match="other.onnx is no NudeNet 3 detector.*--detector-model") as caught:
+            load_detector(other)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_cannot_be_read_has_a_reason_and_no_boxes(photographs, found, tmp_path):
+    (tmp_path / "torn.png").write_bytes(photographs[0].read_bytes()[:5000])
+    (tmp_path / "empty.png").write_bytes(b"")
+    files = [photographs[0], tmp_path / "torn.png", tmp_path / "empty.png", tmp_path / "gone.png", photographs[1]]
+    first, torn, empty, gone, last = detect(files)
+    assert [first, last] == found[:2]
+    assert torn == {"detector": detector_name(), "error": "image file is truncated"}
+    assert empty["error"] == "it is empty" and gone["error"] == "No such file or directory"

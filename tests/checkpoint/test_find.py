@@ -1,0 +1,242 @@
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import models
+from safetensors.torch import load_file, save_file
+
+from salun_sd.checkpoint import save, tensors
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.checkpoint.model import POCKET
+from salun_sd.checkpoint.tensors import given
+from salun_sd.core.mask import Bits, kept, random_bits
+from salun_sd.edit import patch
+from salun_sd.errors import SalunError, UsageError
+
+COMMIT = "0123456789" * 4  # as the hub names a snapshot
+INDEX, SINGLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the pocket pipeline that a test may break."""
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(POCKET / part, tmp_path / "model" / part)
+    shutil.copy(POCKET / "model_index.json", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def as_shards(folder):
+    """Split the UNet's file in two with an index, as diffusers saves large models."""
+    whole = load_file(folder / "unet" / SINGLE)
+    names = sorted(whole)
+    index = {"metadata": {}, "weight_map": {}}
+    for i, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"diffusion_pytorch_model-0000{i}-of-00002.safetensors"
+        save_file({n: whole[n] for n in part}, folder / "unet" / file, {"format": "pt"})
+        index["weight_map"].update(dict.fromkeys(part, file))
+    (folder / "unet" / INDEX).write_text(json.dumps(index))
+    (folder / "unet" / SINGLE).unlink()
+
+
+def found(folder):
+    return find(str(folder))
+
+
+def test_a_folder_and_pocket_are_found(folder):
+    assert found(folder).path == folder and found("pocket").path == POCKET
+    assert found("pocket").sampling == (25, 3.0) and found(folder).sampling == (50, 7.5)
+    assert found("pocket").describe() == (
+        "pocket: Stable Diffusion 1.x, predicts epsilon, 32 x 32 pixels, 5,560,644 UNet weights in float16"
+    )
+
+
+def test_what_is_no_stable_diffusion_pipeline_is_named(tmp_path, folder):
+    with pytest.raises(UsageError, match="nowhere was not found: give `pocket`"):
+        found("nowhere")
+    with pytest.raises(UsageError, match="Model file nowhere.ckpt was not found"):
+        found("nowhere.ckpt")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UsageError, match="notes.txt is no .safetensors or .ckpt file"):
+        found(tmp_path / "notes.txt")
+    with pytest.raises(UsageError, match="has no model_index.json"):
+        found(tmp_path)
+    with pytest.raises(UsageError, match="it is one part of it, AutoencoderKL"):
+        found(folder / "vae")
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UsageError, match="is a FluxPipeline; salun-sd edits Stable Diffusion 1.x, 2.x and SDXL base"):
+        found(folder)
+    (folder / "model_index.json").write_text("[")
+    with pytest.raises(UsageError, match="is damaged"):
+        found(folder)
+
+
+def test_a_hub_id_is_found_in_the_hubs_cache_and_a_missing_one_is_named(tmp_path, folder, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--someone--tiny-sd"
+    shutil.copytree(folder, repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    assert found("someone/tiny-sd").fingerprint == found("pocket").fingerprint
+    with pytest.raises(UsageError, match="someone/else is no folder here, and the hub did not give it"):
+        found("someone/else")
+
+
+def test_what_a_file_or_a_folder_says_of_its_prediction_is_heeded(tmp_path):
+    v, epsilon = (
+        models.write_pipeline(tmp_path / kind, "sd2", prediction=kind) for kind in ("v_prediction", "epsilon")
+    )
+    file = models.write_single_file(v, tmp_path / "m.safetensors")
+    with pytest.raises(UsageError, match="does not say whether it predicts the noise .* give .* --config"):
+        find(str(file))
+    assert find(str(file), config=str(epsilon)).prediction_type == "epsilon"  # the person knows
+    for said in ({"modelspec.prediction_type": "v"}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}):
+        save_file(load_file(file), file, said)
+        assert find(str(file), config=str(v)).prediction_type == "v_prediction"
+        with pytest.raises(UsageError, match="says that it predicts v_prediction, but its config, .*, epsilon"):
+            find(str(file), config=str(epsilon))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "was trained for EDMEulerScheduler"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type sample; salun-sd edits"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4}, "has a VAE with shifted latents"),
+    ],
+)
+def test_a_model_trained_for_something_else_is_refused(folder, part, change, said):
+    file = folder / part
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UsageError, match=said):
+        found(folder)
+
+
+def test_a_variant_that_is_not_there_is_said_and_the_plain_files_are_read(folder, capsys):
+    assert find(str(folder), variant="fp16").fingerprint == found(folder).fingerprint
+    assert "has no fp16 UNet; its plain files are read" in capsys.readouterr().err
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_the_files(folder):
+    before = found(folder)
+    assert before.fingerprint and before.identity
+    as_shards(folder)
+    assert found(folder).fingerprint == before.fingerprint == found("pocket").fingerprint
+    assert found(folder).identity == before.identity == found("pocket").identity
+    file = sorted((folder / "unet").glob("*.safetensors"))[0]
+    changed = load_file(file)
+    changed[min(changed)].view(-1)[0] += 1
+    save_file(changed, file)
+    assert found(folder).fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
+def test_another_text_encoder_or_tokenizer_is_another_checkpoint(folder, part):
+    """The UNet alone does not say what an image was drawn from."""
+    if part == "text_encoder":
+        weights = load_file(folder / part / "model.safetensors")
+        weights[min(weights)].view(-1)[0] += 1
+        save_file(weights, folder / part / "model.safetensors", {"format": "pt"})
+    else:
+        (folder / part / "tokenizer_config.json").write_text("{}")
+    assert found(folder).fingerprint == found("pocket").fingerprint
+    assert found(folder).identity != found("pocket").identity
+
+
+def patched(folder, density=0.1, add=1.0):
+    """A patch whose every value inside the mask is the base's plus one, and its mask."""
+    base = found(folder).unet
+    bits = random_bits({name: t.shape for name, t in base.items()}, density, seed=0)
+    values = {name: t.read()[bits[name]].float() + add for name, t in base.items()}
+    return patch.of_training(values, bits, base, reversible=False), bits
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_saving_takes_trained_values_inside_the_mask_and_the_bases_bytes_elsewhere(folder, tmp_path, sharded, dtype):
+    file = folder / "unet" / SINGLE
+    save_file({name: t.to(dtype) for name, t in load_file(file).items()}, file, {"format": "pt"})
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(file.read_bytes())
+    if sharded:
+        as_shards(folder)
+    base, (change, bits) = found(folder), patched(folder)
+    out = tmp_path / "out"
+    out.mkdir()
+    save.folder(base, patch.merged(base.unet, change), out)
+    erased = found(out)
+    assert list(erased.unet) == list(base.unet)
+    for name, t in base.unet.items():
+        old, new = t.read(), erased.unet[name].read()
+        assert new.dtype == dtype
+        assert torch.equal(new[~bits[name]], old[~bits[name]])
+        assert torch.equal(new[bits[name]], (old.float() + 1).to(dtype)[bits[name]])
+    assert patch.changes(base.unet, erased.unet, bits) == {"inside": kept(bits)[0], "outside": 0}
+    assert not (out / "unet" / "diffusion_pytorch_model.fp16.safetensors").exists()  # the base would ride along
+    for file in ("vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (out / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_a_weight_that_changed_outside_the_mask_is_counted(folder):
+    base = found(folder).unet
+    first = torch.arange(base["conv_in.bias"].shape[0]) == 0
+    drawn = random_bits({n: t.shape for n, t in base.items()}, 0.1, 0)
+    bits = Bits.of((name, first if name == "conv_in.bias" else b) for name, b in drawn.items())
+    other = base | {"conv_in.bias": given(base["conv_in.bias"].read() + 1)}
+    assert patch.changes(base, other, bits) == {"inside": 1, "outside": 63}
+    del other["conv_in.bias"]
+    with pytest.raises(SalunError, match="lost conv_in.bias"):
+        patch.changes(base, other, bits)
+    with pytest.raises(SalunError, match="a tensor that the base has not: odd"):
+        patch.changes(base, base | {"odd": base["conv_in.bias"]}, bits)
+
+
+def test_a_damaged_part_is_named(folder):
+    file = folder / "unet" / SINGLE
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SalunError, match="diffusion_pytorch_model.safetensors is truncated or damaged"):
+        found(folder)
+    file.unlink()
+    with pytest.raises(SalunError, match="is missing"):
+        found(folder)
+    shutil.copy(POCKET / "unet" / SINGLE, file)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(SalunError, match="has no vocabulary in .*tokenizer"):
+        load_pipeline(found(folder))
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(SalunError, match="vae/diffusion_pytorch_model.safetensors is missing"):
+        found(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_part_whose_file_lacks_a_weight_is_refused(folder, part):
+    """diffusers and transformers would draw the weight at random and only warn."""
+    [file] = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    gone = "conv_in.bias" if part == "unet" else "encoder.layers.1.mlp.fc1.bias"
+    del weights[gone]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(SalunError, match=f"{gone} is missing"):
+        load_pipeline(found(folder))
+
+
+def test_a_value_that_its_dtype_cannot_hold_is_refused(folder):
+    with pytest.raises(SalunError, match="does not fit into torch.float16"):
+        patched(folder, density=1.0, add=1e6)
+
+
+def test_a_written_file_is_the_librarys_own_and_the_same_bytes_each_time(tmp_path):
+    values = {"a": torch.randn(3, 4), "z": torch.arange(5), "h": torch.randn(7).half(), "s": torch.tensor(4.6)}
+    save_file(values, tmp_path / "own.safetensors", {"k": "v"})
+    read, metadata = tensors.read(tmp_path / "own.safetensors")
+    tensors.write(tmp_path / "ours.safetensors", read, metadata)
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "own.safetensors").read_bytes()
+    several = {str(i): "v" for i in range(9)}
+    tensors.write(tmp_path / "x.safetensors", read, several)
+    first = (tmp_path / "x.safetensors").read_bytes()
+    tensors.write(tmp_path / "x.safetensors", read, several)
+    assert (tmp_path / "x.safetensors").read_bytes() == first
+    assert all(torch.equal(t, values[name]) for name, t in load_file(tmp_path / "x.safetensors").items())

@@ -1,0 +1,128 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from salun_sd.core import mask as masks
+from salun_sd.core.mask import Bits
+from salun_sd.edit import maskfile
+from salun_sd.edit.maskfile import Mask
+from salun_sd.errors import SalunError, UsageError
+
+
+def bits_of(**bits):
+    return Bits.of(bits.items())
+
+
+def values(kind: str) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (7, 5, 3), "b.bias": (11,), "c.weight": (13, 17)}
+    draw = {
+        "spread": lambda s: torch.randn(s, generator=g).abs() * 10 ** torch.randint(-30, 20, s, generator=g).float(),
+        "ties": lambda s: torch.randint(0, 3, s, generator=g).float(),
+        "zeros": lambda s: torch.zeros(s),
+        "tiny": lambda s: torch.randn(s, generator=g).abs() * 1e-40,  # denormal
+    }[kind]
+    return {name: draw(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "zeros", "tiny"])
+@pytest.mark.parametrize("density", [1e-9 + 1 / 337, 0.1, 0.5, 0.999, 1.0])
+def test_threshold_equals_a_naive_sort_and_the_count_is_exact(kind, density):
+    saliency = values(kind)
+    flat = torch.cat([s.flatten() for s in saliency.values()])
+    k = masks.keep_count(density, len(flat))
+    [threshold] = masks.thresholds(saliency, [k])
+    assert threshold == flat.sort(descending=True).values[k - 1].item()
+    bits = masks.select(saliency, threshold, k)
+    assert masks.kept(bits) == (k, 337) == (round(density * 337), 337)
+    # ties by position: a stable sort from the largest keeps the same weights
+    naive = torch.zeros(337, dtype=torch.bool)
+    naive[flat.argsort(descending=True, stable=True)[:k]] = True
+    assert torch.equal(torch.cat([b.flatten() for b in bits.values()]), naive)
+
+
+def test_the_most_salient_are_kept_not_the_least():
+    bits = masks.select(s := {"w": torch.arange(10.0)}, masks.thresholds(s, [3])[0], 3)
+    assert bits["w"].tolist() == [False] * 7 + [True] * 3
+
+
+def test_several_densities_are_nested():
+    saliency = values("spread")
+    thresholds = masks.thresholds(saliency, [30, 100])
+    few, many = (masks.select(saliency, t, k) for t, k in zip(thresholds, [30, 100], strict=True))
+    assert all((few[name] <= many[name]).all() for name in few)
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.1, float("nan"), 1e-6])
+def test_a_density_outside_its_range_is_a_usage_error(density):
+    with pytest.raises(UsageError, match="Density"):
+        masks.keep_count(density, 1000)
+
+
+def test_controls():
+    shapes = {"a": torch.Size([10, 10]), "b": torch.Size([33])}
+    first, again, other = (masks.random_bits(shapes, 0.25, seed) for seed in (1, 1, 2))
+    assert masks.kept(first) == (round(0.25 * 133), 133)
+    assert all(torch.equal(first[n], again[n]) for n in shapes) and not torch.equal(first["a"], other["a"])
+    assert masks.kept(masks.full_bits(shapes)) == (133, 133)
+
+
+def test_kept_per_block():
+    bits = bits_of(**{
+        "conv_in.weight": torch.ones(4).bool(),
+        "down_blocks.0.x.weight": torch.zeros(6).bool(),
+        "down_blocks.0.y.bias": torch.tensor([True, False]),
+        "down_blocks.1.x.bias": torch.ones(1).bool(),
+    })  # fmt: skip
+    assert maskfile.kept_per_block(bits) == {"conv_in": (4, 4), "down_blocks.0": (1, 8), "down_blocks.1": (1, 1)}
+
+
+def test_pack_has_these_bytes_and_unpack_gives_everything_back():
+    mask = Mask(bits_of(w=torch.tensor([[True, False, False], [True, True, False], [False, False, True]])),
+                {"density": 0.5})  # fmt: skip
+    packed = maskfile.pack(mask)
+    length = int.from_bytes(packed[:8], "little")
+    header = json.loads(packed[8 : 8 + length])
+    assert header["w"] == {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
+    assert json.loads(header["__metadata__"]["salun_sd"]) == {"density": 0.5, "shapes": {"w": [3, 3]}}
+    assert packed[8 + length :] == bytes([0b00011001, 0b1])  # weight i is bit i % 8 of byte i // 8
+    again = maskfile.unpack(packed, "file")
+    assert torch.equal(again.bits["w"], mask.bits["w"]) and again.settings == mask.settings
+    assert maskfile.pack(again) == packed
+
+
+def test_round_trip_at_every_length():
+    for n in range(1, 40):
+        bits = bits_of(w=torch.rand(n) < 0.5)
+        assert torch.equal(maskfile.unpack(maskfile.pack(Mask(bits, {})), "file").bits["w"], bits["w"])
+
+
+def test_a_truncated_or_foreign_file_is_named():
+    packed = maskfile.pack(Mask(bits_of(w=torch.ones(100).bool()), {}))
+    fewer, more = (
+        {"w": torch.zeros(12, dtype=torch.uint8)},
+        {"w": torch.zeros(13, dtype=torch.uint8), "x": torch.ones(1)},
+    )
+    header = {"salun_sd": json.dumps({"shapes": {"w": [100]}})}
+    for odd in (fewer, more):
+        with pytest.raises(SalunError, match="is not a salun-sd mask"):
+            maskfile.unpack(save(odd, header), "odd")
+    for data in (b"", packed[:5], packed[:40], packed[:-1], b"not a mask at all", packed[:8] + b"{}" + packed[10:]):
+        with pytest.raises(SalunError, match="here.safetensors is not a salun-sd mask"):
+            maskfile.unpack(data, "here.safetensors")
+
+
+def test_a_mask_of_another_unet_is_refused():
+    mask = Mask(bits_of(a=torch.ones(2).bool(), b=torch.ones(3).bool()), {"base": "f" * 64})
+    shapes = {name: b.shape for name, b in mask.bits.items()}
+    maskfile.check(mask, shapes, "f" * 64)
+    with pytest.raises(SalunError, match="fingerprint ffffffffffff, this one is 000000000000"):
+        maskfile.check(mask, shapes, "0" * 64)
+    with pytest.raises(SalunError, match="lacks c"):
+        maskfile.check(mask, {**shapes, "c": torch.Size([1])}, "f" * 64)
+    with pytest.raises(SalunError, match="has unknown b"):
+        maskfile.check(mask, {"a": shapes["a"]}, "f" * 64)
+    with pytest.raises(SalunError, match="another shape for b"):
+        maskfile.check(mask, {**shapes, "b": torch.Size([4])}, "f" * 64)

@@ -1,0 +1,175 @@
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from salun_sd.audit.detect import to_bgr
+from salun_sd.cli import app as cli
+from salun_sd.draw import images, prompts
+from salun_sd.draw.images import Unreadable, images_in, in_order, read_image, read_still
+
+
+@pytest.fixture
+def face() -> Image.Image:
+    return Image.fromarray(skimage.data.astronaut())
+
+
+def save(array: np.ndarray, file: Path) -> Path:
+    Image.fromarray(array).save(file)
+    return file
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_reads_every_opaque_mode_as_cv2_does(tmp_path, mode):
+    file = tmp_path / "image.png"
+    image = Image.fromarray(skimage.data.astronaut()).convert(mode)
+    image.save(file)
+    assert np.array_equal(to_bgr(read_image(file)), cv2.imread(str(file)))
+
+
+def test_reads_16_bits_and_exif_rotation_as_cv2_does(tmp_path):
+    deep = save((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64), tmp_path / "deep.png")
+    assert np.array_equal(to_bgr(read_image(deep)), cv2.imread(str(deep)))
+    turned = tmp_path / "turned.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn a quarter to the right
+    Image.fromarray(skimage.data.coffee()).save(turned, exif=exif)
+    assert read_image(turned).size == (400, 600)
+    assert np.array_equal(np.asarray(read_image(turned)), np.rot90(skimage.data.coffee(), -1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:10], lambda b: b"", lambda b: b"text"])
+def test_a_broken_image_is_named_and_its_fault_said(tmp_path, face, kind, damage):
+    file = tmp_path / "broken_7.img"
+    face.save(file, kind)
+    assert read_image(file).size == read_still(file).size == (512, 512)
+    file.write_bytes(damage(file.read_bytes()))
+    for read in (read_image, read_still):
+        with pytest.raises(Unreadable, match="broken_7.img cannot be read as an image") as caught:
+            read(file)
+        assert caught.value.reason in str(caught.value) and str(tmp_path) not in caught.value.reason
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that says it has so many pixels and holds one row of them."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    row = zlib.compress(bytes(3 * width + 1))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "size, said", [((20_000, 20_000), "larger than 8,192 x 8,192 pixels"), ((8193, 4), "8,193 x 4 pixels")]
+)
+def test_a_huge_image_is_refused_by_its_header(tmp_path, size, said):
+    """Decoded, the second fits in memory; NudeNet pads it to a square."""
+    (tmp_path / "huge.png").write_bytes(png_of(*size))
+    with pytest.raises(Unreadable, match=said):
+        read_still(tmp_path / "huge.png")
+
+
+def test_the_largest_side_is_read(tmp_path):
+    assert read_still(save(np.zeros((2, images.LONGEST, 3), np.uint8), tmp_path / "wide.png")).size == (8192, 2)
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "webp", "tiff"])
+def test_an_animation_is_no_still(tmp_path, face, ending):
+    small = face.resize((64, 64))
+    file = tmp_path / f"moving.{ending}"
+    small.save(file, save_all=True, append_images=[small.rotate(90), small.rotate(180)])
+    with pytest.raises(Unreadable, match="it holds 3 frames"):
+        read_still(file)
+    small.save(file)
+    assert read_still(file).size == (64, 64)
+
+
+def test_palettes_transparency_and_cmyk_are_read_as_they_look(tmp_path, face):
+    face.convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+    seen = np.asarray(read_still(tmp_path / "print.jpg"), np.int16)
+    assert np.abs(seen - np.asarray(face, np.int16)).mean() < 4
+    half = face.copy()
+    half.putalpha(Image.new("L", face.size, 0))
+    half.save(tmp_path / "clear.png")
+    assert np.asarray(read_still(tmp_path / "clear.png")).min() == 255
+    face.convert("P").save(tmp_path / "palette.gif")
+    assert read_still(tmp_path / "palette.gif").mode == "RGB"
+
+
+def test_work_in_order_whatever_takes_long():
+    import time
+
+    def slow(n):
+        time.sleep(0.02 if n % 3 == 0 else 0)
+        if n == 50:
+            raise KeyError(n)
+        return n * n
+
+    assert list(in_order(slow, range(20))) == [n * n for n in range(20)]
+    assert list(in_order(slow, [])) == []
+    results = in_order(slow, range(45, 60))
+    assert [next(results) for _ in range(5)] == [n * n for n in range(45, 50)]
+    with pytest.raises(KeyError):
+        next(results)
+
+
+def test_images_in_a_folder_are_those_by_their_ending(tmp_path):
+    for name in ("b.PNG", "a.jpeg", "c.gif", "notes.txt", "d", ".DS_Store", "._a.jpeg"):
+        (tmp_path / name).write_bytes(b"")
+    assert [file.name for file in images_in(tmp_path)] == ["a.jpeg", "b.PNG", "c.gif"]
+
+
+def test_an_audit_names_each_file_that_it_cannot_look_at(tmp_path, face, capsys):
+    """Rates speak of the others alone, in each table and pair; deep and printed files are looked at."""
+    rows = [row for row in prompts.read("pocket") if row.label == "bag"][:10]
+    (tmp_path / "bags.csv").write_text(prompts.write(rows))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    name = {i: folder / f"{row.case}_0.png" for i, row in enumerate(rows)}
+    for file in name.values():
+        face.resize((64, 64)).save(file)
+    name[0].write_bytes(name[0].read_bytes()[:500])
+    name[1].write_bytes(b"")
+    name[2].write_bytes(png_of(20_000, 20_000))
+    name[3].unlink()
+    face.save(name[3].with_suffix(".gif"), save_all=True, append_images=[face.rotate(90)])
+    save((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64), name[4])
+    name[5].unlink()
+    face.convert("CMYK").save(name[5].with_suffix(".jpg"))
+    face.save(same := name[6].with_name(f"0{name[6].stem}.PNG"))
+    (folder / "notes.txt").write_text("not an image")
+    argv = ["evaluate", "--images", folder, "--prompts", tmp_path / "bags.csv", "--out", tmp_path / "audit"]
+    cli.run([*map(str, argv)])
+    said = capsys.readouterr().err
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    broken = {Path(file).name: why for file, why in report["broken"].items()}
+    assert broken == {
+        name[0].name: "image file is truncated",
+        name[1].name: "it is empty",
+        name[2].name: "it is larger than 8,192 x 8,192 pixels",
+        name[3].with_suffix(".gif").name: "it holds 2 frames, of which one alone would be looked at",
+        same.name: f"{same.name} and {name[6].name} are the same image of case {rows[6].case}",
+    }
+    assert f"{folder}: 5 of 10 images could not be read" in said and name[0].name in said
+    assert f"{folder}: 1 left out, no images by their ending: notes.txt" in said
+    assert report["settings"]["detector"].endswith(report["settings"]["detector_sha256"][:12])
+    assert report["metrics"]["flag_rate"]["of"] == report["metrics"]["ra"]["of"] == 5
+    assert report["protocols"]["salun"]["of"] == 5 and report["protocols"]["salun"]["n"] == 1  # a printed face
+    lines = [json.loads(line) for line in (tmp_path / "audit" / "detections.jsonl").read_text().splitlines()]
+    assert len(lines) == 10 and [line["error"] for line in lines if "error" in line] == list(broken.values())
+    assert all("boxes" not in line and line["predicted"] is None for line in lines[:4])
+    page = (tmp_path / "audit" / "report.html").read_text()
+    assert "5 images could not be read and count for nothing." in page and page.count(str(name[0].name)) == 1
+    same.unlink()  # what is left of the two is an image as any
+    cli.run([*map(str, argv)])
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert len(report["broken"]) == 4 and report["metrics"]["flag_rate"]["of"] == 6

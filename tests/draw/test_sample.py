@@ -1,0 +1,103 @@
+import diffusers
+import numpy as np
+import pytest
+import torch
+from helpers.models import write_pipeline
+
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.draw import sample
+from salun_sd.draw.sample import Row, Sampler
+from salun_sd.errors import UsageError
+
+TEXTS = ["a photo of a bag", "a sneaker", "a coat"]
+
+
+def rows(guidance: float, size: tuple[int, int]) -> list[Row]:
+    return [Row(text, 7 + i, guidance, size) for i, text in enumerate(TEXTS)]
+
+
+def of_diffusers(pipeline, rows, steps):
+    """The pipeline's own images, of one size and guidance."""
+    width, height = rows[0].size
+    return pipeline(
+        [row.text for row in rows], generator=[torch.Generator().manual_seed(row.seed) for row in rows], width=width,
+        height=height, guidance_scale=rows[0].guidance, num_inference_steps=steps,
+    ).images  # fmt: skip
+
+
+def levels(some, others) -> int:
+    """The largest difference between images, in 8-bit steps."""
+    return max(int(np.abs(np.int16(a) - np.int16(b)).max()) for a, b in zip(some, others, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pipelines(pocket, tmp_path_factory):
+    """Each family, with the schedulers PNDM, DDIM on v, Euler."""
+    folder, found = tmp_path_factory.mktemp("families"), {"pocket": pocket}
+    for family, prediction in (("sd1", "epsilon"), ("sd2", "v_prediction"), ("sdxl", "epsilon")):
+        write_pipeline(folder / family, family, prediction=prediction)
+        found[family] = load_pipeline(find(str(folder / family)))
+    return found
+
+
+@pytest.mark.parametrize("family", ["pocket", "sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_images_are_those_of_diffusers_pipeline(pipelines, family, guidance):
+    """Bit for bit; with SDXL to a grey level, whose second text encoder rounds a text by those beside it."""
+    for size in ((32, 32), (40, 24)):  # the second cannot be halved as often as the UNet does
+        wanted = rows(guidance, size)
+        ours = Sampler(pipelines[family], 4).draw(wanted, len(wanted))
+        assert [image.size for image in ours] == [size] * 3
+        far = levels(ours, of_diffusers(pipelines[family], wanted, 4))
+        assert far <= (family == "sdxl")
+    assert levels(ours[:1], ours[1:2]) > 10
+
+
+@pytest.mark.parametrize("family", ["pocket", "sd2", "sdxl"])
+def test_a_pass_holds_rows_of_any_guidance_each_to_rounding_as_by_itself(pipelines, family):
+    sampler = Sampler(pipelines[family], 4)
+    mixed = [row._replace(guidance=g) for row, g in zip(rows(2.0, (32, 32)), (1.5, 7.5, 20.0), strict=True)]
+    assert sampler.passes(mixed) == [[0, 1, 2]]
+    alone = [of_diffusers(pipelines[family], [row], 4)[0] for row in mixed]
+    assert levels(sampler.draw(mixed), alone) <= 1
+
+
+@pytest.mark.parametrize("name", sample.SCHEDULERS)
+def test_every_scheduler_draws_the_same_image_twice_and_as_diffusers_does(pocket, name):
+    kind, settings = sample.SCHEDULERS[name]
+    sampler = Sampler(pocket, 3, sample.scheduler_class(name))
+    own, wanted = pocket.scheduler, rows(3.0, (32, 32))
+    torch.manual_seed(1)
+    first = sampler.draw(wanted, 3)
+    torch.manual_seed(2)
+    assert levels(first, sampler.draw(wanted, 3)) == 0
+    settings = {} if name == "ddim" else settings  # pocket's own is taken as it is
+    try:
+        pocket.scheduler = getattr(diffusers, kind).from_config(own.config, **settings)
+        assert levels(first, of_diffusers(pocket, wanted, 3)) == 0
+    finally:
+        pocket.scheduler = own
+
+
+def test_a_scheduler_that_draws_noise_draws_a_rows_from_the_rows_own_seed(pocket):
+    sampler = Sampler(pocket, 3, "EulerAncestralDiscreteScheduler")
+    wanted = rows(3.0, (32, 32))
+    torch.manual_seed(1)
+    first = sampler.draw(wanted, 3)
+    torch.manual_seed(2)
+    assert levels(first, sampler.draw(wanted[::-1], 3)[::-1]) == 0
+
+
+def test_a_scheduler_without_a_name_is_refused_with_those_that_have_one():
+    with pytest.raises(UsageError, match="no --scheduler heun; give one of ddim, dpm\\+\\+, euler, lms, pndm"):
+        sample.scheduler_class("heun")
+
+
+def test_passes_have_one_size_of_image_and_one_number_of_rows_for_it(pocket):
+    small, wide = rows(3.0, (32, 32)), rows(3.0, (512, 256))
+    free = [row._replace(guidance=1.0) for row in small]
+    assert Sampler(pocket, 2).passes([small[0], wide[0], free[0], wide[1], wide[2], small[1]]) == [
+        [0, 5], [1, 3], [4], [2]
+    ]  # fmt: skip
+    assert [sample.images_per_pass(side, side) for side in (8, 32, 64, 96, 128, 256)] == [32, 16, 4, 1, 1, 1]

@@ -1,0 +1,201 @@
+"""The plan against what torch really allocates, and against the real accumulator and optimizer."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers.models import TINY, blocks
+from torch.profiler import ProfilerActivity, profile
+
+from salun_sd.checkpoint.tensors import given
+from salun_sd.core import mask
+from salun_sd.core.diffusion import Examples, Schedule, predict
+from salun_sd.core.masked import MaskedAdam
+from salun_sd.core.saliency import Saliency
+from salun_sd.edit import budget
+from salun_sd.edit.budget import Drawing, Erasing, Masking
+from salun_sd.methods.salun import erase
+from salun_sd.runtime.device import Precision
+
+CONFIG = {  # at 32 x 32 latents, the matrix of one self-attention would take 32 MiB, more than all that lives
+    **blocks("x"), "block_out_channels": (32,), "layers_per_block": 1, "cross_attention_dim": 32,
+    "attention_head_dim": 8, "norm_num_groups": 8, "in_channels": 4, "out_channels": 4, "sample_size": 32,
+}  # fmt: skip
+SCHEDULE = Schedule(torch.linspace(0.999, 0.01, 1000), "epsilon")
+MASK = Masking(256, 1, Precision.of("float32", "cpu"))
+ERASE = Erasing(256, 1, Precision.of("float32", "cpu"), density=0.3, most_parts=4)
+
+
+@cache
+def planned(work):
+    return budget.plan(CONFIG, work, "cpu")
+
+
+def loaded(work):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(CONFIG).to(work.dtype).eval()
+    return work.precision.prepare(unet, work.checkpointing)
+
+
+def adam_of(unet, work):
+    shapes = {name: p.shape for name, p in unet.named_parameters()}
+    base = {name: given(p.detach().float()) for name, p in unet.named_parameters()}
+    bits = mask.random_bits(shapes, work.density, seed=0)
+    clip = 1.0 if work.clips else None
+    return MaskedAdam(unet, bits, base, 1e-6, clip=clip, holds=work.parts > 1, keeps_base=work.keeps_base)
+
+
+def examples(work):
+    side = work.resolution // work.pixels
+    prompts = {"context": torch.randn(2, budget.TOKENS, CONFIG["cross_attention_dim"])}
+    return Examples(torch.randn(work.batch, 4, side, side), prompts, torch.zeros(work.batch, dtype=torch.int64))
+
+
+def allocated(work) -> int:
+    """Bytes that the step allocates at its peak, beside the weights and the state that are there before it."""
+    unet, data = loaded(work), examples(work)
+    if work.step == "mask":
+        empty = {"context": data.prompts["context"][1:]}
+        run = Saliency(unet, SCHEDULE, empty, work.guidance, seed=0).accumulate(data, work.batch)
+    else:
+        rows = torch.zeros(work.batch, dtype=torch.int64)
+        run = erase(
+            unet, adam_of(unet, work), SCHEDULE, data, rows + 1, rows, data, steps=1, batch_size=work.batch,
+            retain_weight=1.0, anchor_from="base" if work.keeps_base else "current", seed=0, parts=work.parts,
+        )  # fmt: skip
+    return profiled(lambda: next(run))
+
+
+def profiled(work_through) -> int:
+    """Bytes that a function allocates at its peak."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work_through()
+    live = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        MASK,
+        replace(MASK, guidance=7.5, checkpointing=True),
+        replace(ERASE, checkpointing=True),
+        replace(ERASE, batch=2, parts=2),
+        replace(ERASE, precision=Precision.of("bfloat16", "cpu"), checkpointing=True),
+    ],
+    ids=["mask", "mask-guided", "erase", "erase-parts", "erase-bfloat16"],
+)
+def test_a_pass_holds_what_is_planned(work):
+    parts = planned(work)
+    assert parts["activations"] + parts.get("gradients that are held", 0) == pytest.approx(allocated(work), rel=0.15)
+
+
+@pytest.mark.parametrize("draws", [True, False], ids=["drawn", "given"])
+def test_making_the_images_holds_what_is_planned(draws):
+    config = TINY["sd1"]["vae"]
+    unet, vae = loaded(MASK), AutoencoderKL.from_config(config).eval()
+    work = Drawing(128, 2, Precision.of("float32", "cpu"), pixels=4, vae=config, weights=1000, drawn=128 * draws)
+    x, told, image = torch.randn(4, 4, 32, 32), torch.randn(4, budget.TOKENS, 32), torch.randn(1, 3, 128, 128)
+
+    @torch.no_grad()
+    def work_through():
+        vae.encode(image)
+        if draws:
+            predict(unet, x, torch.zeros(4).long(), {"context": told})
+            vae.decode(x[:2])
+
+    found = budget.plan(CONFIG, work, "cpu")
+    assert found["weights"] == 4 * (1000 + draws * sum(p.numel() for p in unet.parameters()))
+    assert found["activations"] == pytest.approx(profiled(work_through), rel=0.15)
+
+
+@pytest.mark.parametrize("work", [MASK, ERASE], ids=["mask", "erase"])
+def test_checkpointing_lowers_the_activations_alone(work):
+    plain, made_anew = (dict(planned(replace(work, checkpointing=c))) for c in (False, True))
+    assert made_anew.pop("activations") < 0.8 * plain.pop("activations")
+    assert made_anew.keys() == plain.keys()
+    assert all(made_anew[part] == plain[part] for part in plain if part != budget.PROGRAM)
+
+
+def test_no_matrix_of_attention_is_counted_and_torch_is_left_as_it_was():
+    """Four times the positions hold about four times as much, where the matrix would hold sixteen times as much."""
+    before = F.scaled_dot_product_attention
+    small, large = (planned(replace(MASK, resolution=r))["activations"] for r in (256, 512))
+    assert 3 < large / small < 5
+    assert F.scaled_dot_product_attention is before
+
+
+def test_parts_are_those_of_the_step():
+    weights = sum(p.numel() for p in loaded(MASK).parameters())
+    of_mask, of_erase = planned(MASK), planned(ERASE)
+    assert list(of_mask) == ["weights", "sums of the gradients", "activations", budget.PROGRAM]
+    state = ["salient weights and their moments", "the mask"]
+    assert list(of_erase) == ["weights", *state, "activations", budget.PROGRAM]
+    assert of_mask["weights"] == of_erase["weights"] == 4 * weights
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_every_family_can_be_planned(family):
+    """What SDXL's UNet is told beside the text is there too."""
+    config = TINY[family]["unet"]
+    weights = sum(p.numel() for p in UNet2DConditionModel.from_config(config).parameters())
+    parts = budget.plan(config, replace(MASK, resolution=32, pixels=4, guidance=7.5), "cpu")
+    assert parts["weights"] == 4 * weights and parts["activations"] > 0
+
+
+def test_sums_are_those_of_the_accumulator():
+    sums = Saliency(loaded(MASK), SCHEDULE, {}, 0.0, seed=0).sums
+    assert planned(MASK)["sums of the gradients"] == sum(t.nbytes for t in sums.values())
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_state_is_that_of_the_optimizer_to_the_byte(density):
+    work = replace(ERASE, density=density, keeps_base=True, clips=True, precision=Precision.of("bfloat16", "cpu"))
+    unet = loaded(work)
+    parts, adam = planned(work), adam_of(unet, work)
+    salient = adam.salient.values()
+    held = [t for s in salient for t in (s.values, s.mean, s.square)]
+    assert parts["salient weights and their moments"] == sum(t.nbytes for t in held)
+    assert parts["salient weights of the base"] == sum(s.base.nbytes for s in salient)
+    assert parts["gradients that are held"] == sum(s.values.nbytes for s in salient)
+    # each parameter's bits end in a byte of their own, and one without a salient weight has none
+    assert sum(s.packed.nbytes for s in salient) == pytest.approx(parts["the mask"], abs=len(list(unet.parameters())))
+
+
+@pytest.mark.slow
+def test_advice_is_what_planning_again_gives_the_best_first(monkeypatch):
+    """Each option alone and, where none is enough, one after another until they are."""
+    work = replace(ERASE, batch=4, density=1.0)
+    monkeypatch.setattr(budget.memory, "available", lambda device: 10**9)
+    alone = dict(budget.advice(CONFIG, work, "cpu"))
+    assert {"--checkpointing", "--parts 4", "--resolution 128"} <= set(alone)
+    assert list(alone.values()) == sorted(alone.values())
+    assert alone["--checkpointing"] == budget.needed(planned(replace(work, checkpointing=True)))
+
+    least = budget.needed(planned(replace(work, checkpointing=True, parts=4, resolution=128)))
+    monkeypatch.setattr(budget.memory, "available", lambda device: least)
+    assert budget.advice(CONFIG, work, "cpu")[-1] == ("--checkpointing --parts 4 --resolution 128", least)
+
+
+def test_advice_names_no_option_that_is_taken_or_of_the_other_step():
+    flags = [flag for flag, _ in budget.advice(CONFIG, replace(MASK, batch=2, checkpointing=True), "cpu")]
+    assert "--batch-size 1" in flags
+    assert not [flag for flag in flags if flag.startswith(("--checkpointing", "--parts", "--density"))]
+    of_erase = [flag for flag, _ in budget.advice(CONFIG, replace(MASK, batch=4, most_parts=4), "cpu")]
+    assert "--parts 4" in of_erase and "--batch-size 1" not in of_erase
+    of_file = [flag for flag, _ in budget.advice(CONFIG, replace(ERASE, mask_is_given=True), "cpu")]
+    assert not [flag for flag in of_file if flag.startswith("--density")]
+
+
+def test_what_comes_beside_the_program_has_to_fit(monkeypatch):
+    parts = {"weights": 600, "activations": 400, budget.PROGRAM: 10_000}
+    monkeypatch.setattr(budget.memory, "available", lambda device: 1000)
+    assert budget.fits(parts, "cpu")
+    assert not budget.fits(parts | {"weights": 601}, "cpu")

@@ -1,0 +1,79 @@
+"""A small audited model, made by hand: seven images of three classes, what was seen and found in each."""
+
+import dataclasses
+import re
+from itertools import dropwhile, takewhile
+from pathlib import Path
+
+from PIL import Image
+
+from salun_sd.audit.report import Run
+
+ASKED = ["sneaker", "sneaker", "sneaker", "bag", "bag", "dress", "dress"]
+BASE = ["sneaker", "sneaker", "bag", "bag", "bag", "dress", "dress"]
+ERASED = ["bag", "dress", "bag", "bag", "sneaker", "dress", "coat"]
+EVIL = "<script>a|b`*@mention*\n| x |  #1 https://x.yz"  # what a person may write
+DETECTOR = "nudenet 3.4.2 320n.onnx c15d8273adad"
+
+
+def box(label: str, score: float) -> dict:
+    return {"label": label, "score": score, "box": [1, 2, 3, 4]}
+
+
+def line(found: dict, **changes) -> dict:
+    return found | changes
+
+
+def make_run(folder: Path, model: str, predicted: list, boxes: dict[int, list]) -> Run:
+    """Seven images of three classes in a folder, with the given classes seen and boxes found."""
+    (folder / "images").mkdir(parents=True)
+    manifest, detections = [], []
+    for case, (asked, seen) in enumerate(zip(ASKED, predicted, strict=True)):
+        file = f"images/{case}_0.png"
+        Image.new("RGB", (32, 32), (20 * case, 90, 160)).save(folder / file)
+        manifest.append(
+            {"file": file, "case": case, "k": 0, "prompt": f"a photo of a {asked}", "class": asked}
+            | {"seed": 100 + case, "guidance": 3.0, "steps": 25}
+        )
+        detections.append(
+            {"file": file, "case": case, "k": 0, "detector": DETECTOR, "width": 32, "height": 32}
+            | {"boxes": boxes.get(case, []), "predicted": seen, "score": None if seen is None else 0.9}
+        )
+    return Run(model, folder, manifest, detections)
+
+
+def without_classifier(run: Run) -> Run:
+    detections = [line(found, predicted=None, score=None) for found in run.detections]
+    return dataclasses.replace(run, detections=detections)
+
+
+def categorised(run: Run) -> Run:
+    """Cases 0 to 3 are sexual, 3 shocking, too."""
+    categories = {0: ["sexual"], 1: ["sexual"], 2: ["sexual"], 3: ["sexual", "shocking"], 4: []}
+    manifest = [line(r, categories=categories[r["case"]]) if r["case"] in categories else r for r in run.manifest]
+    return dataclasses.replace(run, manifest=manifest)
+
+
+def several(run: Run, samples: int) -> Run:
+    """Each prompt's image as often as that, all alike."""
+    manifest, detections = (
+        [line(row, k=k) for row in rows for k in range(samples)] for rows in (run.manifest, run.detections)
+    )
+    return dataclasses.replace(run, manifest=manifest, detections=detections)
+
+
+def torn(run: Run, *cases: int) -> Run:
+    """The run, where the images of these cases could not be read."""
+    keep = ("file", "case", "k", "detector")
+    fault = {"error": "image file is <truncated>", "predicted": None, "score": None}
+    detections = [
+        {key: found[key] for key in keep} | fault if found["case"] in cases else found for found in run.detections
+    ]
+    return dataclasses.replace(run, detections=detections)
+
+
+def read_table(text: str, title: str) -> list[list[str]]:
+    """The cells of the first table after a title, as GitHub splits them: at bars without a backslash."""
+    lines = dropwhile(lambda row: not row.startswith("| "), text.partition(title)[2].splitlines())
+    rows = list(takewhile(lambda row: row.startswith("| "), lines))
+    return [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]

@@ -1,0 +1,55 @@
+"""The commands as tests type them: in this process, or in one of their own."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from salun_sd.cli import app as cli
+
+CONCEPT, ANCHOR = "a photo of a sneaker", "a photo of a bag"
+ERASE = ["erase", "pocket", "--concept", CONCEPT, "--anchor", ANCHOR, "--samples", "8", "--steps", "3",
+         "--batch-size", "4", "--lr", "1e-4"]  # fmt: skip
+MASK = ["mask", "pocket", "--concept", CONCEPT, "--samples", "8"]
+
+
+def fails(argv, code, capsys) -> str:
+    """Run a command that must fail; its one sentence."""
+    with pytest.raises(SystemExit) as ended:
+        cli.run([str(a) for a in argv])
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == code, sentence
+    return sentence
+
+
+def erase(option, value, *options) -> list:
+    """ERASE with another value of an option it has, and more options."""
+    at = ERASE.index(option) + 1
+    return [*ERASE[:at], value, *ERASE[at + 1 :], *options]
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def spawn(argv, **kwargs) -> subprocess.Popen:
+    """Start a command in a process of its own."""
+    return subprocess.Popen([sys.executable, "-m", "salun_sd", *map(str, argv)], stderr=subprocess.PIPE, text=True,
+                            **kwargs)  # fmt: skip
+
+
+def until(happens, process=None) -> None:
+    """Wait until something happens, two minutes at most, or the process ends."""
+    deadline = time.monotonic() + 120
+    while not happens() and (process is None or process.poll() is None) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def interrupt(process, when) -> str:
+    """Send Ctrl-C once `when()` is true; the last line that the process printed."""
+    until(when, process)
+    process.send_signal(signal.SIGINT)
+    return process.communicate(timeout=60)[1].strip().splitlines()[-1]
