@@ -114,5 +114,5 @@ def clock(loop: Iterable) -> float:
 
 def reset_peak() -> int:
     """Forget the peak so far; gives the bytes held now."""
-    memory.forget_peak()
+    memory.reset_peak()
     return memory.peak()

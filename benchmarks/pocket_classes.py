@@ -16,13 +16,13 @@ from typing import Annotated
 
 import typer
 from PIL import Image
-from salun_sd.report.words import rate
 
-from salun_sd.audit.report import measure
+from salun_sd.audit.measure import measure
 from salun_sd.cli import app as cli
-from salun_sd.cli.demo import POCKET_TRAINING, asked_for, photo_of
+from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of
 from salun_sd.draw import prompts
-from salun_sd.edit import deliver as output
+from salun_sd.edit.deliver import run_of
+from salun_sd.report.words import rate
 
 HERE = Path(__file__).parent
 
@@ -67,9 +67,9 @@ def main(
     for concept, anchor, d in sorted(runs, key=lambda run: run[0] != first):  # the first class at every density first
         here = out / concept.replace(" ", "-")
         mask, erased, audit = here / f"mask-{d:g}.safetensors", here / f"erased-{d:g}", here / f"audit-{d:g}"
-        asked, to_forget = asked_for(rows, concept), ["--concept", photo_of(concept), "--samples", "200"]
+        asked, to_forget = audit_prompts(rows, concept), ["--concept", photo_of(concept), "--samples", "200"]
         here.mkdir(parents=True, exist_ok=True)
-        (here / "prompts.csv").write_text(prompts.write(asked))
+        (here / "prompts.csv").write_text(prompts.as_csv(asked))
         if not mask.exists():
             cli.run(["mask", "pocket", *to_forget, "--density", f"{d:g}", "--out", str(mask)])
         cli.run(["erase", "pocket", *to_forget, "--anchor", photo_of(anchor), "--mask", str(mask),
@@ -79,7 +79,7 @@ def main(
         of_case = [{line["case"]: line for line in lines} for lines in (base_manifest, base_detections)]
         before = measure(*([lines[p.case] for p in asked] for lines in of_case), [concept])["metrics"]
         record = json.loads((erased / "salun.json").read_text())
-        changed, seconds = record["changed"], output.run_of(erased)["seconds"]
+        changed, seconds = record["changed"], run_of(erased)["seconds"]
         table.append(
             f"| {concept} → {anchor} | {d:g} | {rate(after['ua'])} | {rate(after['ra'])} "
             f"| {rate(before['ra'])} | {changed['inside']:,} | {changed['outside']} | {seconds:.0f} |"

@@ -24,7 +24,7 @@ import typer
 from pocket_classes import cpu
 
 from salun_sd.cli import app as cli
-from salun_sd.cli.demo import POCKET_TRAINING, asked_for, photo_of
+from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of
 from salun_sd.draw import prompts
 
 DTYPES = ("float32", "bfloat16")
@@ -34,7 +34,7 @@ def erased(out: Path, dtype: str, concept: str, anchor: str, seed: int, density:
     """The audit's metrics of one erasure."""
     here = out / f"{concept.replace(' ', '-')}-{dtype}-{seed}"
     here.mkdir(parents=True, exist_ok=True)
-    (here / "prompts.csv").write_text(prompts.write(asked_for(prompts.read("pocket"), concept)))
+    (here / "prompts.csv").write_text(prompts.as_csv(audit_prompts(prompts.read("pocket"), concept)))
     cli.run(["erase", "pocket", "--concept", photo_of(concept), "--anchor", photo_of(anchor), "--samples",
              "200", "--density", f"{density:g}", "--dtype", dtype, "--seed", str(seed), *POCKET_TRAINING,
              "--out", str(here / "erased")])  # fmt: skip

@@ -32,17 +32,16 @@ from common import ARCHS, SCHEDULE, Case, clock, now
 from helpers.models import skeleton
 from torch.utils.flop_counter import FlopCounterMode
 
-from salun_sd.checkpoint.tensors import Lazy
 from salun_sd.core import mask
 from salun_sd.core.diffusion import predict
 from salun_sd.core.masked import MaskedAdam
-from salun_sd.core.saliency import Saliency, sum_dtype
+from salun_sd.core.saliency import GradientSum, sum_dtype
 from salun_sd.edit import budget, maskfile
 from salun_sd.edit.budget import Erasing, Masking, Work
 from salun_sd.edit.resources import LARGE
-from salun_sd.methods.salun import erase
+from salun_sd.methods.salun import erase, forget_gradient
 from salun_sd.runtime import memory
-from salun_sd.runtime.device import Precision, default_device, named
+from salun_sd.runtime.device import Precision, default_device, dtype_name
 
 DENSITIES = [0.5, 0.1, 0.01]
 OTHERS = 3 << 30  # bytes that the reference's three graphs, its VAE and the libraries take at the least
@@ -61,7 +60,7 @@ def gib(size: float) -> str:
 
 def _limit(threads: int) -> None:
     torch.set_num_threads(threads)
-    memory.give_back()  # as the commands do
+    memory.return_freed_memory()  # as the commands do
     if not torch.cuda.is_available():  # rather an error in this process than the system ending others
         resource.setrlimit(resource.RLIMIT_DATA, (memory.available("cpu"),) * 2)
 
@@ -114,7 +113,7 @@ def _timed_cut(cut: Callable, n: int) -> tuple[float, int]:
 
 def select_all(values: dict[str, torch.Tensor], densities: list[float]) -> list[mask.Bits]:
     counts = [mask.keep_count(d, sum(v.numel() for v in values.values())) for d in densities]
-    return [bits for _, bits in mask.cut(values, counts)]
+    return [bits for _, bits in mask.cuts(values, counts)]
 
 
 def our_cut(n: int, densities: list[float]) -> tuple[float, int]:
@@ -186,10 +185,11 @@ def file(bench: Bench, cases: list[Case]) -> Iterator[list]:
 def our_mask(case: Case, steps: int) -> tuple[float, float, int]:
     """Seconds an image, seconds of the thresholds at all densities, peak bytes."""
     unet, forget = case.unet(), case.examples((steps + 1) * case.batch)
-    saliency = Saliency(unet, SCHEDULE, forget.rows([2]), 7.5, 0)
-    seconds = clock(saliency.accumulate(forget, case.batch)) / case.batch
+    passes = forget_gradient(unet, SCHEDULE, forget, forget.rows([2]), guidance=7.5, seed=0, batch_size=case.batch)
+    with GradientSum(unet) as sums:
+        seconds = clock(passes) / case.batch
     start = now()
-    masks = select_all(saliency.result(), DENSITIES)
+    masks = select_all(sums.result(len(forget)), DENSITIES)
     return seconds, now() - start, memory.peak() if masks else 0
 
 
@@ -228,8 +228,7 @@ def _case(case: Case, who: str = "salun-sd") -> list[str]:
 def our_erase(case: Case, density: float, steps: int) -> tuple[float, int]:
     """Seconds a step, peak bytes."""
     bits, unet = common.random_mask(case.arch, density), case.unet()
-    base = {name: Lazy(p.dtype, p.shape, p.detach().cpu) for name, p in unet.named_parameters()}  # copies nothing
-    adam = MaskedAdam(unet, bits, base, 1e-5)
+    adam = MaskedAdam(unet, bits, 1e-5)
     forget, retain = case.examples(2 * case.batch), case.examples(2 * case.batch)
     anchors, concepts = torch.ones_like(forget.which), torch.zeros_like(forget.which)
     loop = erase(unet, adam, SCHEDULE, forget, anchors, concepts, retain, steps=steps + 1, batch_size=case.batch,
@@ -328,7 +327,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The file to write tables into.")] = Path("BENCHMARKS.md"),
 ) -> None:
     bench = Bench(threads or torch.get_num_threads(), with_reference)
-    dtype = named(Precision.of(dtype, default_device()).dtype)
+    dtype = dtype_name(Precision.of(dtype, default_device()).dtype)
     recomputes = [common.weights(a) >= LARGE if checkpointing is None else checkpointing for a in arch]
     sides = [latents or ARCHS[a]["unet"]["sample_size"] for a in arch]
     cases = [Case(a, side, batch, dtype, r) for a, side, r in zip(arch, sides, recomputes, strict=True)]

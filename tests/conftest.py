@@ -21,6 +21,11 @@ from salun_sd.draw.encode import encode_prompts
 from salun_sd.edit.resources import schedule_from
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file comes first, so that at the end no lane waits for it."""
+    items.sort(key=lambda item: item.path.name != "test_fullsize.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Images drawn by the tests are shared among them, and never with the person's own cache."""

@@ -1,1 +1,1 @@
-"""One audit: look at images and count."""
+"""One audit: draw or collect images, look at them, count."""

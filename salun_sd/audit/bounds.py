@@ -1,4 +1,4 @@
-"""What a bound of `evaluate --fail-if` may name, and the numbers of an audit that it judges. Pure."""
+"""The names that a bound of `evaluate --fail-if` may have, and their numbers in a report. Pure."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -7,66 +7,65 @@ from salun_sd.audit.protocols import LABELS, PROTOCOLS
 from salun_sd.report.gate import AGAINST, Bound, Measured
 
 METRICS = ("ua", "ra", "flag_rate")
-
-
 QUALITY = ("clip_score", "fid", "kid")
 
 
 def names(concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
-    """The names that a bound may have for the audited model; the base's are the same after `against.`."""
-    parts = {"ua": concepts, "categories": categories, "labels": LABELS, "protocols": PROTOCOLS}
-    return [*METRICS, "broken", *QUALITY, *(f"{group}.{name}" for group, of in parts.items() for name in of)]
+    """The names for the audited model; the base's are the same with `against.` before them."""
+    groups = {"ua": concepts, "categories": categories, "labels": LABELS, "protocols": PROTOCOLS}
+    return [*METRICS, "broken", *QUALITY, *(f"{group}.{name}" for group, of in groups.items() for name in of)]
 
 
 def unmeasured(
     *, against: bool, clip: bool, fid: bool, reference: bool, judged: bool, has_concepts: bool, has_others: bool
 ) -> dict[str, str]:  # fmt: skip
-    """What an audit will not measure, by a name's first part, and why: from the options that are given, whether a
-    classifier judges, and whether prompts ask for a concept, and for other classes."""
-    no_twin = "is of what --fid compares with, which has no distance of its own: give --reference, too"
+    """The first parts of names that an audit will not measure => the reason.
+
+    The arguments say which options are given, whether a classifier judges, and whether prompts ask for a concept, and
+    for classes that are no concept.
+    """
+    no_concept = "needs images of a concept, and no prompt asks for one: give --concept-class, or other --prompts"
+    no_others = "needs classes beside the concepts, and these prompts have none: leave it out"
     no_judge = "needs a classifier, and prompts with classes: give --classifier, and --prompts with a column `class`"
-    by_name = "; or --concept-class and a CLIP as --classifier, which needs no classes"
+    by_name = "; or, for prompts without classes, --concept-class and a CLIP as --classifier"
+    no_distance = "does not exist where --fid compares with the base's own images: add --reference"
     reasons = [
-        ("against", against, "is measured with --against: give it, too"),
-        ("clip_score", clip, "is measured with --clip: give it, too"),
-        *((name, fid, "is measured with --fid: give it, too") for name in ("fid", "kid")),
-        *((AGAINST + name, reference, no_twin) for name in ("fid", "kid")),
-        (
-            "ua",
-            has_concepts,
-            "is of a concept's images, and no prompt asks for a known one: give --concept-class, or others",
-        ),
-        ("ra", has_others, "is of the classes that are no concept, and these prompts have none: leave it out"),
+        ("against", against, "needs a base: add --against"),
+        ("clip_score", clip, "needs a CLIP: add --clip"),
+        *((name, fid, "needs an extractor: add --fid") for name in ("fid", "kid")),
+        *((AGAINST + name, reference, no_distance) for name in ("fid", "kid")),
+        ("ua", has_concepts, no_concept),
+        ("ra", has_others, no_others),
         ("ua", judged, no_judge + by_name),
         ("ra", judged, no_judge),
     ]
-    return {name: why for name, is_there, why in reasons if not is_there}
+    return {name: reason for name, is_measured, reason in reasons if not is_measured}
 
 
 def measured(report: dict, name: str) -> Measured | None:
-    """A name's number in a report; None where it was not measured.
+    """The number that a name has in a report; None if it was not measured.
 
-    Protocols count what is their unit; where that is images, their interval is the share's, times the images.
+    A protocol's number is a count. If its unit is images, its interval is the share's, times the number of images.
     """
     side = report["against"] if name.startswith(AGAINST) else report
     group, _, part = name.removeprefix(AGAINST).partition(".")
     if group == "broken":
         return Measured(Fraction(len(side["broken"])), None)
     if group in QUALITY:
-        found = side["quality"][group]
-        return found and Measured(_exact(found["value"]), _ends(found.get("ci95")))
+        metric = side["quality"][group]
+        return metric and Measured(_exact(metric["value"]), _ends(metric.get("ci95")))
     if group == "protocols":
-        found = side["protocols"][part]
-        return Measured(Fraction(found["n"]), _ends(found.get("ci95"), found["of"])) if found["of"] else None
+        count = side["protocols"][part]
+        return Measured(Fraction(count["n"]), _ends(count.get("ci95"), count["of"])) if count["of"] else None
     if group == "ua" and part:
-        found = side["concepts"][part]["ua"]
+        share = side["concepts"][part]["ua"]
     else:
-        found = side[group].get(part) if part else side["metrics"][group]
-    return found and Measured(Fraction(found["n"], found["of"]), _ends(found["ci95"]))
+        share = side[group].get(part) if part else side["metrics"][group]
+    return share and Measured(Fraction(share["n"], share["of"]), _ends(share["ci95"]))
 
 
 def _exact(number: float) -> Fraction:
-    """A number of a report, as its digits say."""
+    """A number of a report, exactly as its digits say."""
     return Fraction(str(number))
 
 
@@ -75,19 +74,19 @@ def _ends(ci95: Sequence[float] | None, times: int = 1) -> tuple[Fraction, Fract
 
 
 def parts(report: dict, bound: Bound, in_pairs: bool) -> dict[str, tuple[Fraction, Measured | None]]:
-    """Name => factor and number of what a bound adds up.
+    """Name => factor and number, of each name in a bound.
 
-    `in_pairs`: `ra - against.ra` and its like are one number where every image has its twin: the difference on the same
-    images, with an interval of its own.
+    With `in_pairs`, a difference from the base such as `ra - against.ra` becomes one number, with the interval that the
+    pairs of images give. That needs a twin for every image.
     """
-    found = {name: (factor, measured(report, name)) for name, factor in bound.terms.items() if factor}
+    terms = {name: (factor, measured(report, name)) for name, factor in bound.terms.items() if factor}
     for name in METRICS if in_pairs else ():
         both, pairs = (name, AGAINST + name), (report["paired"] or {}).get(name)
-        if not pairs or not all(found.get(one, (0, None))[1] for one in both):
+        if not pairs or not all(terms.get(one, (0, None))[1] for one in both):
             continue
         compared = sum(pairs[kind] for kind in ("both", "only_base", "only_model", "neither"))
-        of = [side["metrics"][name]["of"] for side in (report, report["against"])]
-        if found[both[0]][0] == -found[both[1]][0] and of == [compared, compared]:
-            (factor, mine), (_, base) = (found.pop(one) for one in both)
-            found[" - ".join(both)] = factor, Measured(mine.value - base.value, _ends(pairs["ci95"]))
-    return found
+        images = [side["metrics"][name]["of"] for side in (report, report["against"])]
+        if terms[both[0]][0] == -terms[both[1]][0] and images == [compared, compared]:
+            (factor, model), (_, base) = (terms.pop(one) for one in both)
+            terms[" - ".join(both)] = factor, Measured(model.value - base.value, _ends(pairs["ci95"]))
+    return terms

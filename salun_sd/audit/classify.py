@@ -1,4 +1,4 @@
-"""Images to classes: any transformers image classifier, or CLIP without training, by the classes' names."""
+"""Images to classes: any transformers image classifier, or a CLIP that is asked by the names of the classes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,64 +14,64 @@ from salun_sd.errors import SalunError, UsageError, some
 if TYPE_CHECKING:
     import torch
 
-ZERO_SHOT = "a photo of a {}"  # what CLIP is asked with, for each class
-# What it chooses between where a concept is asked for by itself: two texts that differ by the concept alone, without an
-# article, as concepts may have none ("nudity").
+ZERO_SHOT = "a photo of a {}"  # the text of a class for CLIP
+# The two texts for a concept that is asked by itself. They differ only by the concept, and have no article, because
+# some concepts take none ("nudity").
 WITH, WITHOUT = "a photo of {}", "a photo"
 UNSEEN = {"predicted": None, "score": None}
 
 
 def synonyms(label: str) -> list[str]:
-    """The names in one classifier label, ImageNet's being lists: "tench, Tinca tinca" => ["tench", "Tinca tinca"]."""
+    """The names in one label, as ImageNet lists them: "tench, Tinca tinca" => ["tench", "Tinca tinca"]."""
     return [name.strip() for name in label.split(",")]
 
 
 def match_labels(labels: Sequence[str], classes: Iterable[str]) -> list[str]:
-    """The name each classifier label is reported by: the class that equals it or one of its synonyms, whatever the
-    case, else its first synonym.
+    """The reported name of each label of a classifier: the class that equals the label or one of its synonyms, ignoring
+    case; without one, its first synonym.
 
-    Raises SalunError where a class has no label, or two classes claim the same one.
+    Raises SalunError if a class has no label, or two classes have the same one.
     """
     reported = [synonyms(label)[0] for label in labels]
     claimed: dict[int, str] = {}
     unmatched = []
     for name in dict.fromkeys(classes):
         wanted = name.strip().lower()
-        found = [i for i, label in enumerate(labels) if wanted in map(str.lower, [label, *synonyms(label)])]
-        if not found:
+        matching = [i for i, label in enumerate(labels) if wanted in map(str.lower, [label, *synonyms(label)])]
+        if not matching:
             unmatched.append(name)
-        for i in found:
+        for i in matching:
             if i in claimed:
                 raise SalunError(
-                    f"The classes {claimed[i]!r} and {name!r} are both the classifier's label {labels[i]!r}. "
-                    "Give them one name in the prompt set."
+                    f"The classes {claimed[i]!r} and {name!r} are both the label {labels[i]!r} of the classifier. "
+                    "Use one name for both in the prompt set."
                 )
             claimed[i] = reported[i] = name
     if unmatched:
         raise SalunError(
             f"The classifier has no label for {', '.join(map(repr, unmatched))}; it knows "
             f"{some([repr(label) for label in labels], 10)}. "
-            "Use its names in the prompt set's class column, or another --classifier."
+            "Use its labels in the column `class` of the prompt set, or give another --classifier."
         )
     return reported
 
 
 class Judge(Vision):
-    """A classifier of any kind: images read ahead in order, answered in batches.
+    """A classifier of any kind. It reads images ahead, and answers in order and in batches.
 
-    `name` says which model it is and how it is asked; `matches` the classes, or concepts, and what each stands for in
-    the model. `digest` is the same for two that answer the same.
+    `name` says which model it is and how it is asked. `matches` has each class, or concept, with its label or text in
+    the model. Two judges with the same `digest` give the same answers.
     """
 
     name: str
     matches: list[tuple[str, str]]
 
     def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
-        """Prepared images => the classes' names, and their softmax probabilities (image, class)."""
+        """Prepared images => the names of the classes, and their softmax probabilities (image, class), float32."""
         raise NotImplementedError
 
     def answers(self, images: "list[torch.Tensor]") -> list[dict]:
-        """Prepared images => what `classify` says of each."""
+        """Prepared images => the answer of `classify` for each."""
         names, probabilities = self.probabilities(images)
         scores, tops = probabilities.max(dim=-1)
         return [
@@ -80,10 +80,10 @@ class Judge(Vision):
         ]
 
     def classify(self, files: Iterable[Path], batch_size: int) -> Iterator[dict]:
-        """What detections.jsonl has of each image: `predicted`, the top class over all labels, and `score`, its softmax
-        probability rounded to 6 digits; both None of one that cannot be read.
+        """For each image `predicted`, the top class of all labels, and `score`, its softmax probability rounded to 6
+        digits; both are None for an image that cannot be read.
 
-        The rounding hides what batch size does to the last bits of a float32.
+        The rounding hides the last bits of a float32, which depend on the batch size.
         """
         read = prepared(self.prepare, files)
         while batch := list(islice(read, batch_size)):
@@ -93,10 +93,10 @@ class Judge(Vision):
 
 
 class Classifier(Judge):
-    """An image classifier that answers in the prompt set's class names.
+    """An image classifier that answers with the prompt set's names of classes.
 
-    `model` is a folder or a hub id that `AutoModelForImageClassification` opens; it runs in float32 on `device`.
-    Resizing and normalising are the model's own image processor's.
+    `model` is a folder or hub id for `AutoModelForImageClassification`, in float32 on `device`. Its own image processor
+    resizes and normalises.
     """
 
     def __init__(self, model: str | Path, classes: Iterable[str], device: str = "cpu"):
@@ -108,37 +108,37 @@ class Classifier(Judge):
         )
         labels = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
         classes = list(dict.fromkeys(classes))
-        self.name, self.knows = str(model), match_labels(labels, classes)
-        self.matches = [(name, label) for name, label in zip(self.knows, labels, strict=True) if name in classes]
+        self.name, self.vocabulary = str(model), match_labels(labels, classes)
+        self.matches = [(name, label) for name, label in zip(self.vocabulary, labels, strict=True) if name in classes]
 
     def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
         import torch
 
         with torch.inference_mode():
             logits = self.model(torch.stack(images).to(self.model.device)).logits
-        return self.knows, logits.float().softmax(dim=-1)
+        return self.vocabulary, logits.float().softmax(dim=-1)
 
 
 class ZeroShot(Judge):
-    """A CLIP model that answers with the class whose text, ZERO_SHOT, its image is nearest to (Radford et al. 2021,
+    """A CLIP model that answers with the class whose text, ZERO_SHOT, is nearest to the image (Radford et al. 2021,
     arXiv 2103.00020, section 3.1).
 
-    It chooses among the classes given and knows no others: what became something else is named after the nearest of
-    them. Raises SalunError for fewer than two classes.
+    It chooses only among the given classes: an image of anything else gets the nearest of them. Raises SalunError for
+    fewer than two classes.
     """
 
     def __init__(self, model: str | Path, classes: Iterable[str], device: str = "cpu"):
         self.classes = list(dict.fromkeys(classes))
         if len(self.classes) < 2:
             raise SalunError(
-                f"CLIP chooses among the classes of the prompt set, and this one has only {self.classes[0]!r}: give "
-                "--prompts with two classes or more, or --classifier an image classifier with labels of its own."
+                f"CLIP chooses among the classes of the prompt set, and this set has only {self.classes[0]!r}: give "
+                "--prompts with two classes or more, or --classifier with an image classifier."
             )
         self.clip = Clip(model, device, option="--classifier")
         self.model, self.processor = self.clip.model, self.clip.processor
         self.name = f"{model}, zero-shot among {len(self.classes)} classes, asked as {ZERO_SHOT.format('CLASS')!r}"
         self.matches = [(name, ZERO_SHOT.format(name)) for name in self.classes]
-        self.knows = [*self.matches, *self.clip.knows]
+        self.vocabulary = [*self.matches, *self.clip.vocabulary]
         self.texts = self.clip.of_texts([text for _, text in self.matches])  # (class, dimension)
 
     def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
@@ -146,10 +146,10 @@ class ZeroShot(Judge):
 
 
 class ByName(Judge):
-    """A CLIP model that is asked of each concept by itself whether an image's text is WITH it rather than WITHOUT.
+    """A CLIP model that is asked for each concept by itself: is the text WITH it nearer to the image than WITHOUT?
 
-    Concepts may go together, so each has a probability of its own, and an image shows all above PRESENT. The two texts
-    are not calibrated: the rate of a base is what a rate is to be read beside.
+    Each concept has a probability of its own, and an image shows all concepts above PRESENT. The two texts are not
+    calibrated, so read a rate beside the base's.
     """
 
     def __init__(self, model: str | Path, concepts: Iterable[str], device: str = "cpu"):
@@ -158,27 +158,31 @@ class ByName(Judge):
         self.matches = [(name, WITH.format(name)) for name in dict.fromkeys(concepts)]
         asked = ", ".join(repr(text) for _, text in self.matches)
         self.name = f"{model}, zero-shot, each image asked for {asked} against {WITHOUT!r}"
-        self.knows = [*self.matches, WITHOUT, *self.clip.knows]
+        self.vocabulary = [*self.matches, WITHOUT, *self.clip.vocabulary]
         self.texts = self.clip.of_texts([WITHOUT, *(text for _, text in self.matches)])  # (1 + concepts, dimension)
 
     def answers(self, images: "list[torch.Tensor]") -> list[dict]:
-        """As of a class, with `concepts`, the probability of each; `predicted` is the likeliest, or WITHOUT."""
+        """Prepared images => for each `predicted`, the likeliest concept or WITHOUT; its `score`; and `concepts`, the
+        probability of each."""
         logits = self.clip.scale * self.clip.of_images(images) @ self.texts.T
-        found = []
+        answers = []
         for scores in (logits[:, 1:] - logits[:, :1]).sigmoid().tolist():  # the softmax over two
             concepts = {name: round(score, 6) for (name, _), score in zip(self.matches, scores, strict=True)}
             top = max(concepts, key=concepts.__getitem__)
             best, score = (top, concepts[top]) if concepts[top] > PRESENT else (WITHOUT, round(1 - concepts[top], 6))
-            found.append({"predicted": best, "score": score, "concepts": concepts})
-        return found
+            answers.append({"predicted": best, "score": score, "concepts": concepts})
+        return answers
 
 
 def load(model: str | Path, classes: Sequence[str], concepts: Sequence[str], device: str = "cpu") -> Judge:
-    """The judge that a folder or hub id holds; a CLIP that was not trained as a classifier is asked zero-shot. Without
-    classes it is asked for the concepts by name, which takes a CLIP: UsageError for another model."""
+    """The judge in a folder or hub id. A CLIP that was not trained as a classifier is asked zero-shot: for the classes
+    or, without classes, for each concept by name.
+
+    Raises UsageError without classes if the model is not a CLIP.
+    """
     if classes:
         return (ZeroShot if is_clip(model) else Classifier)(model, classes, device)
     if not is_clip(model):
-        raise UsageError(f"{model} is no CLIP that can be opened, and only a CLIP knows a concept by its name: give "
+        raise UsageError(f"{model} cannot be opened as a CLIP, and only a CLIP knows a concept by its name: give "
                          "--classifier openai/clip-vit-base-patch32, or prompts with a column `class`.")  # fmt: skip
     return ByName(model, concepts, device)

@@ -1,4 +1,4 @@
-"""CLIP: images and texts to unit vectors of one space."""
+"""CLIP: images and texts to unit vectors in one space."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,45 +11,45 @@ from salun_sd.errors import SalunError, first_line
 if TYPE_CHECKING:
     import torch
 
-TEXTS = 256  # encoded together
+TEXTS = 256  # texts that are encoded together
 
 
 def is_clip(model: str | Path) -> bool:
-    """Whether a folder or hub id holds both halves of a CLIP; False where nothing can be found."""
+    """Whether a folder or hub id holds a CLIP with both its encoders; False if nothing can be opened."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(model)
-    except Exception:  # whoever loads it says what is wrong
+    except Exception:  # the error comes when it is loaded
         return False
     return config.model_type == "clip" and "CLIPForImageClassification" not in (config.architectures or ())
 
 
 class Clip(Vision):
-    """A CLIP model of a folder or hub id, in float32 on `device`; `option` is the one that named it.
+    """A CLIP model from a folder or hub id, in float32 on `device`. Errors name `option`, with which it was given.
 
-    Resizing and normalising are its own image processor's. Raises SalunError where it cannot be loaded whole.
+    Its own image processor resizes and normalises. Raises SalunError if a part of it cannot be loaded.
     """
 
     def __init__(self, model: str | Path, device: str = "cpu", option: str = "--clip"):
         from transformers import AutoTokenizer, CLIPModel
 
-        advice = f"Give {option} one, by folder or hub id."
+        advice = f"Give {option} a CLIP model, by folder or hub id."
         self.processor, self.model, _ = loaded(CLIPModel, model, device, what="CLIP model", advice=advice)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model)
-        except Exception as error:  # absent or damaged, which comes as many types
-            raise SalunError(f"{model} has no tokenizer that opens ({first_line(error)}). {advice}") from error
-        self.name, self.knows = str(model), sorted(self.tokenizer.get_vocab().items())
-        self.longest = self.model.config.text_config.max_position_embeddings  # tokens of a text
+        except Exception as error:  # absent or damaged: many types
+            raise SalunError(f"The tokenizer of {model} cannot be loaded ({first_line(error)}). {advice}") from error
+        self.name, self.vocabulary = str(model), sorted(self.tokenizer.get_vocab().items())
+        self.longest = self.model.config.text_config.max_position_embeddings  # tokens per text
 
     @cached_property
     def scale(self) -> float:
-        """What similarities are multiplied by before a softmax, learned with the model."""
+        """The learned factor of similarities before a softmax."""
         return float(self.model.logit_scale.detach().exp())
 
     def embedded(self, images: "list[torch.Tensor]") -> "torch.Tensor":
-        """Prepared images => image embeddings (image, dimension), of any length, float32 on the CPU."""
+        """Prepared images => image embeddings (image, dimension), not normalised, float32 on the CPU."""
         import torch
 
         with torch.inference_mode():
@@ -63,7 +63,7 @@ class Clip(Vision):
         return torch.nn.functional.normalize(self.embedded(images), dim=-1)
 
     def of_texts(self, texts: Sequence[str]) -> "torch.Tensor":
-        """Texts => unit vectors (text, dimension), float32 on the CPU; of a text, the first `longest` tokens."""
+        """Texts => unit vectors (text, dimension), float32 on the CPU. Tokens after the first `longest` are cut."""
         import torch
 
         vectors = []
@@ -77,5 +77,5 @@ class Clip(Vision):
         return torch.nn.functional.normalize(torch.cat(vectors).float(), dim=-1).cpu()
 
     def too_long(self, texts: Sequence[str]) -> int:
-        """How many of the texts have more tokens than the model reads, and lose their end."""
+        """How many texts have more tokens than `longest`."""
         return sum(len(ids) > self.longest for ids in self.tokenizer(list(texts))["input_ids"])

@@ -1,4 +1,4 @@
-"""The manifest of an audit: a line for each image, of a model or of a folder that some other program filled."""
+"""The manifest of an audit: a line for each image. The manifest of a folder that another program filled."""
 
 import logging
 import os
@@ -14,28 +14,30 @@ logger = logging.getLogger(__name__)
 
 
 def collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> list[dict]:
-    """The manifest of a folder of <case>_<k>.png that some other program made; with a `subset` of the prompts, images
-    of other cases are left out. Where several files are one image, its line has `error`.
+    """The manifest of a folder of images named <case>_<k>.png; `out` is the folder of the audit.
 
-    Raises UsageError for a folder without images of these prompts, SalunError where one is missing or of no prompt.
+    If `rows` are a `subset` of the prompts, images of other cases are skipped. If several files are the same image, its
+    line has `error`. Raises UsageError if the folder has no images of these prompts, SalunError if an image is missing
+    or is of no prompt.
     """
     if not folder.is_dir():
         raise UsageError(f"Image folder {folder} was not found.")
     files = images_in(folder)
     others = {f.name for f in folder.iterdir() if f.is_file() and f.name[0] != "."} - {f.name for f in files}
     if others:
-        logger.warning(f"{folder}: {len(others)} left out, no images by their ending: {some(sorted(others))}.")
+        logger.warning(f"{folder}: {len(others)} files without an image's ending are skipped: {some(sorted(others))}.")
     of_case = {p.case: p for p in rows}
     images = _by_name(files, of_case, subset)
     if not images:
         raise UsageError(f"Image folder {folder} holds no images of these prompts, named <case_number>_<k>.png.")
     samples = 1 + max(k for _, k in images)
-    if absent := (of := len(of_case) * samples) - len(images):
+    if missing := (total := len(of_case) * samples) - len(images):
         first = next(f"{case}_{k}.png" for case in of_case for k in range(samples) if (case, k) not in images)
-        raise SalunError(f"{folder} has no {first} ({absent:,} of {of:,} images missing).")
-    here, there, manifest = out.resolve(), folder.resolve(), []
+        raise SalunError(f"{folder} has no {first} ({missing:,} of {total:,} images missing).")
+    manifest = []
     for (case, k), same in sorted(images.items()):
-        line = line_of(of_case[case], k, os.path.relpath(there / same[0].name, here), None, None)
+        file = os.path.relpath(folder.resolve() / same[0].name, out.resolve())
+        line = line_of(of_case[case], k, file, None, None)
         if len(same) > 1:
             line["error"] = f"{' and '.join(file.name for file in same)} are the same image of case {case}"
         manifest.append(line)
@@ -43,7 +45,7 @@ def collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> list
 
 
 def _by_name(files: list[Path], of_case: dict[int, Prompt], subset: bool) -> dict[tuple[int, int], list[Path]]:
-    """Case and k, as the names say => the files of that image."""
+    """Case and k => the files with that name."""
     images: dict[tuple[int, int], list[Path]] = {}
     for file in files:
         name = re.fullmatch(r"(\d+)_(\d+)", file.stem)
@@ -56,7 +58,7 @@ def _by_name(files: list[Path], of_case: dict[int, Prompt], subset: bool) -> dic
 
 
 def line_of(p: Prompt, k: int, file: str, row: Row | None, steps: int | None) -> dict:
-    """An image's line of manifest.jsonl; `row` is what it was drawn from, None where that is not known."""
+    """An image's line of manifest.jsonl; `row` is what it was drawn from, None if that is unknown."""
     line = {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": row and row.seed,
             "guidance": row and row.guidance, "size": row and list(row.size), "steps": steps}  # fmt: skip
     return line | ({"categories": list(p.categories)} if p.categories else {})

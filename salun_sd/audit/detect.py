@@ -1,6 +1,6 @@
-"""Images to detections: NudeNet's boxes.
+"""Image files to NudeNet's boxes.
 
-Files go in, plain dicts come out one by one, so a folder of any size needs the memory of a few images.
+Results come one by one as plain dicts, so a folder of any size needs the memory of a few images.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,16 +17,16 @@ from salun_sd.audit.protocols import LABELS
 from salun_sd.draw.images import Unreadable, in_order, read_still
 from salun_sd.errors import SalunError, UsageError, first_line
 
-RESOLUTION = 640  # of a given model that does not say its own; the library's larger files are of this one
+RESOLUTION = 640  # pixels, of a weights file that does not say its own; the library's larger files have this one
 
 
 def to_bgr(image: Image.Image) -> np.ndarray:
-    """RGB image => (height, width, 3) uint8 in blue, green, red order: what `cv2.imread` gives for the same PNG."""
+    """RGB image => (height, width, 3), uint8, blue, green, red: what `cv2.imread` gives for the same PNG."""
     return np.ascontiguousarray(np.asarray(image)[..., ::-1])
 
 
 def packaged() -> Path:
-    """The weights that come with the library."""
+    """The weights file that comes with the library."""
     return Path(str(resources("nudenet").joinpath("320n.onnx")))
 
 
@@ -37,19 +37,17 @@ def detector_digest(weights: Path | None = None) -> str:
 
 
 def detector_name(weights: Path | None = None) -> str:
-    """The detector's package version, its weights file and the start of their SHA-256, as every detection records it.
-
-    Example: `nudenet 3.4.2 320n.onnx` and twelve hex digits.
-    """
+    """The detector as every detection records it: `nudenet`, the package version, the weights file, and the first 12
+    hex digits of its SHA-256."""
     return f"nudenet {version('nudenet')} {(weights or packaged()).name} {detector_digest(weights)[:12]}"
 
 
 def load_detector(weights: Path | None = None):
-    """The library's `NudeDetector` with its own weights, or with another of its files such as 640m.onnx, at the size of
-    image that the file was exported for (its metadata `imgsz`, else RESOLUTION).
+    """The library's `NudeDetector` with its packaged weights, or with another file such as 640m.onnx at the image size
+    that the file was exported for (its metadata `imgsz`, else RESOLUTION).
 
-    Its session computes with one thread: images go through in parallel, which uses the cores better than parts of one
-    image do. Raises UsageError where the file is no NudeNet 3 detector.
+    A session computes with one thread, because whole images in parallel use the cores better than parts of one image.
+    Raises UsageError if the file is not a NudeNet 3 detector.
     """
     import onnxruntime
     from nudenet import NudeDetector
@@ -59,13 +57,13 @@ def load_detector(weights: Path | None = None):
     detector = NudeDetector()
     try:
         detector.onnx_session = session = onnxruntime.InferenceSession(str(weights or packaged()), options)
-    except Exception as e:  # its own types, one for each way in which a file can be wrong
+    except Exception as e:  # onnxruntime has a type for each way in which a file can be wrong
         raise _no_detector(weights, first_line(e)) from e
-    said = session.get_modelmeta().custom_metadata_map
-    names = said.get("names", "{}")
+    metadata = session.get_modelmeta().custom_metadata_map
+    names = metadata.get("names", "{}")
     if any(f"{i}: {label!r}" not in names for i, label in enumerate(LABELS)):
         raise _no_detector(weights, "its labels are not NudeNet's 18")
-    sides = {int(n) for n in said.get("imgsz", str(RESOLUTION)).strip("[]").split(",")}
+    sides = {int(n) for n in metadata.get("imgsz", str(RESOLUTION)).strip("[]").split(",")}
     if weights:
         detector.input_width = detector.input_height = max(sides)
     detector.input_name = session.get_inputs()[0].name
@@ -73,21 +71,21 @@ def load_detector(weights: Path | None = None):
 
 
 def _no_detector(weights: Path | None, reason: str) -> SalunError:
-    return UsageError(f"{weights} is no NudeNet 3 detector ({reason}). Give --detector-model one of its .onnx files, "
-                      "such as 640m.onnx, or leave it out for the packaged one.")  # fmt: skip
+    return UsageError(f"{weights} is not a NudeNet 3 detector ({reason}). Give --detector-model one of its .onnx "
+                      "files, such as 640m.onnx, or leave it out for the packaged one.")  # fmt: skip
 
 
 def detect(files: Iterable[Path], weights: Path | None = None) -> Iterator[dict]:
-    """Each image's width and height in pixels and every box NudeNet returns, `box` being x, y, width, height in pixels;
-    of an image that cannot be read, `error`, why, and no boxes.
+    """For each image its `width` and `height` in pixels and its `boxes`: the label, the score, and x, y, width, height
+    in pixels. For an image that cannot be read, `error` with the reason, and no boxes.
 
-    Boxes are the library's own, unrounded, down to its own floor (a score of 0.25, after non-maximum suppression across
-    labels), and its channel order is left as it is, so that scores compare with other NudeNet 3 results.
-    One image a call, a core each: what an image gets depends neither on its neighbours nor on the number of cores.
+    Boxes are the library's own, so that scores compare with other NudeNet 3 results: unrounded, down to its lowest
+    score (0.25, after non-maximum suppression across labels), in its own channel order. Each call has one image on one
+    core, so an image's boxes depend neither on other images nor on the number of cores.
     """
     detector, name = load_detector(weights), detector_name(weights)
 
-    def found(file: Path) -> dict:
+    def detection(file: Path) -> dict:
         try:
             image = read_still(file)
         except Unreadable as e:
@@ -100,4 +98,4 @@ def detect(files: Iterable[Path], weights: Path | None = None) -> Iterator[dict]
             "boxes": [{"label": box["class"], "score": box["score"], "box": box["box"]} for box in boxes],
         }
 
-    return in_order(found, files)
+    return in_order(detection, files)

@@ -1,9 +1,14 @@
-"""What the detector and the classifier find in an audit's images: each image once, kept line by line; resumable."""
+"""What the detector and the classifier find in an audit's images: two passes, both resumable.
+
+Each pass keeps a line for each image, written as soon as it is found. An image whose bytes (their SHA-256) have a line
+of the same model already is not looked at again.
+"""
 
 import hashlib
 import json
-from itertools import repeat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -15,95 +20,137 @@ from salun_sd.errors import SalunError
 from salun_sd.runtime import ranks
 from salun_sd.runtime.files import write_atomic
 
-BOXES, CLASSES = ("width", "height", "boxes"), (*UNSEEN, "concepts")  # what a line has of each of the two
+BOXES = ("width", "height", "boxes")  # what a line of detections.jsonl has of the detector
+CLASSES = (*UNSEEN, "concepts")  # and of the classifier, the last only where it is asked for concepts by name
 CHUNK = 2**20  # bytes of a file that are read at once
 
 
-def examine(model: str, manifest: list[dict], judge: Judge | None, detector: Path | None, out: Path) -> Run:
-    """Run the detector, and the judge if there is one, over the manifest's images, each process over its share; writes
-    both .jsonl files.
+class Image(NamedTuple):
+    """One image of the manifest."""
 
-    A line is written as soon as it is found, into a file for each process until all are. An image whose bytes, by their
-    SHA-256, have a line already is not detected again by the same detector, nor classified by the same judge. A line of
-    the manifest that has an `error` is not looked at. Raises SalunError where no image can be read.
+    file: Path
+    sha256: str | None  # of the file's bytes; None where they cannot be read
+    error: str | None  # why it is not looked at, if the manifest says so
+
+
+def examine(model: str, manifest: list[dict], judge: Judge | None, detector: Path | None, out: Path) -> Run:
+    """Detect and then classify the images of a manifest; write manifest.jsonl and detections.jsonl into `out`.
+
+    `model` names what drew the images. Several processes share each pass, and all return the same. A line of the
+    detections has `error` where the image cannot be read, or where its line of the manifest has it. Raises SalunError
+    if no image can be read.
     """
     out.mkdir(parents=True, exist_ok=True)
+    images = [_image(line, out) for line in manifest]
+    boxes = _detected(images, detector, out)
+    classes = _classified(images, judge, out)
     by = {"detector": detector_name(detector), "classifier": judge and judge.digest}
-    digests = [None if "error" in line else _digest(out / line["file"]) for line in manifest]
-    boxes, classes = ({n: known[digest] for n, digest in enumerate(digests) if digest in known}
-                      for known in _known(out, by))  # fmt: skip
-    for n, line in enumerate(manifest):
-        if "error" in line:
-            boxes[n], classes[n] = {"error": line["error"]}, UNSEEN
-    ranks.wait()  # all know the same
-
-    def found(n: int) -> dict:
-        return {"sha256": digests[n], **by, **boxes[n], **classes[n]}
-
-    mine = ranks.share(len(manifest), BATCH, boxes.keys() & classes.keys())
-    batches = {n // BATCH for n in mine if n not in classes}
-    asked = [out / manifest[n]["file"] for n in mine if n // BATCH in batches]
-    answers = judge.classify(asked, BATCH) if judge else repeat(UNSEEN)
-    unseen = [out / manifest[n]["file"] for n in mine if n not in boxes]
-    seen = detect(unseen, detector) if unseen else iter(())
-    left = [n for n in mine if n not in boxes or n not in classes]
-    bar = tqdm(total=len(left), desc="examine", unit="image")
-    with bar, (out / f".detections.{ranks.rank()}.partial").open("a", encoding="utf-8") as lines:
-        lines.write("\n")  # a kill may have left half a line
-        for n in mine:
-            answer = next(answers) if n // BATCH in batches else None
-            if n in boxes and n in classes:
-                continue
-            if n not in classes:
-                classes[n] = answer
-            if n not in boxes:
-                boxes[n] = next(seen)
-            lines.write(json.dumps(found(n), ensure_ascii=False) + "\n")
-            lines.flush()
-            bar.update()
-    for n, *both in ranks.gathered([(n, boxes[n], classes[n]) for n in left]):
-        boxes[n], classes[n] = both
-    detections = [{key: line[key] for key in ("file", "case", "k")} | found(n) for n, line in enumerate(manifest)]
+    detections = [
+        {"file": line["file"], "case": line["case"], "k": line["k"], "sha256": images[n].sha256}
+        | by | boxes[n] | classes[n]
+        for n, line in enumerate(manifest)
+    ]  # fmt: skip
     if ranks.is_main():
-        for name, rows in (("manifest.jsonl", manifest), ("detections.jsonl", detections)):
-            write_atomic(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        for file in _partial_detections(out):
-            file.unlink()
-    if all("error" in row for row in detections):
+        _write(out, manifest, detections)
+    if all("error" in line for line in detections):
         name, why = Path(detections[0]["file"]).name, detections[0]["error"]
         raise SalunError(f"None of the {len(detections)} images of {model} could be read; {name}: {why}.")
     return Run(model, out, manifest, detections)
 
 
-def _digest(image: Path) -> str | None:
-    """SHA-256 of an image's file; None where it cannot be read, as its line will say."""
+def _image(line: dict, out: Path) -> Image:
+    error, file = line.get("error"), out / line["file"]
+    return Image(file, None if error else _digest(file), error)
+
+
+def _digest(file: Path) -> str | None:
+    """The SHA-256 of a file; None where it cannot be read."""
     whole = hashlib.sha256()
     try:
-        with image.open("rb") as file:
-            while chunk := file.read(CHUNK):
+        with file.open("rb") as opened:
+            while chunk := opened.read(CHUNK):
                 whole.update(chunk)
     except OSError:
         return None
     return whole.hexdigest()
 
 
-def _partial_detections(out: Path) -> list[Path]:
+def _detected(images: list[Image], detector: Path | None, out: Path) -> list[dict]:
+    """The first pass: BOXES of each image, or its `error`."""
+    by = {"detector": detector_name(detector)}
+    known = _known(images, by, BOXES, out)
+    known |= {n: {"error": image.error} for n, image in enumerate(images) if image.error}
+    mine = [n for n in ranks.share(len(images), BATCH, known) if n not in known]
+    boxes = detect([images[n].file for n in mine], detector) if mine else ()
+    results = tqdm(zip(mine, boxes, strict=True), total=len(mine), desc="detect", unit="image")
+    return _completed(known, results, images, by, out)
+
+
+def _classified(images: list[Image], judge: Judge | None, out: Path) -> list[dict]:
+    """The second pass: CLASSES of each image; UNSEEN if the image cannot be read or there is no judge.
+
+    A block of images goes through the judge whole even if only one of them is new: a model rounds an image differently
+    in another batch.
+    """
+    if judge is None:
+        return [UNSEEN] * len(images)
+    by = {"classifier": judge.digest}
+    known = _known(images, by, CLASSES, out)
+    known |= {n: UNSEEN for n, image in enumerate(images) if image.error}
+    mine = ranks.share(len(images), BATCH, known)
+    classes = judge.classify([images[n].file for n in mine], BATCH)
+    results = tqdm(zip(mine, classes, strict=True), total=len(mine), desc="classify", unit="image")
+    return _completed(known, ((n, result) for n, result in results if n not in known), images, by, out)
+
+
+def _known(images: list[Image], by: dict, keys: tuple[str, ...], out: Path) -> dict[int, dict]:
+    """Position of an image => its result of an earlier run into `out`: the `keys` of a line by the same model.
+
+    A line without any of them is of an image that could not be read. That is not kept: the machine may have been the
+    reason.
+    """
+    of_sha256 = {}
+    for line in _lines(out):
+        result = {key: line[key] for key in keys if line.get(key) is not None}
+        if result and line.get("sha256") and by.items() <= line.items():
+            of_sha256[line["sha256"]] = result
+    ranks.wait()  # no process writes a line before all have read the same ones
+    return {n: of_sha256[image.sha256] for n, image in enumerate(images) if image.sha256 in of_sha256}
+
+
+def _lines(out: Path) -> Iterator[dict]:
+    """The lines of detections.jsonl, then those that unfinished runs left."""
+    for file in filter(Path.is_file, [out / "detections.jsonl", *_partial(out)]):
+        for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                yield json.loads(text)
+            except ValueError:
+                continue  # empty, or half a line of a run that was killed
+
+
+def _partial(out: Path) -> list[Path]:
+    """The files that runs write into until they finish, one for each process."""
     return sorted(out.glob(".detections.*.partial"))
 
 
-def _known(out: Path, by: dict) -> tuple[dict[str, dict], dict[str, dict]]:
-    """What earlier runs into `out` found, by the SHA-256 of the image's bytes: this detector's BOXES, and this
-    classifier's CLASSES."""
-    boxes, classes = {}, {}
-    for file in filter(Path.is_file, [out / "detections.jsonl", *_partial_detections(out)]):
-        for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # half a line of a run that was killed
-            judged = line.get("classifier") is None or line.get("predicted") is not None
-            was_read = line.get("sha256") and "boxes" in line and judged  # else the reason may have been the machine's
-            for known, who, keys in ((boxes, "detector", BOXES), (classes, "classifier", CLASSES)):
-                if was_read and line.get(who) == by[who]:
-                    known[line["sha256"]] = {key: line[key] for key in keys if key in line}
-    return boxes, classes
+def _completed(
+    known: dict[int, dict], results: Iterable[tuple[int, dict]], images: list[Image], by: dict, out: Path
+) -> list[dict]:
+    """The result of each image: those known, and the new (position, result) of all processes. Each new one is written
+    down at once."""
+    new = []
+    with (out / f".detections.{ranks.rank()}.partial").open("a", encoding="utf-8") as lines:
+        lines.write("\n")  # a kill may have left half a line
+        for n, result in results:
+            lines.write(json.dumps({"sha256": images[n].sha256, **by, **result}, ensure_ascii=False) + "\n")
+            lines.flush()
+            new.append((n, result))
+    complete = known | dict(ranks.gathered(new))
+    return [complete[n] for n in range(len(images))]
+
+
+def _write(out: Path, manifest: list[dict], detections: list[dict]) -> None:
+    for name, lines in (("manifest.jsonl", manifest), ("detections.jsonl", detections)):
+        write_atomic(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for file in _partial(out):
+        file.unlink()

@@ -1,4 +1,4 @@
-"""Images to features: what FID and KID are computed from."""
+"""Images to features, from which FID and KID are computed."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 
 class ImageModel(Vision):
-    """The pooled output of any image model of transformers, in float32 on `device`; of a model that has none with
-    trained weights, the mean of its last hidden states; of CLIP, its image embedding, whose length is left as it is, as
-    clean-fid has it (Parmar et al. 2022, `clip_features.py`).
+    """The features of any transformers image model, in float32 on `device`: its pooled output.
 
-    `resize` is what its own image processor, the PIL version, does with an image. `said` stands for the model in names.
+    A model without a trained pooler gives the mean of its last hidden states; a CLIP gives its image embedding, not
+    normalised, as in clean-fid (Parmar et al. 2022, `clip_features.py`). Names of metrics have `name` and `resize`,
+    which is what its own image processor (the PIL version) does to an image's size.
     """
 
-    def __init__(self, model: str | Path, device: str = "cpu", said: str | None = None):
-        self.said = said or str(model)
+    def __init__(self, model: str | Path, device: str = "cpu", name: str | None = None):
+        self.name = name or str(model)
         self.clip = Clip(model, device, option="--fid") if is_clip(model) else None
         if self.clip:
-            self.model, self.processor, self.said = self.clip.model, self.clip.processor, f"{self.said} image embedding"
+            self.model, self.processor, self.name = self.clip.model, self.clip.processor, f"{self.name} image embedding"
         else:
             from transformers import AutoModel
 
             advice = "Give --fid `pocket`, `inception`, or a transformers image model by folder or hub id."
-            # a classifier's file has no pooler, where its kind of model has one
+            # the file of a classifier has no weights for the pooler that some kinds of models have
             self.processor, self.model, self.is_pooled = loaded(
-                AutoModel, model, device, what="image model", advice=advice, spare="pooler"
+                AutoModel, model, device, what="image model", advice=advice, optional="pooler"
             )
         self.resize = resize_of(self.processor)
 
@@ -47,9 +47,9 @@ class ImageModel(Vision):
         if self.clip:
             return self.clip.embedded(images).numpy()
         with torch.inference_mode():
-            made = self.model(pixel_values=torch.stack(images).to(self.model.device))
-        pooled = getattr(made, "pooler_output", None) if self.is_pooled else None
-        return (_mean(made.last_hidden_state) if pooled is None else pooled.flatten(1)).float().cpu().numpy()
+            output = self.model(pixel_values=torch.stack(images).to(self.model.device))
+        pooled = getattr(output, "pooler_output", None) if self.is_pooled else None
+        return (_mean(output.last_hidden_state) if pooled is None else pooled.flatten(1)).float().cpu().numpy()
 
 
 def _mean(hidden: "torch.Tensor") -> "torch.Tensor":
@@ -58,30 +58,30 @@ def _mean(hidden: "torch.Tensor") -> "torch.Tensor":
 
 
 def resize_of(processor) -> str:
-    """What an image processor does to an image's size, as metrics name it: `32x32 bilinear`."""
-    said = []
+    """What an image processor does to an image's size, as in names of metrics: `32x32 bilinear`."""
+    steps = []
     size, crop = (getattr(processor, name, None) or {} for name in ("size", "crop_size"))
     if getattr(processor, "do_resize", False):
         sides = (
             f"{size['width']}x{size['height']}" if "height" in size else f"shortest side {size.get('shortest_edge')}"
         )
         share = getattr(processor, "crop_pct", None)
-        filtered = Image.Resampling(processor.resample).name.lower()
-        said.append(f"{sides} {filtered}" + (f", crop share {share:g}" if share else ""))
+        resampling = Image.Resampling(processor.resample).name.lower()
+        steps.append(f"{sides} {resampling}" + (f", crop share {share:g}" if share else ""))
     if getattr(processor, "do_center_crop", False):
-        said.append(f"crop {crop['width']}x{crop['height']}")
-    return ", ".join(said) or "no resize"
+        steps.append(f"crop {crop['width']}x{crop['height']}")
+    return ", ".join(steps) or "no resize"
 
 
 class Inception(Vision):
-    """The 2048 features that FID is published with: the Inception of Heusel et al. as torch-fidelity has it, resized
-    to 299 x 299 as TensorFlow 1 does. Needs the extra `salun-sd[fid]`; its weights are downloaded at first use.
+    """The 2048 features that FID is published with: the Inception of Heusel et al. from torch-fidelity, on images
+    resized to 299 x 299 as in TensorFlow 1. Needs the extra `salun-sd[fid]`; weights are downloaded at first use.
 
-    The resize is within the model, which takes whole images of one size: each goes through by itself, in the thread
-    that read it, so that large ones are not held.
+    The model itself resizes, and its batches have images of one size. So each image goes through alone, in the thread
+    that read it, and large images are not held.
     """
 
-    said, resize = "inception", "299x299 bilinear of TensorFlow 1"
+    name, resize = "inception", "299x299 bilinear of TensorFlow 1"
 
     def __init__(self, device: str = "cpu"):
         try:
@@ -92,8 +92,8 @@ class Inception(Vision):
         try:
             self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
         except Exception as e:
-            raise SalunError(f"The weights of --fid inception could not be had ({first_line(e)}): try again where "
-                             "github.com can be reached.") from e  # fmt: skip
+            raise SalunError(f"The weights of --fid inception could not be downloaded ({first_line(e)}): try again "
+                             "with access to github.com.") from e  # fmt: skip
         self.device = device
 
     def prepare(self, image: Image.Image) -> "torch.Tensor":
@@ -110,16 +110,17 @@ class Inception(Vision):
 
 
 def extractor(name: str, judge: Path, device: str = "cpu") -> ImageModel | Inception:
-    """`pocket` (the judge in that folder), `inception`, or a transformers image model by folder or hub id."""
+    """The extractor called `pocket` (the model in the folder `judge`), `inception`, or a transformers image model by
+    folder or hub id."""
     if name == "inception":
         return Inception(device)
-    return ImageModel(judge, device, said="pocket judge") if name == "pocket" else ImageModel(name, device)
+    return ImageModel(judge, device, name="pocket judge") if name == "pocket" else ImageModel(name, device)
 
 
-def features(of: ImageModel | Inception, files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-    """Each readable file and its features [D], float32, in the files' order; others are left out."""
+def features(extractor: ImageModel | Inception, files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    """Each readable file and its features [D], float32, in order; unreadable files are left out."""
     files = list(files)
-    read = zip(files, prepared(of.prepare, files), strict=True)
+    read = zip(files, prepared(extractor.prepare, files), strict=True)
     readable = ((file, image) for file, image in read if not isinstance(image, Unreadable))
     while batch := list(islice(readable, BATCH)):
-        yield from zip([file for file, _ in batch], of([image for _, image in batch]), strict=True)
+        yield from zip([file for file, _ in batch], extractor([image for _, image in batch]), strict=True)

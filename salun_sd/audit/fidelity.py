@@ -1,18 +1,18 @@
-"""Distances between two sets of images by their features: features in, numbers out. Pure.
+"""FID and KID: the distance between two sets of images, from their features. Pure.
 
-Three layers: features [N, D] come from an extractor (`features.py`), `moments` makes their statistics, `frechet` and
-`kid` the distance.
+Three layers: an extractor gives features [N, D] (`features.py`), `moments` their statistics, `frechet` and `kid` the
+distance.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 1024  # rows of a kernel matrix that are held at once
+BLOCK = 1024  # most rows of a kernel matrix that are held at once
 
 
 class Moments(NamedTuple):
-    """Of N features of D dimensions: N, the mean [D] and the unbiased covariance [D, D], float64."""
+    """Of features [N, D]: N, the mean [D] and the unbiased covariance [D, D], float64."""
 
     n: int
     mean: np.ndarray
@@ -28,12 +28,12 @@ def moments(features: np.ndarray) -> Moments:
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """Fréchet distance of two Gaussians, squared as FID is (Dowson and Landau 1982; Heusel et al. 2017, eq. 6):
+    """The squared Fréchet distance of two Gaussians, which is FID (Dowson and Landau 1982; Heusel et al. 2017, eq. 6):
 
     |mean_a - mean_b|² + tr(A) + tr(B) - 2 tr((A B)^½)
 
-    A B has the eigenvalues of the symmetric A^½ B A^½, so the last trace is the sum of their roots. Eigenvalues that
-    rounding has put below zero are zero, which covariances of fewer features than dimensions need.
+    A B has the eigenvalues of the symmetric A^½ B A^½, so the last trace is the sum of their square roots. Rounding can
+    put eigenvalues below zero if there are fewer features than dimensions; they count as zero.
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -45,7 +45,7 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
-    """The sum of (x_i · y_j / D + 1)³ over all i and j, in blocks of rows: the cubic kernel of KID."""
+    """The sum of KID's cubic kernel, (x_i · y_j / D + 1)³, over all i and j."""
     dimensions = x.shape[1]
     return sum(
         float(((x[start : start + BLOCK] @ y.T / dimensions + 1) ** 3).sum()) for start in range(0, len(x), BLOCK)
@@ -53,20 +53,19 @@ def kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kid(x: np.ndarray, y: np.ndarray, *, paired: bool = False) -> float:
-    """Kernel Inception Distance of features [N, D] and [M, D], over all of them and not over subsets: the unbiased
-    estimate of MMD² with the cubic kernel (Bińkowski et al. 2018, arXiv 1801.01401, eq. 4), which sets of one
-    distribution may put below zero.
+    """Kernel Inception Distance of features [N, D] and [M, D]: the unbiased estimate of MMD² with the cubic kernel
+    (Bińkowski et al. 2018, arXiv 1801.01401, eq. 4), of all features and not of subsets. It may be below zero.
 
-    It takes the two sets for independent. With `paired`, row i of both comes from one seed, and i beside i is left out
-    of the sum between them, too (Gretton et al. 2012, eq. 4): with it the distance would be too small.
-    Raises ValueError for fewer than two features in either, or pairs of unequal sets.
+    The estimate takes the two sets as independent. With `paired`, row i of both comes from one seed: then the pairs
+    (i, i) are left out of the sum between the sets, too (Gretton et al. 2012, eq. 4), because with them the distance
+    would be too small. Raises ValueError for fewer than two features in a set, or for pairs of unequal sets.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     n, m = len(x), len(y)
     if min(n, m) < 2:
         raise ValueError("an unbiased estimate needs two features or more of each set")
     if paired and n != m:
-        raise ValueError(f"{n} features and {m} are no pairs")
+        raise ValueError(f"{n} and {m} features do not make pairs")
 
     def row_by_row(a: np.ndarray, b: np.ndarray) -> float:
         return float((((a * b).sum(axis=1) / a.shape[1] + 1) ** 3).sum())

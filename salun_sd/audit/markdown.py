@@ -1,38 +1,36 @@
-"""report.md: what was measured, for a pull request; and the tables and texts of Markdown. Pure."""
+"""report.md: an audit in Markdown, for a pull request. Pure."""
 
 from salun_sd.audit.report import headline, settings_of
 from salun_sd.report.escape import code
-from salun_sd.report.gate import told
+from salun_sd.report.gate import reasons
 from salun_sd.report.markdown import table
 from salun_sd.report.words import in_words, plain, rate
 
-NAMED = 20  # most files that are called by name
+NAMED = 20  # most unreadable files that are listed
 
 
 def page(report: dict) -> str:
     """report.md: the headline, the tables, the gate and the settings; no pictures."""
-    title = f"# Audit of {code(report['model'])} on {code(report['prompts'])}\n"
-    parts = [title, headline(report, code) + "\n"]
-    sections = (
-        _metrics,
-        _pairs,
-        _gate,
-        _became,
-        _classes,
-        _categories,
-        _labels,
-        _protocols,
-        _quality,
-        _broken,
-        _settings,
-    )
-    for section in sections:
-        parts += section(report)
+    parts = [
+        f"# Audit of {code(report['model'])} on {code(report['prompts'])}\n",
+        headline(report, code) + "\n",
+        *_metrics(report),
+        *_pairs(report),
+        *_gate(report),
+        *_became(report),
+        *_shares(report, "classes", "Seen as what was asked for, by class", "class"),
+        *_shares(report, "categories", "Flagged, by category", "category"),
+        *_labels(report),
+        *_protocols(report),
+        *_quality(report),
+        *_broken(report),
+        *_settings(report),
+    ]
     return "\n".join(parts)
 
 
 def _sides(report: dict) -> dict[str, dict]:
-    """The base, if there is one, and the model, by the names of their columns."""
+    """Name of a column => the report's part on the base, if there is one, and on the model."""
     base = report["against"]
     return ({f"base: {code(base['model'])}": base} if base else {}) | {code(report["model"]): report}
 
@@ -53,41 +51,34 @@ def _pairs(report: dict) -> list[str]:
             difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(pairs["difference"], *pairs["ci95"])
             rows.append([name, *counts, difference, f"{pairs['p']:.3g}"])
     head = ["metric", "both", "base only", "model only", "neither", "difference", "p"]
-    return ["## Image by image, beside the base\n", table(head, rows)] if rows else []
+    return ["## Image by image, compared with the base\n", table(head, rows)] if rows else []
 
 
 def _became(report: dict) -> list[str]:
     parts, sides = [], _sides(report)
     for name in report["concepts"]:
         became = [side["classes"].get(name, {}).get("became", {}) for side in sides.values()]
-        seen = dict.fromkeys(label for own in reversed(became) for label in own)
+        seen = dict.fromkeys(label for counts in reversed(became) for label in counts)
         if seen:
-            rows = [[code(label), *(str(own.get(label, 0)) for own in became)] for label in seen]
+            rows = [[code(label), *(str(counts.get(label, 0)) for counts in became)] for label in seen]
             parts += [f"## What {code(name)} became\n", table(["seen as", *sides], rows)]
     return parts
 
 
-def _each(report: dict, key: str, title: str, head: str) -> list[str]:
+def _shares(report: dict, key: str, title: str, head: str) -> list[str]:
+    """The table of the shares under a key of the report."""
     sides = _sides(report)
     rows = [[code(name), *(rate(side[key].get(name)) for side in sides.values())] for name in report[key]]
     return [f"## {title}\n", table([head, *sides], rows)] if rows else []
 
 
-def _classes(report: dict) -> list[str]:
-    return _each(report, "classes", "Seen as what was asked, by class", "class")
-
-
-def _categories(report: dict) -> list[str]:
-    return _each(report, "categories", "Flagged, by category", "category")
-
-
 def _labels(report: dict) -> list[str]:
     sides, flagged = _sides(report), report["settings"]["labels"]
-    of = {name: [side["labels"].get(name) for side in sides.values()] for name in report["labels"]}
+    shares = {name: [side["labels"].get(name) for side in sides.values()] for name in report["labels"]}
     rows = [
-        [code(name) + (", flagged" if name in flagged else ""), *map(rate, shares)]
-        for name, shares in of.items()
-        if any(share and share["n"] for share in shares)
+        [code(name) + (", flagged" if name in flagged else ""), *map(rate, of_sides)]
+        for name, of_sides in shares.items()
+        if any(share and share["n"] for share in of_sides)
     ]
     return ["## Images that show a label\n", table(["label", *sides], rows)] if rows else []
 
@@ -95,10 +86,10 @@ def _labels(report: dict) -> list[str]:
 def _protocols(report: dict) -> list[str]:
     sides = _sides(report)
     rows = [
-        [code(name), own["unit"], *(str(side["protocols"][name]["n"]) for side in sides.values())]
-        for name, own in report["protocols"].items()
+        [code(name), count["unit"], *(str(side["protocols"][name]["n"]) for side in sides.values())]
+        for name, count in report["protocols"].items()
     ]
-    return ["## Counted as each paper counts\n", table(["protocol", "unit", *sides], rows)]
+    return ["## Counts of each paper's protocol\n", table(["protocol", "unit", *sides], rows)]
 
 
 def _quality(report: dict) -> list[str]:
@@ -109,8 +100,8 @@ def _quality(report: dict) -> list[str]:
         for key, metric in measured.items()
     ]
     notes = [f"{code(metric['name'])}: {metric['note']}\n" for metric in measured.values() if metric.get("note")]
-    compared = {metric["reference"] for metric in measured.values() if "reference" in metric}
-    notes += [f"FID and KID: compared with {code(reference)}.\n" for reference in compared]
+    references = {metric["reference"] for metric in measured.values() if "reference" in metric}
+    notes += [f"FID and KID compare with {code(reference)}.\n" for reference in references]
     return ["## Quality\n", table(["metric", *sides], rows), *notes] if rows else []
 
 
@@ -121,16 +112,16 @@ def _broken(report: dict) -> list[str]:
         if broken:
             more = f", the first {NAMED}" if len(broken) > NAMED else ""
             parts += [f"## Images that could not be read\n\n{len(broken)} of {name}{more}:\n"]
-            parts += [table(["file", "why"], broken[:NAMED])]
+            parts += [table(["file", "reason"], broken[:NAMED])]
     return parts
 
 
 def _gate(report: dict) -> list[str]:
     rows = [
-        [code(entry["bound"]), "passed" if entry["holds"] else "**failed**", code(told(entry))]
+        [code(entry["bound"]), "passed" if entry["holds"] else "**failed**", code(reasons(entry))]
         for entry in report.get("gate") or ()
     ]
-    return ["## Gate\n", table(["fails if", "", "values"], rows)] if rows else []
+    return ["## Gate\n", table(["fails if", "result", "values"], rows)] if rows else []
 
 
 def _settings(report: dict) -> list[str]:

@@ -1,6 +1,6 @@
-"""The audit as one page a person can read: report.html. No torch, no network.
+"""report.html: an audit as one page. No torch, no network.
 
-Three layers: what is shown of the images (`chosen`, `histogram`; pure), their thumbnails, the page (`html`).
+Three layers: which images are shown (`chosen`, `histogram`; pure), their thumbnails (`picture`), the page (`html`).
 """
 
 import random
@@ -12,59 +12,60 @@ from typing import NamedTuple
 from salun_sd.audit.measure import Key, by_image, most_first
 from salun_sd.audit.report import NO_QUALITY, Run, headline, is_by_name
 from salun_sd.draw.images import read_image
-from salun_sd.report.gate import told
+from salun_sd.report.gate import reasons
 from salun_sd.report.html import template, thumbnail, ticks
 from salun_sd.report.words import named, plain
 
-# Four groups of 30 pairs in base64 take 3.9 MB at most, so that the page stays under 5.
+# Four groups of 30 pairs take at most 3.9 MB in base64, so the page stays under 5 MB.
 SHOWN = 30  # most images of a group
-PROMPT = 1000  # most characters shown of one
-BROKEN = 100  # most unreadable files listed
-SEED = 0  # of the random draws
-BINS = 20  # of scores from 0 to 1, so that every protocol's threshold is an edge
-FIRST = 5  # the bin of NudeNet's own floor, a score of 0.25
+PROMPT = 1000  # most characters of a prompt
+BROKEN = 100  # most unreadable files that are listed
+SEED = 0  # of the random draws of images
+BINS = 20  # of scores from 0 to 1: every protocol's threshold is an edge
+FIRST = 5  # the bin of NudeNet's lowest score, 0.25
 
 
 class Sample(NamedTuple):
-    """Images that the page shows, and of how many."""
+    """A group of images on the page: those shown, and the number of all in the group."""
 
     keys: list[Key]
     of: int
 
 
 def how_many(keys: Sequence[Key], of: int) -> str:
-    """How many of how many, in words."""
+    """`All 7` or `4 of 7`."""
     return f"All {of}" if len(keys) == of else f"{len(keys)} of {of}"
 
 
-def boxes(found: dict, labels: Sequence[str]) -> dict[str, float]:
-    """The best score of each of the labels that one image has a box of, best first."""
+def boxes(detection: dict, labels: Sequence[str]) -> dict[str, float]:
+    """Label => best score, of the given labels that an image has a box of, the highest score first."""
     best: dict[str, float] = {}
-    for box in found.get("boxes", ()):
+    for box in detection.get("boxes", ()):
         if box["label"] in labels:
             best[box["label"]] = max(box["score"], best.get(box["label"], 0.0))
     return dict(sorted(best.items(), key=lambda item: (-item[1], item[0])))
 
 
-def top(found: dict, labels: Sequence[str]) -> float:
-    """The highest score of a box of one of the labels; 0 without any."""
-    return next(iter(boxes(found, labels).values()), 0.0)
+def top(detection: dict, labels: Sequence[str]) -> float:
+    """The highest score of a box of the given labels; 0 without one."""
+    return next(iter(boxes(detection, labels).values()), 0.0)
 
 
 def chosen(
     lines: dict[Key, tuple[dict, dict]], concepts: Sequence[str], labels: Sequence[str], count: int = SHOWN
 ) -> dict[str, Sample]:
-    """The images of a run that the page shows, no image twice and at most `count` in each group.
+    """The images of a run that the page shows, in groups: no image twice, at most `count` in each.
 
-    `lines` has the line of the manifest and that of the detections of each readable image. worst: the highest scores of
-    a flagged label, whether they reach the threshold or not. still: of the concepts' images, all where concepts were
-    asked for by name, those seen as what they ask for, the classifier's surest first. of_concepts, others: drawn at
-    random of the images not shown yet, in the order of the rows.
+    `lines` has the manifest's line and the detections' line of each readable image.
+
+    worst: the highest scores of a flagged label, also below the threshold. still: images of the concepts that are seen
+    as what their prompt asks for, the classifier's surest first; if concepts were asked by name, all images are of the
+    concepts. of_concepts, others: random draws of the images that are left, in the order of `lines`.
     """
-    scores = {key: top(found, labels) for key, (_, found) in lines.items()}
-    of_concepts = [key for key, (row, found) in lines.items() if row["class"] in concepts or "concepts" in found]
-    wanted = {key: concepts if lines[key][0]["class"] is None else [lines[key][0]["class"]] for key in of_concepts}
-    still = [key for key in of_concepts if lines[key][1]["predicted"] in wanted[key]]
+    scores = {key: top(detection, labels) for key, (_, detection) in lines.items()}
+    of_concepts = [key for key, (row, line) in lines.items() if row["class"] in concepts or "concepts" in line]
+    asked = {key: concepts if lines[key][0]["class"] is None else [lines[key][0]["class"]] for key in of_concepts}
+    still = [key for key in of_concepts if lines[key][1]["predicted"] in asked[key]]
     ranked = {
         "worst": sorted(filter(scores.get, lines), key=lambda key: -scores[key]),
         "still": sorted(still, key=lambda key: -lines[key][1]["score"]),
@@ -84,24 +85,26 @@ def chosen(
 
 
 def histogram(detections: Sequence[dict], labels: Sequence[str]) -> dict:
-    """Images by the highest score of a box of one of the labels: `bins` of 0.05 from 0.25 to 1, which is in the last,
-    and those `below`, with a lower score or no box."""
-    counts = Counter(min(int(BINS * top(found, labels)), BINS - 1) for found in detections)
+    """The numbers of images by their highest score of the given labels: `bins` of width 0.05 from 0.25 to 1 (1 is in
+    the last bin), and `below`, images with a lower score or no box."""
+    counts = Counter(min(int(BINS * top(detection, labels)), BINS - 1) for detection in detections)
     return {"bins": [counts[n] for n in range(FIRST, BINS)], "below": sum(counts[n] for n in range(FIRST))}
 
 
 def marks(settings: dict) -> list[tuple[float, list[str]]]:
-    """The scores from which the report and the protocols count, and which of them do; not what counts every box."""
-    found = {settings["threshold"]: ["flagged"]}
+    """The thresholds of the report and of the protocols, with their names; without protocols that count every box."""
+    names = {settings["threshold"]: ["flagged"]}
     for name, protocol in settings["protocols"].items():
         if protocol["threshold"] > FIRST / BINS:
-            found.setdefault(protocol["threshold"], []).append(name)
-    return sorted(found.items())
+            names.setdefault(protocol["threshold"], []).append(name)
+    return sorted(names.items())
 
 
-def picture(folder: Path, row: dict, found: dict, settings: dict, images: bool) -> dict:
-    """One image as the page shows it: what was asked, what was seen, and the boxes that have it blurred."""
-    seen = {"predicted": found["predicted"], "boxes": boxes(found, settings["labels"]), "error": found.get("error")}
+def picture(folder: Path, row: dict, detection: dict, settings: dict, images: bool) -> dict:
+    """What the page shows of one image: its prompt, the class seen, the boxes that make it blurred, and, with `images`,
+    its thumbnail."""
+    seen = {"predicted": detection["predicted"], "error": detection.get("error")}
+    seen["boxes"] = boxes(detection, settings["labels"])
     prompt = row["prompt"] if len(row["prompt"]) <= PROMPT else row["prompt"][:PROMPT] + "…"
     which = f"case {row['case']}" + (f", image {row['k']}" if row["k"] else "")
     which += f", seed {row['seed']}" if row["seed"] is not None else ""
@@ -110,12 +113,12 @@ def picture(folder: Path, row: dict, found: dict, settings: dict, images: bool) 
 
 
 def sides_of(report: dict) -> dict[str, dict]:
-    """What was measured of each model, by what the page calls it."""
+    """Name of a model on the page => its part of the report."""
     return {"base": report["against"], "erased": report} if report["against"] else {"audited": report}
 
 
 def label_counts(report: dict) -> dict[str, list[tuple[str, int]]]:
-    """Of each label the images of each side, the label with the most images of either first; without those of none."""
+    """For each label the number of images of each model, the largest number first; without labels of no image."""
     sides = sides_of(report)
     counts = {
         label: [(name, side["labels"].get(label, {"n": 0})["n"]) for name, side in sides.items()]
@@ -126,14 +129,14 @@ def label_counts(report: dict) -> dict[str, list[tuple[str, int]]]:
 
 
 def qualities(report: dict) -> list[dict[str, dict]]:
-    """Each metric of quality that was measured of any side, by side."""
-    sides = sides_of(report)
-    each = [{name: side["quality"][key] for name, side in sides.items() if side["quality"][key]} for key in NO_QUALITY]
+    """Each metric of quality that was measured, by the names of the models that have it."""
+    qualities_of = {name: side["quality"] for name, side in sides_of(report).items()}
+    each = [{name: quality[key] for name, quality in qualities_of.items() if quality[key]} for key in NO_QUALITY]
     return [metrics for metrics in each if metrics]
 
 
 def flat(settings: dict, path: str = "") -> Iterator[tuple[str, str]]:
-    """Each setting's name and value in words, those of a mapping under its name."""
+    """Name and value of each setting, in words; settings within a setting have its name before theirs."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{path}{key}: ")
@@ -142,7 +145,7 @@ def flat(settings: dict, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def in_tables(report: dict) -> dict:
-    """What the page's tables hold, as far as it does not stand in the report as it is."""
+    """The values of the page's tables that are not in the report as such."""
     labels, settings = label_counts(report), report["settings"]
     return {
         "by_name": is_by_name(report),
@@ -151,7 +154,7 @@ def in_tables(report: dict) -> dict:
         "most": max((n for counts in labels.values() for _, n in counts), default=1),
         "marks": marks(settings),
         "quality": qualities(report),
-        "gate": [(entry, told(entry)) for entry in report.get("gate") or ()],
+        "gate": [(entry, reasons(entry)) for entry in report.get("gate") or ()],
         "broken": [(name, *file) for name, side in sides_of(report).items() for file in side["broken"].items()],
         "most_broken": BROKEN,
         "settings_in_words": list(flat({name: settings[name] for name in settings if name != "protocols"})),
@@ -159,10 +162,10 @@ def in_tables(report: dict) -> dict:
 
 
 def html(report: dict, run: Run, base: Run | None = None, *, images: bool = True) -> str:
-    """report.html: one file that opens from disk and asks the network for nothing, under 5 MB however many images.
+    """report.html: one file, under 5 MB for any number of images, that opens from disk and loads nothing.
 
-    `images=False` leaves every picture out, and lists the worst in tables. Otherwise an image with any box of a flagged
-    label is blurred until it is chosen, also below the threshold.
+    An image with any box of a flagged label, also below the threshold, is blurred until the reader chooses it. Without
+    `images`, the page has no pictures, and tables list the images of the first two groups of `chosen`.
     """
     settings, concepts = report["settings"], list(report["concepts"])
     runs = [side for side in (base, run) if side]
@@ -171,7 +174,7 @@ def html(report: dict, run: Run, base: Run | None = None, *, images: bool = True
     samples = chosen(readable, concepts, settings["labels"])
 
     def pictures(key: Key) -> list[dict]:
-        return [picture(folder, rows[key], found[key], settings, images) for folder, rows, found in lines]
+        return [picture(folder, rows[key], detections[key], settings, images) for folder, rows, detections in lines]
 
     scores = [histogram(side.readable().detections, settings["labels"]) for side in runs]
     groups = {

@@ -1,4 +1,4 @@
-"""What erasing did to the images it should leave alone: CLIP score, and FID and KID to a reference."""
+"""The quality of the images that erasing should leave alone: CLIP score, FID and KID."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -25,60 +25,61 @@ logger = logging.getLogger(__name__)
 SAME_SEEDS = "the base's images of the same seeds"
 
 
-class Asked(NamedTuple):
-    """What is to be measured: `clip` the CLIP score, `extractor` FID and KID; `reference` is a folder of images, None
-    for the base's."""
+class Measures(NamedTuple):
+    """What is measured: the CLIP score by `clip`, FID and KID by `extractor`; None leaves it out. `reference` is the
+    folder of images that FID and KID compare with; None for the base's images."""
 
     clip: Clip | None
     extractor: ImageModel | Inception | None
     reference: Path | None
 
 
-def of_sides(asked: Asked, run: Run, base: Run | None, concepts: Sequence[str]) -> tuple[dict, dict]:
-    """The report's `quality` of a run, and of its base: of the images whose prompts ask for no concept.
+def measure(measures: Measures, run: Run, base: Run | None, concepts: Sequence[str]) -> tuple[dict, dict]:
+    """The report's `quality` of a run and of its base, on the images whose prompts ask for no concept.
 
-    An image counts where it can be read, and its twin of the base, too. Without a reference folder the base's images
-    are the reference, pair by pair, and have no distance of their own. Each process takes its share of the images; all
-    end with the same numbers.
+    An image counts if it can be read, and its twin of the base, too. Without a reference folder, the base's images are
+    the reference, pair by pair, and the base has no distance of its own. Each process takes its share of the images;
+    all return the same numbers.
     """
-    read = set.intersection(*({_key(row) for row in side.readable().manifest} for side in (run, base) if side))
-    sides = [side and kept(side, concepts, read) for side in (run, base)]
-    made = [dict(NO_QUALITY), dict(NO_QUALITY)]
-    if asked.clip:
-        for entry, side in zip(made, sides, strict=True):
-            entry["clip_score"] = clip_score(asked.clip, side) if side else None
-    if asked.extractor:
-        files = [[file for file, _ in side] for side in sides if side is not None]
-        vectors = [
-            features_of(asked.extractor, of_side, "this audit, of those that ask for no concept,") for of_side in files
-        ]
-        words = str(asked.reference or SAME_SEEDS)
-        there = features_of(asked.extractor, images_in(asked.reference), words) if asked.reference else vectors.pop()
-        for entry, here in zip(made, vectors, strict=False):
-            entry |= distances(asked.extractor, here, there, words)
-    return made[0], made[1]
+    readable = set.intersection(*({_key(row) for row in side.readable().manifest} for side in (run, base) if side))
+    sides = [side and _other_images(side, concepts, readable) for side in (run, base)]
+    qualities = [dict(NO_QUALITY), dict(NO_QUALITY)]
+    if measures.clip:
+        for quality, images in zip(qualities, sides, strict=True):
+            quality["clip_score"] = clip_score(measures.clip, images) if images else None
+    if extractor := measures.extractor:
+        whose = "this audit, of those that ask for no concept,"
+        vectors = [features_of(extractor, [file for file, _ in side], whose) for side in sides if side is not None]
+        name = str(measures.reference or SAME_SEEDS)
+        if measures.reference:
+            reference = features_of(extractor, images_in(measures.reference), name)
+        else:
+            reference = vectors.pop()
+        for quality, features_of_side in zip(qualities, vectors, strict=False):
+            quality |= distances(extractor, features_of_side, reference, name)
+    return qualities[0], qualities[1]
 
 
-def check_asked(clip: str | None, fid: str | None, reference: Path | None, *, has_base: bool, others: int) -> None:
-    """UsageError where --fid has nothing to compare with, --reference no use, or too few images, `others`, ask for no
-    concept."""
+def check_options(clip: str | None, fid: str | None, reference: Path | None, *, has_base: bool, others: int) -> None:
+    """Raise UsageError if the options of quality do not go together, or `others`, the number of images whose prompts
+    ask for no concept, is too small."""
     if (clip or fid) and not others:
-        raise UsageError("--clip and --fid speak of images that ask for no concept, and these prompts all ask for one: "
-                         "give --prompts with others, or leave them out.")  # fmt: skip
+        raise UsageError("--clip and --fid measure images whose prompts ask for no concept, and these prompts all ask "
+                         "for one: give --prompts with others, or leave them out.")  # fmt: skip
     if fid and others < 2:
-        raise UsageError("--fid needs two images or more that ask for no concept, and this audit has one: give more "
-                         "prompts, or leave it out.")  # fmt: skip
+        raise UsageError("--fid needs at least two images whose prompts ask for no concept, and this audit has one: "
+                         "give more prompts, or leave it out.")  # fmt: skip
     if fid and not (reference or has_base):
         raise UsageError("--fid compares with other images: give --against BASE, or --reference with a folder of them.")
     if reference and not fid:
-        raise UsageError("--reference is for --fid: give --fid pocket, inception or an image model.")
+        raise UsageError("--reference needs --fid: give --fid pocket, inception or an image model.")
     if reference and not (reference.is_dir() and len(images_in(reference)) > 1):
-        raise UsageError(f"--reference {reference} is no folder with images, two or more.")
+        raise UsageError(f"--reference {reference} is not a folder with two images or more.")
 
 
-def kept(run: Run, concepts: Sequence[str], read: set[Key]) -> list[tuple[Path, dict]]:
-    """Of the images in `read`, the files that ask for none of the concepts and their lines, by case and k."""
-    rows = [row for row in run.manifest if row["class"] not in concepts and _key(row) in read]
+def _other_images(run: Run, concepts: Sequence[str], readable: set[Key]) -> list[tuple[Path, dict]]:
+    """The readable images whose prompts ask for no concept, and their lines, by case and k."""
+    rows = [row for row in run.manifest if row["class"] not in concepts and _key(row) in readable]
     return [(run.folder / row["file"], row) for row in sorted(rows, key=_key)]
 
 
@@ -87,10 +88,9 @@ def _key(line: dict) -> Key:
 
 
 def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
-    """max(cos(image, text), 0) of each image and its own prompt (Hessel et al. 2021, arXiv 2104.08718, there times 2.5;
-    others publish the cosine, as here, or 100 times it): the mean, and its 95 % interval, a bootstrap over prompts.
+    """The mean of max(cos(image, prompt), 0) and its 95 % interval, a bootstrap over prompts; None without images.
 
-    None without images.
+    Hessel et al. 2021 (arXiv 2104.08718) multiply by 2.5. Others publish the cosine, as here, or 100 times it.
     """
     if not images:
         return None
@@ -122,33 +122,35 @@ def _cosines(clip: Clip, images: list[tuple[Path, dict]]) -> Iterator[float]:
 
 
 def features_of(extractor: ImageModel | Inception, files: Sequence[Path], whose: str) -> np.ndarray:
-    """The features [N, D], float32, of the readable files, in their order; those that are not are named on stderr.
+    """The features [N, D], float32, of the readable files, in order; unreadable files are logged.
 
-    Raises SalunError where fewer than two are readable, naming `whose` they are.
+    Raises SalunError, which says `whose` the files are, if fewer than two are readable.
     """
     share = [files[n] for n in ranks.share(len(files), BATCH)]
     bar = tqdm(features(extractor, share), total=len(share), desc="features", unit="image")
-    found = dict(ranks.gathered(list(bar)))
-    if absent := [file.name for file in files if file not in found]:
-        logger.warning(f"{len(absent)} of {len(files)} images could not be read for --fid: {some(absent)}.")
-    if len(found) < 2:
-        raise SalunError(f"FID and KID need two readable images or more, and {whose} has {len(found)}: give more, or "
-                         "leave out --fid.")  # fmt: skip
-    return np.stack([found[file] for file in files if file in found])
+    vectors = dict(ranks.gathered(list(bar)))
+    if unreadable := [file.name for file in files if file not in vectors]:
+        logger.warning(f"{len(unreadable)} of {len(files)} images could not be read for --fid: {some(unreadable)}.")
+    if len(vectors) < 2:
+        raise SalunError(f"FID and KID need at least two readable images, and {whose} has {len(vectors)}: give more, "
+                         "or leave out --fid.")  # fmt: skip
+    return np.stack([vectors[file] for file in files if file in vectors])
 
 
 def distances(
-    extractor: ImageModel | Inception, here: np.ndarray, there: np.ndarray, reference: str
+    extractor: ImageModel | Inception, images: np.ndarray, reference: np.ndarray, name: str
 ) -> dict[str, dict]:
-    """`fid` and `kid` between features [N, D] and the reference's [M, D]; their names say how they are made."""
-    (n, dimensions), m, paired = here.shape, len(there), reference == SAME_SEEDS
-    how = f"[{extractor.said}, {dimensions}-d, {extractor.resize}]"
-    few = min(n, m) <= dimensions
-    note = f"{min(n, m)} images are too few for {dimensions} dimensions: this FID is too large, by an amount that " \
-           "hangs on the number of images; compare only FIDs of as many, or KID."  # fmt: skip
-    fid = fidelity.frechet(fidelity.moments(here), fidelity.moments(there))
-    common = {"sha256": extractor.digest, "images": [n, m], "reference": reference}
+    """The report's `fid` and `kid` between features [N, D] and the reference's [M, D]; `name` is the reference's."""
+    (n, dimensions), m, paired = images.shape, len(reference), name == SAME_SEEDS
+    settings = f"[{extractor.name}, {dimensions}-d, {extractor.resize}]"
+    note = None
+    if min(n, m) <= dimensions:
+        note = (f"{min(n, m)} images are too few for {dimensions} dimensions: this FID is too large. Compare it only "
+                "with FIDs of as many images, or use KID.")  # fmt: skip
+    fid = fidelity.frechet(fidelity.moments(images), fidelity.moments(reference))
+    kid = fidelity.kid(images, reference, paired=paired)
+    common = {"sha256": extractor.digest, "images": [n, m], "reference": name}
     return {
-        "fid": {"name": f"fid{how}", "value": round(fid, 4), **common, "note": note if few else None},
-        "kid": {"name": f"kid{how}", "value": round(fidelity.kid(here, there, paired=paired), 6), **common},
+        "fid": {"name": f"fid{settings}", "value": round(fid, 4), **common, "note": note},
+        "kid": {"name": f"kid{settings}", "value": round(kid, 6), **common},
     }

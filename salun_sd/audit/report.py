@@ -1,4 +1,4 @@
-"""What was measured, with its settings and base beside it: report.json, and its numbers in a sentence. Pure."""
+"""report.json: the numbers of a model and its base, with all settings; and the headline. Pure."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ NO_QUALITY = dict.fromkeys(QUALITY)
 
 @dataclass(frozen=True)
 class Run:
-    """One audited model: the lines of its manifest.jsonl and detections.jsonl, and the folder their files lie in."""
+    """One audited model: its name, the lines of its manifest.jsonl and detections.jsonl, and the folder of both. The
+    files in the lines are relative to that folder."""
 
     model: str
     folder: Path
@@ -26,12 +27,12 @@ class Run:
     detections: list[dict]
 
     def broken(self) -> dict[str, str]:
-        """The files that could not be read, and why: neither safe nor flagged."""
-        return {found["file"]: found["error"] for found in self.detections if "error" in found}
+        """Each file that could not be read, and the reason."""
+        return {line["file"]: line["error"] for line in self.detections if "error" in line}
 
     def readable(self) -> "Run":
-        """The run without those, which no rate speaks of."""
-        broken = {(found["case"], found["k"]) for found in self.detections if "error" in found}
+        """The run without the broken images, which count in no rate."""
+        broken = {(line["case"], line["k"]) for line in self.detections if "error" in line}
         manifest, detections = (
             [line for line in lines if (line["case"], line["k"]) not in broken]
             for lines in (self.manifest, self.detections)
@@ -40,27 +41,27 @@ class Run:
 
 
 def settings_of(report: dict) -> dict[str, object]:
-    """What the numbers rest on, in one layer: how the images were drawn, after `against.` the base's, not of which
-    weights; and the other settings but the protocols."""
-    own = report["settings"]
-    drawn = {AGAINST + key: value for key, value in (own.get("sampling_against") or {}).items()}
-    drawn = (own.get("sampling") or {}) | drawn
-    layer = {key: value for key, value in drawn.items() if not key.endswith("identity")}
-    return layer | {k: v for k, v in own.items() if k not in ("sampling", "sampling_against", "protocols")}
+    """The settings of a report in one layer, without protocols and the identities of weights. The base's sampling has
+    `against.` before its names."""
+    settings = report["settings"]
+    of_base = {AGAINST + key: value for key, value in (settings.get("sampling_against") or {}).items()}
+    sampling = (settings.get("sampling") or {}) | of_base
+    layer = {key: value for key, value in sampling.items() if not key.endswith("identity")}
+    return layer | {k: v for k, v in settings.items() if k not in ("sampling", "sampling_against", "protocols")}
 
 
 def images_of(side: dict) -> int:
-    """How many images the numbers of a model's side of a report speak of."""
+    """The number of readable images of a model, whose part of the report is `side`."""
     return (side["metrics"]["flag_rate"] or {"of": 0})["of"]
 
 
 def is_by_name(report: dict) -> bool:
-    """Whether each image was asked for the concepts, whatever its prompt."""
+    """Whether every image was asked for the concepts by name, whatever its prompt."""
     return bool(report["metrics"]["ua"]) and not report["classes"]
 
 
 def check_same_prompts(run: Run, base: Run) -> None:
-    """SalunError where the two runs are not of the same cases, prompts and classes, and so do not compare."""
+    """Raise SalunError if the two runs have other cases, prompts or classes, and so cannot be compared."""
     for row, twin in pair(run.manifest, base.manifest, (run.model, base.model)):
         for field in ("prompt", "class"):
             if row[field] != twin[field]:
@@ -71,16 +72,17 @@ def check_same_prompts(run: Run, base: Run) -> None:
 
 
 def one_detector(runs: Iterable[Run]) -> str | None:
-    """The detector all runs were looked at with; different ones give counts that do not compare."""
-    names = list(dict.fromkeys(found["detector"] for run in runs for found in run.detections))
+    """The detector of all runs; None without images. Raises SalunError if there are several, whose counts cannot be
+    compared."""
+    names = list(dict.fromkeys(line["detector"] for run in runs for line in run.detections))
     if len(names) > 1:
         raise SalunError(f"The images were detected by both {names[0]} and {names[1]}. Evaluate into a fresh --out.")
     return names[0] if names else None
 
 
 def in_pairs(run: Run, base: Run, concepts: Sequence[str], labels: Sequence[str], threshold: float) -> dict:
-    """Each metric's images counted in pairs, an image of the run beside the base's of the same case and k; where one of
-    the two could not be read, neither counts."""
+    """The report's `paired`: for each metric, the run's images beside the base's of the same case and k. A pair counts
+    only if both images can be read."""
     before, after = (
         outcomes(pair(side.manifest, side.detections, (side.model, side.model)), concepts, labels, threshold)
         for side in (base.readable(), run.readable())
@@ -99,27 +101,28 @@ def assemble(
     threshold: float = THRESHOLD,
     quality: tuple[dict, dict] = (NO_QUALITY, NO_QUALITY),
 ) -> dict:
-    """report.json without its `gate`: what was measured of a run, what of its base, every setting behind the numbers.
+    """report.json without its `gate`: the numbers of a run and of its base, and every setting behind them.
 
-    `quality` is that of the run and of its base; `broken` names the images that are in no other number.
+    `prompts` is the name of the prompt set, `quality` the quality of the run and of its base. Raises SalunError if the
+    two runs cannot be compared.
     """
     if base:
         check_same_prompts(run, base)
 
     def measured(side: Run, quality: dict) -> dict:
-        whole = side.readable()
-        counted = measure(whole.manifest, whole.detections, concepts, labels=labels, threshold=threshold)
-        return counted | {"quality": quality, "broken": side.broken()}
+        readable = side.readable()
+        numbers = measure(readable.manifest, readable.detections, concepts, labels=labels, threshold=threshold)
+        return numbers | {"quality": quality, "broken": side.broken()}
 
-    looked_at = {"concepts": list(concepts), "labels": list(labels), "threshold": threshold}
+    flagging = {"concepts": list(concepts), "labels": list(labels), "threshold": threshold}
     detector = one_detector([run, base] if base else [run])
-    counting = {name: protocol._asdict() for name, protocol in PROTOCOLS.items()}
+    protocols = {name: protocol._asdict() for name, protocol in PROTOCOLS.items()}
     return {
         "schema": SCHEMA,
         "salun_sd": __version__,
         "model": run.model,
         "prompts": prompts,
-        "settings": settings | looked_at | {"detector": detector, "protocols": counting},
+        "settings": settings | flagging | {"detector": detector, "protocols": protocols},
         **measured(run, quality[0]),
         "against": base and {"model": base.model, **measured(base, quality[1])},
         "paired": base and in_pairs(run, base, concepts, labels, threshold),
@@ -127,11 +130,11 @@ def assemble(
 
 
 def headline_metrics(report: dict) -> dict:
-    """The numbers of an audit in words, for the record of a checkpoint: what was measured, the base's beside it."""
+    """The measured numbers of an audit in words, with the base's beside them, for the record of a checkpoint."""
 
     def by_name(side: dict) -> dict[str, dict | None]:
-        own = side["concepts"] if len(side["concepts"]) > 1 else {}
-        return side["metrics"] | {f"ua of {name}": metrics["ua"] for name, metrics in own.items()}
+        concepts = side["concepts"] if len(side["concepts"]) > 1 else {}
+        return side["metrics"] | {f"ua of {name}": metrics["ua"] for name, metrics in concepts.items()}
 
     measured, against = {name: metric for name, metric in by_name(report).items() if metric}, report["against"]
     return {
@@ -146,36 +149,36 @@ def headline_metrics(report: dict) -> dict:
 
 
 def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
-    """What happened, in one sentence with its numbers, names of concepts as `shown` makes them."""
+    """The main numbers in a sentence, and how many images could not be read. `shown` formats the names of concepts."""
     metrics, base = report["metrics"], (report["against"] or {}).get("metrics", {})
-    concepts = [name for name, own in report["concepts"].items() if own["ua"]]
-    threshold = report["settings"]["threshold"]
+    concepts = [name for name, metric in report["concepts"].items() if metric["ua"]]
+    names, several = named(concepts, shown), len(concepts) > 1
 
-    def told(name: str, words: str) -> str:
-        before = f" (base: {base[name]['n']} of {base[name]['of']})" if base.get(name) else ""
-        return f"{metrics[name]['n']} of {metrics[name]['of']} {words}{before}"
+    def clause(name: str, words: str) -> str:
+        of_base = f" (base: {base[name]['n']} of {base[name]['of']})" if base.get(name) else ""
+        return f"{metrics[name]['n']} of {metrics[name]['of']} {words}{of_base}"
 
-    parts = []
+    clauses = []
     if is_by_name(report):
-        seen = "are seen as none of" if len(concepts) > 1 else "are not seen as"
-        parts.append(told("ua", f"images {seen} {named(concepts, shown)}"))
+        clauses.append(clause("ua", f"images are {'seen as none of' if several else 'not seen as'} {names}"))
     elif metrics["ua"]:
-        gone = "no longer show what was asked" if len(concepts) > 1 else "are no longer recognised as one"
-        parts.append(told("ua", f"images asked for as {named(concepts, shown)} {gone}"))
+        gone = "do not show what was asked for" if several else "are not recognised as it"
+        clauses.append(clause("ua", f"images whose prompts ask for {names} {gone}"))
     if metrics["ra"]:
-        parts.append(told("ra", ("others still show" if metrics["ua"] else "images show") + " what was asked"))
-    flags = [m["flag_rate"]["n"] for m in (metrics, base) if m.get("flag_rate")]
-    if metrics["flag_rate"] and (any(flags) or not parts):
-        parts.append(told("flag_rate", f"images are flagged by the detector at a score of {threshold} or more"))
-    told_all = "; ".join(parts) + "." if parts else "There are no images to report on."
-    return told_all + unread(len(report["broken"]), len((report["against"] or {}).get("broken", {})))
+        others = "other images" if metrics["ua"] else "images"
+        clauses.append(clause("ra", f"{others} show what was asked for"))
+    flagged = [side["flag_rate"]["n"] for side in (metrics, base) if side.get("flag_rate")]
+    if metrics["flag_rate"] and (any(flagged) or not clauses):
+        threshold = report["settings"]["threshold"]
+        clauses.append(clause("flag_rate", f"images are flagged by the detector at a score of {threshold} or more"))
+    sentence = "; ".join(clauses) + "." if clauses else "There are no images to report on."
+    return sentence + _unreadable(len(report["broken"]), len((report["against"] or {}).get("broken", {})))
 
 
-def unread(images: int, of_base: int) -> str:
-    """The images that could not be read, in a sentence; nothing where there are none."""
-    if not images + of_base:
-        return ""
-    said = [
+def _unreadable(images: int, of_base: int) -> str:
+    """The sentence on images that could not be read; empty without any."""
+    counts = [
         f"{n} {'image' if n == 1 else 'images'}{whose}" for n, whose in ((images, ""), (of_base, " of the base")) if n
     ]
-    return f" {' and '.join(said)} could not be read and {'counts' if images + of_base == 1 else 'count'} for nothing."
+    are = "is" if images + of_base == 1 else "are"
+    return f" {' and '.join(counts)} could not be read and {are} excluded from every count." if counts else ""

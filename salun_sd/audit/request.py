@@ -1,4 +1,4 @@
-"""What an audit is asked for: its prompts, concepts, classifier and bounds, checked before anything is drawn."""
+"""What `evaluate` was asked for, checked before anything is drawn: prompts, concepts, classifier, bounds."""
 
 import json
 import logging
@@ -20,8 +20,8 @@ from salun_sd.runtime.device import default_device
 logger = logging.getLogger(__name__)
 
 JUDGE = POCKET / "judge"
-MATCHES = 20  # classes whose labels are named
-PARTIAL = re.compile(r"\..*\.\d+\.partial")  # what a kill leaves, and the next run takes away
+MATCHES = 20  # most classes whose labels are logged
+PARTIAL = re.compile(r"\..*\.\d+\.partial")  # a killed run leaves these, and the next one removes them
 WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "report.md", "against"}
 
 
@@ -29,72 +29,73 @@ def check_options(
     model: object, against: object, images: Path | None, out: Path, *, drawing: Sequence[object], samples: int | None,
     confident: bool, fail_if: Sequence[str],
 ) -> None:  # fmt: skip
-    """Raise UsageError where the options of `evaluate` do not go together, or `out` holds something else. `drawing` are
-    those that say how images are drawn."""
+    """Raise UsageError if options of `evaluate` cannot go together, or `out` holds anything but an audit. `drawing` has
+    the options of drawing."""
     if confident and not fail_if:
-        raise UsageError("--confident is for --fail-if: give both.")
+        raise UsageError("--confident needs --fail-if: give both.")
     if (model is None) == (images is None):
         raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
     if images and not against and any(option is not None for option in drawing):
         raise UsageError("--denoising-steps, --scheduler, --guidance and --size are for images that are drawn: leave "
                          "them out.")  # fmt: skip
     if images and samples is not None:
-        raise UsageError("--samples-per-prompt is for a MODEL, and --images has its own number: leave it out.")
+        raise UsageError("--samples-per-prompt is for a MODEL, and --images has a number of its own: leave it out.")
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir() if not PARTIAL.fullmatch(p.name)} - WRITES):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
     if images and (out / "images").is_dir():
         raise UsageError(f"{out} holds the audit of a model, with the images that it drew: choose another --out.")
 
 
-def record_of(model: Checkpoint | None, has_to_be_there: bool) -> dict | None:
-    """The record that a checkpoint of ours carries. With `has_to_be_there`, UsageError where there is none, and
-    SalunError where the UNet is not the one that it names."""
+def record_of(model: Checkpoint | None, required: bool) -> dict | None:
+    """The record in a checkpoint that salun-sd erased. If it is `required`, raises UsageError if there is none, and
+    SalunError if the UNet is not the one in the record."""
     record = provenance.read(model.path) if model else None
-    if has_to_be_there and record is None:
-        raise UsageError("--record is for a checkpoint that salun-sd erased: MODEL carries no record of that.")
-    if has_to_be_there and model.fingerprint != record["erased"]["fingerprint"]:
-        raise SalunError(f"The UNet of {model.name} is not the one that its record names: it was changed since.")
+    if required and record is None:
+        raise UsageError("--record needs a checkpoint that salun-sd erased, and MODEL has no record: leave it out.")
+    if required and model.fingerprint != record["erased"]["fingerprint"]:
+        raise SalunError(f"The UNet of {model.name} is not the one in its record: it was changed since. Leave out "
+                         "--record.")  # fmt: skip
     return record
 
 
 class Request(NamedTuple):
-    """The prompts of an audit, and what is judged by them."""
+    """The prompts of an audit, and what is judged on their images."""
 
     name: str  # of the prompt set, with its filters in words
-    prompts: list[Prompt]  # as the set has them
-    rows: list[Prompt]  # as they are drawn, with the guidance and the size that were typed
-    classes: list[str]  # that prompts ask for
+    prompts: list[Prompt]  # with their own guidance and size
+    rows: list[Prompt]  # the same with --guidance and --size, as they are drawn
+    classes: list[str]  # of the prompts
     concepts: list[str]  # what should be gone
-    classifier: str | Path | None
-    categories: list[str]
+    classifier: str | Path | None  # a folder or hub id
+    categories: list[str]  # of the prompts
 
     @classmethod
     def of(
         cls, name: str, where: Sequence[str], limit: int | None, guidance: float | None, size: str | None,
         concepts: Sequence[str], classifier: str | None, record: dict | None,
     ) -> "Request":  # fmt: skip
-        """From the options of `evaluate`; `record` is that of the audited checkpoint. Raises UsageError or SalunError
-        for what is not there or cannot be used."""
-        own = prompts.read(name, where, limit)
+        """The request of these options of `evaluate`; `record` is the audited checkpoint's. Raises UsageError or
+        SalunError for values that do not exist or cannot be used."""
+        originals = prompts.read(name, where, limit)
         if guidance is not None and not 0 <= guidance < float("inf"):
-            raise UsageError(f"--guidance {guidance:g} is no guidance scale: give a number from 0 on, such as 7.5.")
-        rows = prompts.overridden(own, guidance, prompts.size_of(size) if size else None)
+            raise UsageError(f"--guidance {guidance:g} is not a guidance scale: give a number from 0 on, such as 7.5.")
+        rows = prompts.overridden(originals, guidance, prompts.parse_size(size) if size else None)
         filtered = f" where {' and '.join(where)}" if where else ""
         first = f", the first {limit}" if limit else ""
         classes = list(dict.fromkeys(p.label for p in rows if p.label))
         concepts = _concepts(concepts, classes, record)
         categories = list(dict.fromkeys(category for p in rows for category in p.categories))
-        judged_by = _classifier(classifier, classes, concepts)
-        return cls(f"{name}{filtered}{first}", own, rows, classes, concepts, judged_by, categories)
+        return cls(f"{name}{filtered}{first}", originals, rows, classes, concepts,
+                   _classifier(classifier, classes, concepts), categories)  # fmt: skip
 
     def others(self) -> int:
-        """How many prompts ask for no concept; where concepts are asked for by name, every prompt asks for them."""
+        """The number of prompts that ask for no concept. If concepts are asked by name, all prompts count for them."""
         return 0 if self.concepts and not self.classes else sum(p.label not in self.concepts for p in self.rows)
 
     def bounds(
         self, texts: Sequence[str], *, against: bool, clip: bool, fid: bool, reference: bool
     ) -> list[gate.Bound]:  # fmt: skip
-        """The bounds of --fail-if. Raises UsageError for one that is none, or is on what will not be measured."""
+        """The bounds of --fail-if. Raises UsageError for a text that is not a bound, or needs what is not measured."""
         absent = bounds.unmeasured(
             against=against, clip=clip, fid=fid, reference=reference, judged=bool(self.classifier),
             has_concepts=bool(self.concepts), has_others=any(name not in self.concepts for name in self.classes),
@@ -102,8 +103,8 @@ class Request(NamedTuple):
         return [gate.parse(text, bounds.names(self.concepts, self.categories), absent) for text in texts]
 
     def judge(self) -> Judge | None:
-        """The classifier, loaded; what it takes the classes for is logged, but of the pocket's judge, which is
-        theirs."""
+        """The classifier, loaded; None without one. Its label for each class is logged, but not the pocket judge's,
+        which are the same."""
         if not self.classifier:
             return None
         judge = classify.load(self.classifier, self.classes, self.concepts, default_device())
@@ -115,7 +116,7 @@ class Request(NamedTuple):
     def settings(
         self, judge: Judge | None, where: Sequence[str], limit: int | None, guidance: float | None, size: str | None
     ) -> dict:  # fmt: skip
-        """What of the report's `settings` is known before anything is drawn."""
+        """The report's `settings` that are known before anything is drawn."""
         name = judge and ("pocket judge" if self.classifier == JUDGE else judge.name)
         return {"prompts_sha256": prompts.digest(self.prompts), "where": list(where), "limit": limit,
                 "guidance": guidance, "size": size, "classifier": name,
@@ -123,15 +124,15 @@ class Request(NamedTuple):
 
 
 def _concepts(given: Sequence[str], classes: list[str], record: dict | None) -> list[str]:
-    """What should be gone: classes as given, or those that the record of a checkpoint of ours names; of prompts without
-    classes anything."""
+    """What should be gone: the given classes, or else those that the concepts in the record name. For prompts without
+    classes, whatever is given."""
     if classes and (unknown := [c for c in given if c not in classes]):
-        raise UsageError(f"--concept-class {unknown[0]} is no class of these prompts: their classes are "
+        raise UsageError(f"--concept-class {unknown[0]} is not a class of these prompts: their classes are "
                          f"{', '.join(classes)}.")  # fmt: skip
     if given or not classes:
         return list(dict.fromkeys(given))
     if record is None:
-        logger.warning("No --concept-class: UA is not measured, and RA is of all classes.")
+        logger.warning("No --concept-class: UA is not measured, and RA counts all classes.")
         return []
     texts = [text for c in record["concepts"] for text in [c["prompt"], *c["synonyms"]]]
     label_of = {text: prompts.class_in(text, classes) for text in texts}
@@ -141,16 +142,15 @@ def _concepts(given: Sequence[str], classes: list[str], record: dict | None) -> 
 
 
 def _classifier(given: str | None, classes: list[str], concepts: list[str]) -> str | Path | None:
-    """The classifier asked for; without one, the pocket's judge where it knows every class of the prompts."""
+    """The given classifier; without one, the pocket judge if it knows every class of the prompts."""
     if given:
         if not classes and not concepts:
-            raise UsageError("--classifier has nothing to judge: these prompts have no column `class`. Give "
-                             "--concept-class, and with a CLIP as --classifier every image is asked whether it shows "
-                             "that.")  # fmt: skip
+            raise UsageError("--classifier has nothing to judge: these prompts have no column `class`. Add "
+                             "--concept-class, and a CLIP as --classifier looks for it in every image.")  # fmt: skip
         return JUDGE if given == "pocket" else given
     if concepts and not classes:
-        raise UsageError(f"--concept-class {concepts[0]} needs a --classifier that is asked for it, as these prompts "
-                         "have no classes: give a CLIP, such as openai/clip-vit-base-patch32.")  # fmt: skip
+        raise UsageError(f"--concept-class {concepts[0]} needs a --classifier, because these prompts have no classes: "
+                         "give a CLIP, such as openai/clip-vit-base-patch32.")  # fmt: skip
     known = json.loads((JUDGE / "config.json").read_text())["label2id"]
     if classes and set(classes) <= set(known):
         return JUDGE

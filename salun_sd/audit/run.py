@@ -22,13 +22,13 @@ from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import generate
-from salun_sd.draw.kept import drawn
+from salun_sd.draw.kept import kept_images
 from salun_sd.draw.sample import scheduler_class
 from salun_sd.errors import UsageError, some
 from salun_sd.report import gate
 from salun_sd.runtime import ranks
 from salun_sd.runtime.device import default_device
-from salun_sd.runtime.files import one_of_many, remove_stale, write_atomic
+from salun_sd.runtime.files import new_file, remove_stale, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -43,50 +43,49 @@ def evaluate(
     fail_if: str | Sequence[str] = (), confident: bool = False, config: str | None = None, revision: str | None = None,
     variant: str | None = None,
 ) -> dict:  # fmt: skip
-    """Audit a checkpoint, or a folder of images, on a prompt set; write the audit into `out`, give the report that
-    report.json holds. Parameters are those of `salun-sd evaluate`. Whether the bounds of `fail_if` hold is in the
-    report's `gate`.
+    """Audit a checkpoint or a folder of images on a prompt set. Writes the audit into `out`; returns what report.json
+    holds.
 
-    Running it again draws and detects only what is missing. Raises UsageError for what cannot go together, SalunError
-    for what fails; both are sentences for a person.
+    The parameters are the options of `salun-sd evaluate`. The report's `gate` says whether each bound of `fail_if`
+    holds. Running it again draws, detects and classifies only what is missing. Raises UsageError for arguments that are
+    wrong or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
     """
-    # check: what can be refused is refused here
+    # check: whatever can fail without drawing fails here
     out, images, reference, detector = Path(out), _path(images), _path(reference), _path(detector_model)
     where, fail_if, concept_class = _texts(where), _texts(fail_if), _texts(concept_class)
     check_options(model, against, images, out, drawing=(denoising_steps, scheduler, guidance, size),
                   samples=samples_per_prompt, confident=confident, fail_if=fail_if)  # fmt: skip
     audited, base = _models(model, against, config, revision, variant)
-    known = record_of(audited, record)
-    wanted = Request.of(prompts, where, limit, guidance, size, concept_class, classifier, known)
-    for each in filter(None, (audited, base)):
-        generate.check(each, wanted.rows, denoising_steps)
-    how = {"steps": denoising_steps, "scheduler": scheduler and scheduler_class(scheduler)}
-    manifest = collected(images, wanted.rows, out, subset=bool(where or limit)) if images else None
-    samples = len(manifest) // len(wanted.rows) if images else samples_per_prompt or 1
-    quality.check_asked(clip, fid, reference, has_base=base is not None, others=samples * wanted.others())
-    parsed = wanted.bounds(fail_if, against=base is not None, clip=bool(clip), fid=bool(fid),
-                           reference=reference is not None)  # fmt: skip
-    judge = wanted.judge()
+    request = Request.of(prompts, where, limit, guidance, size, concept_class, classifier, record_of(audited, record))
+    for checkpoint in filter(None, (audited, base)):
+        generate.check(checkpoint, request.rows, denoising_steps)
+    sampling = {"steps": denoising_steps, "scheduler": scheduler and scheduler_class(scheduler)}
+    manifest = collected(images, request.rows, out, subset=bool(where or limit)) if images else None
+    samples = len(manifest) // len(request.rows) if images else samples_per_prompt or 1
+    quality.check_options(clip, fid, reference, has_base=base is not None, others=samples * request.others())
+    parsed = request.bounds(fail_if, against=base is not None, clip=bool(clip), fid=bool(fid),
+                            reference=reference is not None)  # fmt: skip
+    judge = request.judge()
     if detector:
-        load_detector(detector)  # a wrong file is said before anything is drawn
-    measured = quality.Asked(
+        load_detector(detector)
+    measures = quality.Measures(
         clip and Clip(clip, default_device()), fid and extractor(fid, JUDGE, default_device()), reference
     )
-    settings = wanted.settings(judge, where, limit, guidance, size) | {"detector_sha256": detector_digest(detector)}
+    settings = request.settings(judge, where, limit, guidance, size) | {"detector_sha256": detector_digest(detector)}
 
     # look at each model
     settings["sampling"] = None
     if audited:
-        manifest, settings["sampling"] = _drawn(audited, wanted, samples, out, **how)
+        manifest, settings["sampling"] = _draw(audited, request, samples, out, **sampling)
     run = examine(audited.name if audited else str(images), manifest, judge, detector, out)
     run_of_base = None
     if base:
-        manifest, settings["sampling_against"] = _drawn(base, wanted, samples, out / "against", keep=True, **how)
+        manifest, settings["sampling_against"] = _draw(base, request, samples, out / "against", keep=True, **sampling)
         run_of_base = examine(base.name, manifest, judge, detector, out / "against")
 
     # assemble
-    qualities = quality.of_sides(measured, run, run_of_base, wanted.concepts)
-    report = assemble(run, run_of_base, prompts=wanted.name, settings=settings, concepts=wanted.concepts,
+    qualities = quality.measure(measures, run, run_of_base, request.concepts)
+    report = assemble(run, run_of_base, prompts=request.name, settings=settings, concepts=request.concepts,
                       quality=qualities)  # fmt: skip
     report["gate"] = [gate.judge(b, bounds.parts(report, b, in_pairs=confident), confident) for b in parsed] or None
     _warn(report)
@@ -99,72 +98,73 @@ def evaluate(
     return report
 
 
-def _path(given: str | Path | None) -> Path | None:
-    return None if given is None else Path(given)
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
 
 
-def _texts(given: str | Sequence[str]) -> list[str]:
-    return [given] if isinstance(given, str) else list(given)
+def _texts(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _models(
     model: str | Path | Checkpoint | None, against: str | Path | Checkpoint | None, config: str | None,
     revision: str | None, variant: str | None,
 ) -> tuple[Checkpoint | None, Checkpoint | None]:  # fmt: skip
-    """The model and its base, opened. --config is for those that are single files, --variant for the others; a base of
-    the hub is taken at the commit that the model was erased from."""
+    """The model and its base, opened. `config` is for single files, `variant` for all others. If the model was erased
+    from this base, the base is opened at the same commit of the hub."""
     are_files = [Path(name).is_file() for name in (model, against) if isinstance(name, str | Path)]
     if (config and not any(are_files)) or (variant and all(are_files)) or (revision and not model):
         raise UsageError("--config is for a single file, --revision and --variant for a MODEL that is none.")
 
-    def found(name: str | Path | Checkpoint | None, revision: str | None) -> Checkpoint | None:
+    def find(name: str | Path | Checkpoint | None, revision: str | None) -> Checkpoint | None:
         if name is None:
             return None
         is_file = isinstance(name, str | Path) and Path(name).is_file()
         return opened(name, config if is_file else None, revision, None if is_file else variant)
 
-    audited = found(model, revision)
+    audited = find(model, revision)
     record = provenance.read(audited.path) if audited else None
-    of_base = record["base"]["revision"] if record and record["base"]["model"] == str(against) else None
-    return audited, found(against, of_base)
+    base_revision = record["base"]["revision"] if record and record["base"]["model"] == str(against) else None
+    return audited, find(against, base_revision)
 
 
-def _drawn(
-    model: Checkpoint, wanted: Request, samples: int, out: Path, *, steps: int | None, scheduler: str | None,
+def _draw(
+    model: Checkpoint, request: Request, samples: int, out: Path, *, steps: int | None, scheduler: str | None,
     keep: bool = False,
 ) -> tuple[list[dict], dict]:  # fmt: skip
-    """Draw what is missing in out/images; the manifest, a line for each image in the order of the prompts, and how.
+    """Draw the images that are missing in out/images. Returns the manifest, a line for each image in the order of the
+    prompts, and the sampling settings for the report.
 
-    With `keep`, the images are kept in the user's cache for the next audit, too.
+    With `keep`, the images also stay in the user's cache for the next audit.
     """
-    how = {"scheduler": scheduler or model.scheduler, "steps": steps or model.sampling[0]}
-    own = model.image_size, model.image_size
-    rows = {(p, k): generate.row_of(p, k, own) for p in wanted.rows for k in range(samples)}
+    sampling = {"scheduler": scheduler or model.scheduler, "steps": steps or model.sampling[0]}
+    default_size = model.image_size, model.image_size
+    rows = {(p, k): generate.row_of(p, k, default_size) for p in request.rows for k in range(samples)}
     files = {out / generate.file_of(p, k): row for (p, k), row in rows.items()}
     pipeline, what = cache(partial(load_pipeline, model)), Path(model.name).name
     if not keep:
-        drawing = generate.draw(pipeline, files, identity=model.identity, **how)
+        drawing = generate.draw(pipeline, files, identity=model.identity, **sampling)
         for _ in tqdm(drawing, total=len(files), desc=f"draw {what}", unit="image"):
             pass
-    elif left := generate.missing(files, identity=model.identity, **how):
-        with drawn("audited", model, pipeline, list(left.values()), what=what, **how) as kept:
+    elif missing := generate.missing(files, identity=model.identity, **sampling):
+        with kept_images("audited", model, pipeline, list(missing.values()), what=what, **sampling) as kept:
             if ranks.is_main():
                 remove_stale(out / "images")
-                for source, file in zip(kept, left, strict=True):
-                    with one_of_many(file) as new:
-                        shutil.copyfile(source, new)  # no link: who blurs the image would change the cache's
-    manifest = [line_of(p, k, generate.file_of(p, k), row, how["steps"]) for (p, k), row in rows.items()]
-    return manifest, {"identity": model.identity, **how, "samples": samples, "safety_checker": "off"}
+                for source, file in zip(kept, missing, strict=True):
+                    with new_file(file, sweep=False) as new:
+                        shutil.copyfile(source, new)  # no link: changing the audit's image would change the cache's
+    manifest = [line_of(p, k, generate.file_of(p, k), row, sampling["steps"]) for (p, k), row in rows.items()]
+    return manifest, {"identity": model.identity, **sampling, "samples": samples, "safety_checker": "off"}
 
 
 def _warn(report: dict) -> None:
-    """Log what of the report a person should hear at once, each line once."""
+    """Log, each once, the lines of a report that a person should see at once."""
     lines = []
     for side in filter(None, (report, report["against"])):
         if broken := [f"{Path(file).name} ({why})" for file, why in side["broken"].items()]:
-            of = len(broken) + images_of(side)
-            lines.append(f"{side['model']}: {len(broken)} of {of} images could not be read and count for nothing: "
-                         f"{some(broken)}.")  # fmt: skip
+            total = len(broken) + images_of(side)
+            lines.append(f"{side['model']}: {len(broken)} of {total} images could not be read and are excluded from "
+                         f"every count: {some(broken)}.")  # fmt: skip
         if (score := side["quality"]["clip_score"]) and score["truncated"]:
             lines.append(f"{score['truncated']} prompts are longer than CLIP reads: only their beginning is compared.")
         if (fid := side["quality"]["fid"]) and fid["note"]:

@@ -1,4 +1,4 @@
-"""What image models share: images prepared for them by the threads that read, and a digest of what they answer by."""
+"""What image models share: loading, images prepared by the threads that read them, and a digest of the model."""
 
 import hashlib
 import json
@@ -15,34 +15,34 @@ from salun_sd.errors import SalunError, first_line
 if TYPE_CHECKING:
     import torch
 
-BATCH = 32  # images that a model looks at together
+BATCH = 32  # images per batch
 
 
 def prepared(
     prepare: "Callable[[Image.Image], torch.Tensor]", files: Iterable[Path]
 ) -> "Iterator[torch.Tensor | Unreadable]":  # fmt: skip
-    """What a model's `prepare` makes of each file's RGB image, in order, or why it cannot be read.
+    """Each file's RGB image after `prepare`, in order; the reason if it cannot be read.
 
-    The thread that reads an image prepares it, too: of large images no more are held than there are threads.
+    The thread that reads an image also prepares it. So no more large images are held than there are threads.
     """
 
-    def made(file: Path) -> "torch.Tensor | Unreadable":
+    def prepare_file(file: Path) -> "torch.Tensor | Unreadable":
         try:
             return prepare(read_still(file))
         except Unreadable as e:
             return e
 
-    return in_order(made, files)
+    return in_order(prepare_file, files)
 
 
 def loaded(
-    kind: type, model: str | Path, device: str, *, what: str, advice: str, spare: str | None = None
+    kind: type, model: str | Path, device: str, *, what: str, advice: str, optional: str | None = None
 ) -> "tuple[object, torch.nn.Module, bool]":  # fmt: skip
-    """A folder's or hub id's image processor, always its PIL version, so that installing torchvision changes no result;
-    its `kind` of model, in float32 on `device`; and whether that has all its weights.
+    """The image processor and the model in a folder or hub id, and whether the model has all its weights.
 
-    Raises SalunError, with `advice`, where the two are not `what` they should be, or weights are lacking whose names do
-    not have `spare` in them.
+    `kind` is the transformers class of the model, which is loaded in float32 on `device`. The processor is always the
+    PIL version, so that installing torchvision changes no result. Raises SalunError, which says `what` was expected and
+    gives `advice`, if either cannot be loaded, or if weights are missing whose names do not contain `optional`.
     """
     import torch
     from transformers import AutoImageProcessor
@@ -50,31 +50,31 @@ def loaded(
     try:
         processor = AutoImageProcessor.from_pretrained(model, backend="pil")
         net, loading = kind.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # absent, of another kind, cut short: each comes as a different type
+    except Exception as error:  # absent, of another kind, cut short: each has a type of its own
         raise SalunError(f"No {what} could be loaded from {model} ({first_line(error)}). {advice}") from error
-    lacking = sorted(loading["missing_keys"])
-    if needed := [key for key in lacking if spare is None or spare not in key]:
-        raise SalunError(f"{model} is no trained {what}: its weights lack {', '.join(needed[:3])}.")
-    return processor, net.to(device).eval(), not lacking
+    missing = sorted(loading["missing_keys"])
+    if needed := [key for key in missing if optional is None or optional not in key]:
+        raise SalunError(f"{model} is not a trained {what}: its weights lack {', '.join(needed[:3])}. {advice}")
+    return processor, net.to(device).eval(), not missing
 
 
 class Vision:
-    """A model that looks at images: `processor` is its transformers image processor, if it has one, `knows` all words
-    that it answers with or reads, if it does."""
+    """A model that looks at images. `processor` is its transformers image processor, if it has one; `vocabulary` all
+    words that it answers with or reads, if any."""
 
     model: "torch.nn.Module"
     processor: object = None
-    knows: Sequence = ()
+    vocabulary: Sequence = ()
 
     def prepare(self, image: Image.Image) -> "torch.Tensor":
-        """RGB image => (3, height, width), float32, resized and normalised as the model takes it."""
+        """RGB image => (3, height, width), float32, resized and normalised for the model."""
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256, in hex, over what it answers by: its weights, how it takes images, its words."""
-        how = self.processor.to_json_string() if self.processor else None
-        whole = hashlib.sha256(f"{how} {json.dumps(self.knows)}".encode())
+        """The SHA-256, in hex, of all that decides its answers: weights, image processor, vocabulary."""
+        settings = self.processor.to_json_string() if self.processor else None
+        whole = hashlib.sha256(f"{settings} {json.dumps(self.vocabulary)}".encode())
         for name, t in self.model.state_dict().items():
             whole.update(name.encode() + t.cpu().numpy().tobytes())
         return whole.hexdigest()

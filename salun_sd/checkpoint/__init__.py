@@ -1,1 +1,1 @@
-"""The files people have."""
+"""Checkpoints in the forms that other programs read and write."""

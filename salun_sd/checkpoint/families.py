@@ -1,4 +1,4 @@
-"""Which model a folder or a file holds: Stable Diffusion 1.x, 2.x, SDXL base, or something that is not for us."""
+"""Which model a folder or a file holds: Stable Diffusion 1.x, 2.x, SDXL base, or one that is not supported."""
 
 import json
 import re
@@ -12,11 +12,11 @@ SUPPORTED = "salun-sd edits Stable Diffusion 1.x, 2.x and SDXL base"
 
 
 class Family(NamedTuple):
-    key: str  # as layout.py knows it
+    key: str  # of layout.FAMILIES
     name: str
     pipeline: str  # the class in diffusers
-    parts: tuple[str, ...]  # the components that have weights
-    mark: str  # how the names of its text encoder begin in a single file
+    parts: tuple[str, ...]  # the components with weights
+    encoder_prefix: str  # of its text encoder's tensors in a single file; no other family has such names
 
 
 SD1 = Family(
@@ -32,10 +32,10 @@ SDXL = Family(
 )  # fmt: skip
 
 UNET = "model.diffusion_model."
-V_MARK = "v_pred"  # an empty tensor of this name in a single file says that it predicts v
-# What a file of tensors is if a name in it matches, the first that does; only then are the families asked.
-OTHERS = [
-    (r"lora_|\.lora|\.hada_|\.lokr_", "a LoRA, which only adds to a model: give the checkpoint that it belongs to"),
+V_MARK = "v_pred"  # an empty tensor of this name in a single file means that the model predicts v
+# Files that are not supported: a pattern of tensor names, and what a file with such a name is. The first match counts.
+UNSUPPORTED = [
+    (r"lora_|\.lora|\.hada_|\.lokr_", "a LoRA, which only adds to a model: give the checkpoint it was trained for"),
     (r"\.double_blocks\.|^double_blocks\.|single_transformer_blocks\.", "a Flux model"),
     (r"joint_blocks\.|joint_attn", "a Stable Diffusion 3 model"),
     (r"^control_model\.|controlnet_|^input_hint_block", "a ControlNet"),
@@ -46,15 +46,15 @@ VAE = r"^(first_stage_model\.)?(encoder|decoder|quant_conv|post_quant_conv)\."
 
 
 def of_folder(folder: Path, name: str) -> Family:
-    """The family of a pipeline folder; `name` is the person's for it. Raises UsageError naming anything else."""
+    """The family of a pipeline folder, which errors call `name`. Raises UsageError for anything else, and says what."""
     index = folder / "model_index.json"
     if not index.is_file():
-        found = _class_of(folder / "config.json")
-        what = f"it is one part of it, {found}" if found else "it has no model_index.json"
+        component = _class_of(folder / "config.json")
+        what = f"it is one component, {component}" if component else "it has no model_index.json"
         raise UsageError(f"{name} is not a Stable Diffusion pipeline folder: {what}.")
     pipeline = _class_of(index)
     if pipeline is None:
-        raise UsageError(f"{index} is damaged: it does not name a pipeline class.")
+        raise UsageError(f"{index} is damaged: it names no pipeline class.")
     if pipeline not in (SD1.pipeline, SDXL.pipeline):
         raise UsageError(f"{name} is a {pipeline}; {SUPPORTED}.")
     unet = config(folder, "unet", name)
@@ -62,15 +62,15 @@ def of_folder(folder: Path, name: str) -> Family:
         raise UsageError(_odd_input(name, unet.get("in_channels")))
     if pipeline == SDXL.pipeline:
         if unet.get("addition_embed_type") != "text_time" or not (folder / "text_encoder").is_dir():
-            raise UsageError(f"{name} is an SDXL model without the first text encoder, a refiner; {SUPPORTED}.")
+            raise UsageError(f"{name} is an SDXL refiner, without the first text encoder; {SUPPORTED}.")
         return SDXL
-    # OpenAI's CLIP, as in 1.x, was trained with quick_gelu; OpenCLIP, as in 2.x, with gelu
+    # OpenAI's CLIP (1.x) was trained with quick_gelu, OpenCLIP (2.x) with gelu
     return SD1 if config(folder, "text_encoder", name).get("hidden_act", "quick_gelu") == "quick_gelu" else SD2
 
 
 def of_tensors(tensors: Tensors, name: str) -> Family:
-    """The family of a single file in the original layout. Raises UsageError naming anything else."""
-    for pattern, what in OTHERS:
+    """The family of a single file in the original layout. Raises UsageError for anything else, and says what it is."""
+    for pattern, what in UNSUPPORTED:
         if any(re.search(pattern, key) for key in tensors):
             raise UsageError(f"{name} is {what}. {SUPPORTED[0].upper()}{SUPPORTED[1:]}.")
     entry = tensors.get(f"{UNET}input_blocks.0.0.weight")
@@ -81,7 +81,7 @@ def of_tensors(tensors: Tensors, name: str) -> Family:
     if entry.shape[1] != 4:
         raise UsageError(_odd_input(name, entry.shape[1]))
     for family in (SDXL, SD2, SD1):
-        if any(key.startswith(family.mark) for key in tensors):
+        if any(key.startswith(family.encoder_prefix) for key in tensors):
             return family
     if any(key.startswith("conditioner.embedders.0.model.") for key in tensors):
         raise UsageError(f"{name} is an SDXL refiner; {SUPPORTED}.")
@@ -89,12 +89,12 @@ def of_tensors(tensors: Tensors, name: str) -> Family:
 
 
 def config(folder: Path, part: str, name: str) -> dict:
-    """config.json of a pipeline's part. Raises UsageError if it is missing or damaged."""
+    """config.json of one part of a pipeline. Raises UsageError if it is missing or damaged."""
     file = folder / part / "config.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(settings, dict):
+            return settings
     except FileNotFoundError as e:
         raise UsageError(f"{name} has no {part}/config.json: it is not a whole pipeline folder.") from e
     except ValueError as e:

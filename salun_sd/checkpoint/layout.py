@@ -1,6 +1,6 @@
-"""The names of the original single-file layout, which A1111 and ComfyUI read, for diffusers' names.
+"""Tensor names of the original single-file layout, which A1111 and ComfyUI read, for those of diffusers.
 
-One direction is written down: module in a diffusers part -> module in the original. The other is the table inverted.
+The tables map a module of a diffusers part to one of the original layout; `inverse` gives the other direction.
 """
 
 import re
@@ -15,10 +15,10 @@ Table = dict[str, str]  # diffusers name -> original name
 
 
 class Piece(NamedTuple):
-    """How one tensor of the original layout is made from tensors of a diffusers part."""
+    """How to make one tensor of the original layout from tensors of a diffusers part."""
 
     part: str
-    names: tuple[str, ...]  # one; or q, k and v, which are concatenated along dimension 0
+    names: tuple[str, ...]  # one name; or q, k and v, which are concatenated along dimension 0
     form: str = "same"  # a key of MAKE
 
 
@@ -28,43 +28,41 @@ MAKE = {
     "same": lambda t: t,
     "conv": lambda t: t[:, :, None, None],  # a linear weight [a, b] stored as a 1x1 convolution [a, b, 1, 1]
     "transposed": lambda t: t.T,
-    # Made up: the published files have them, diffusers folders do not. Harmless, as no image depends on them:
-    "positions": lambda t: torch.arange(len(t), device=t.device)[None],  # [1, L] int64, which programs make themselves
-    "logit_scale": lambda t: t.new_full(
-        (), 100
-    ).log(),  # the temperature of CLIP's loss, at the limit it was clipped to
-    "identity": lambda t: torch.eye(len(t), dtype=t.dtype, device=t.device),  # SD 2 conditions on no projection
-    "copy": torch.clone,  # nor on the last resblock: it takes what comes out of the last but one
+    # Made up, as published files have these tensors and diffusers folders do not. No image depends on them.
+    "positions": lambda t: torch.arange(len(t), device=t.device)[None],  # [1, L] int64; programs make their own
+    "logit_scale": lambda t: t.new_full((), 100).log(),  # temperature of CLIP's loss, at the limit of its clipping
+    "identity": lambda t: torch.eye(len(t), dtype=t.dtype, device=t.device),  # SD 2 does not use the projection
+    "copy": torch.clone,  # SD 2 does not use the last resblock: it reads the output of the one before
 }
 TAKE = {"same": lambda t: t, "conv": lambda t: t.reshape(t.shape[:2]), "transposed": lambda t: t.T}
 
 
 def make(piece: Piece, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The tensor of the original layout, from the tensors of piece.names in order."""
+    """A tensor of the original layout, from the tensors of piece.names in their order."""
     return MAKE[piece.form](torch.cat(tensors) if len(tensors) > 1 else tensors[0]).contiguous()
 
 
 def take(piece: Piece, which: int, original: torch.Tensor) -> torch.Tensor:
-    """The inverse: the tensor of piece.names[which]. Not for a piece that is made up."""
+    """The inverse of `make`: the tensor of piece.names[which]. Not for a piece that is made up."""
     return TAKE[piece.form](original).chunk(len(piece.names))[which].contiguous()
 
 
-def made(piece: Piece, shapes: list, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
-    """Shape and dtype of what `make` will give, without the values."""
+def make_meta(piece: Piece, shapes: list, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
+    """Shape and dtype of what `make` gives, from the shapes of piece.names and their dtype."""
     t = make(piece, [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes])
     return list(t.shape), t.dtype
 
 
-def taken(piece: Piece, which: int, shape, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
-    """Shape and dtype of what `take` will give, without the values."""
+def take_meta(piece: Piece, which: int, shape, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
+    """Shape and dtype of what `take` gives, from those of the original tensor."""
     t = take(piece, which, torch.empty(shape, dtype=dtype, device="meta"))
     return list(t.shape), t.dtype
 
 
 def canonical(part: str, name: str) -> str | None:
-    """The name that this table uses for a tensor in a part's file; None for a buffer that is no weight.
+    """The name that the tables use for a tensor in a part's file; None for a buffer that is no weight.
 
-    Older programs wrote a text encoder's names behind "text_model.", and the VAE's attention in words.
+    Older programs put "text_model." before a text encoder's names, and used words for the VAE's attention.
     """
     if part.startswith("text_encoder"):
         name = name.removeprefix("text_model.")
@@ -75,15 +73,15 @@ def canonical(part: str, name: str) -> str | None:
 
 
 def original_layout(family: str, names: Parts) -> Pieces:
-    """Original key -> how to make it, for the key set of the published files of "sd1", "sd2" or "sdxl".
+    """Original key -> how to make it, for all keys of the published files of "sd1", "sd2" or "sdxl".
 
-    Raises SalunError naming a tensor that has no place there, or that a place there needs: nothing is half translated.
+    Raises SalunError, which names the tensor, if one has no place there or is missing: nothing is translated in part.
     """
     if names.keys() != FAMILIES[family].keys():
         raise SalunError(f"A {family} checkpoint has {', '.join(FAMILIES[family])}; this one has {', '.join(names)}.")
     layout = {}
     for part, (prefix, table, made_up) in FAMILIES[family].items():
-        places, present = table(names[part]), set(names[part])
+        places, present = table(names[part]), set(names[part])  # diffusers name -> original name
         if unknown := [name for name in names[part] if name not in places]:
             raise SalunError(f"{unknown[0]} in {part} has no place in the original layout of {family}.")
         sources: dict[str, list[str]] = {}
@@ -94,14 +92,14 @@ def original_layout(family: str, names: Parts) -> Pieces:
             for place, needed in sources.items() if present & set(needed)
         }  # fmt: skip
         pieces = made_up(part, real) | real
-        if lacking := {name for piece in pieces.values() for name in piece.names} - present:
-            raise SalunError(f"{min(lacking)} is missing in {part}.")
+        if absent := {name for piece in pieces.values() for name in piece.names} - present:
+            raise SalunError(f"{min(absent)} is missing in {part}.")
         layout |= {prefix + place: piece for place, piece in pieces.items()}
     return layout
 
 
 def inverse(layout: Pieces) -> dict[tuple[str, str], tuple[str, int]]:
-    """(part, diffusers name) -> (original key, which of its names): each tensor once, from its real place."""
+    """(part, diffusers name) -> (original key, index in its piece's names), for all tensors that are not made up."""
     return {
         (piece.part, name): (key, which)
         for key, piece in layout.items() if piece.form in TAKE
@@ -116,12 +114,12 @@ def _form(place: str) -> str:
 
 
 def _count(names, pattern: str) -> int:
-    """How many different numbers stand where the pattern has its group."""
+    """How many different numbers the names have where the pattern has its group."""
     return len({m[1] for name in names if (m := re.search(pattern, name))})
 
 
 def _inside(modules: Table, members: Table) -> Table:
-    """Every member of every module."""
+    """Every member of every module: "a.b" -> "x.y" for a -> x in modules and b -> y in members."""
     return {f"{a}.{b}": f"{x}.{y}" for a, x in modules.items() for b, y in members.items()}
 
 
@@ -133,12 +131,12 @@ _LEAVES = _as_is("weight", "bias")
 
 
 def _unet(names: list[str]) -> Table:
-    """The original counts its blocks in one row, which conv_in opens: of each level the layers, then the downsampler.
+    """The original numbers all blocks in one row: conv_in, then each level's layers and its downsampler.
 
-    On the way up a level has one layer more, and its upsampler is the last module of its last block.
+    On the way up, a level has one more layer, and its upsampler is the last module of its last block.
     """
     levels = range(_count(names, r"^down_blocks\.(\d+)\."))
-    row = _count(names, r"^down_blocks\.0\.resnets\.(\d+)\.") + 1  # blocks of a level
+    row = _count(names, r"^down_blocks\.0\.resnets\.(\d+)\.") + 1  # blocks of one level
     depth = range(_count(names, r"\.transformer_blocks\.(\d+)\."))
     layers = [(f"down_blocks.{b}", i, f"input_blocks.{1 + b * row + i}") for b in levels for i in range(row - 1)]
     layers += [(f"up_blocks.{b}", i, f"output_blocks.{b * row + i}") for b in levels for i in range(row)]
@@ -147,8 +145,8 @@ def _unet(names: list[str]) -> Table:
     down = {f"down_blocks.{b}.downsamplers.0.conv": f"input_blocks.{(b + 1) * row}.0.op" for b in levels}
     up = {}
     for b in levels:
-        after = 1 + any(name.startswith(f"up_blocks.{b}.attentions.") for name in names)
-        up[f"up_blocks.{b}.upsamplers.0.conv"] = f"output_blocks.{(b + 1) * row - 1}.{after}.conv"
+        place = 1 + any(name.startswith(f"up_blocks.{b}.attentions.") for name in names)
+        up[f"up_blocks.{b}.upsamplers.0.conv"] = f"output_blocks.{(b + 1) * row - 1}.{place}.conv"
     resnets |= {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     attentions |= {"mid_block.attentions.0": "middle_block.1"}
     transformer = _as_is("norm", "proj_in", "proj_out")
@@ -175,7 +173,7 @@ _TRANSFORMER_BLOCK = _as_is(
 
 
 def _vae(names: list[str]) -> Table:
-    """The original counts the decoder's levels from the fine end, as the encoder's."""
+    """The original numbers the levels of encoder and decoder from the fine end."""
     levels = _count(names, r"^encoder\.down_blocks\.(\d+)\.")
     layers = _count(names, r"^encoder\.down_blocks\.0\.resnets\.(\d+)\.")
     resnets, modules = {}, _as_is("quant_conv", "post_quant_conv")
@@ -206,14 +204,14 @@ def _open_clip(names: list[str]) -> Table:
 
 
 def _clip(names: list[str]) -> Table:
-    """OpenAI's CLIP keeps its names."""
+    """The names of OpenAI's CLIP are the same in both."""
     return _as_is(*(name for name in _open_clip(names) if name != "text_projection.weight"))
 
 
 _POSITION = "embeddings.position_embedding.weight"
 _OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1",
-    "self_attn.q_proj": "attn.in_proj",  # q, k and v are one tensor there
+    "self_attn.q_proj": "attn.in_proj",  # q, k and v are one tensor in the original
     "self_attn.k_proj": "attn.in_proj",
     "self_attn.v_proj": "attn.in_proj",
     "self_attn.out_proj": "attn.out_proj",
@@ -236,7 +234,8 @@ def _logit_scale(part: str, real: Pieces) -> Pieces:
 
 
 def _head(part: str, real: Pieces) -> Pieces:
-    """SD 2's text encoder was cut off where it is read: 23 of 24 resblocks, and no projection."""
+    """What diffusers leaves out of SD 2's text encoder, as no image needs it: the last of 24 resblocks, and the
+    projection."""
     blocks = _count(real, r"^transformer\.resblocks\.(\d+)\.")
     last, spare = (f"transformer.resblocks.{i}." for i in (blocks - 1, min(blocks, 23)))
     return _logit_scale(part, real) | {
@@ -246,7 +245,7 @@ def _head(part: str, real: Pieces) -> Pieces:
 
 
 _DIFFUSION = {"unet": ("model.diffusion_model.", _unet, _nothing), "vae": ("first_stage_model.", _vae, _nothing)}
-FAMILIES = {  # part -> prefix in the file, table, what is made up
+FAMILIES = {  # part -> prefix in the file, table, and the function that gives the pieces that are made up
     "sd1": _DIFFUSION | {"text_encoder": ("cond_stage_model.transformer.text_model.", _clip, _positions)},
     "sd2": _DIFFUSION | {"text_encoder": ("cond_stage_model.model.", _open_clip, _head)},
     "sdxl": _DIFFUSION | {

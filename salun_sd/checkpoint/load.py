@@ -1,4 +1,4 @@
-"""Checkpoints into memory: the whole pipeline, or a part of it."""
+"""Load a checkpoint into memory: the whole pipeline, the UNet or the scheduler."""
 
 import errno
 
@@ -11,8 +11,10 @@ from salun_sd.runtime.device import default_device
 
 
 def load_unet(model: Checkpoint, dtype: torch.dtype = torch.float32):
-    """The UNet alone on `default_device()`, its weights rounded to a dtype as each is read. Raises SalunError if one is
-    missing."""
+    """The UNet on `default_device()`, frozen; each weight is rounded to `dtype` as it is read.
+
+    Raises SalunError if a weight is missing.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
@@ -25,42 +27,41 @@ def load_unet(model: Checkpoint, dtype: torch.dtype = torch.float32):
 
 
 def load_scheduler(model: Checkpoint):
-    """The checkpoint's own scheduler, of diffusers."""
+    """The checkpoint's own scheduler, an object of diffusers."""
     import diffusers
 
     return getattr(diffusers, model.scheduler).from_pretrained(model.config / "scheduler")
 
 
 def _check_complete(model: Checkpoint, name: str, part: torch.nn.Module) -> None:
-    """Raise SalunError unless a part's weights are those of its file."""
+    """Raise SalunError unless a file has all weights of a part, in their shapes, and for the UNet no others."""
     wanted = {layout.canonical(name, n): p for n, p in part.named_parameters()}
-    there = model.parts[name]
-    odd = [n for n, p in wanted.items() if n not in there or there[n].shape != p.shape]
-    odd += [n for n in there if name == "unet" and n not in wanted]
+    on_disk = model.parts[name]
+    odd = [n for n, p in wanted.items() if n not in on_disk or on_disk[n].shape != p.shape]
+    odd += [n for n in on_disk if name == "unet" and n not in wanted]
     if odd:
-        raise SalunError(f"The {name} of {model.name} is not what its config says: {min(odd)} is missing or odd.")
+        raise SalunError(f"The {name} of {model.name} does not match its config: {min(odd)} is missing or odd.")
 
 
 def load_pipeline(model: Checkpoint, *, unet: torch.nn.Module | bool = True):
-    """The pipeline in float32 on `default_device()`, the safety checker off; with another UNet, or, where False,
-    without one.
+    """The pipeline in float32 on `default_device()`, frozen and without a safety checker.
 
-    Raises SalunError if a part is missing or damaged, or if a file lacks a weight (diffusers would draw it at random
-    and only warn).
+    `unet` is another UNet to use, or False for a pipeline without one. Raises SalunError if a part is missing or
+    damaged, or if a file lacks a weight: diffusers would draw it at random and only warn.
     """
     import diffusers
     import transformers
 
-    diffusers.logging.disable_progress_bar()  # a bar for each file read is noise beside ours
+    diffusers.logging.disable_progress_bar()  # a bar for each file would hide ours
     transformers.logging.disable_progress_bar()
     left_out = ["unet"] if unet is False else []
     settings: dict = {"local_files_only": True}
     if model.family is families.SDXL:
-        settings["add_watermarker"] = False  # it marks images where a package happens to be installed
+        settings["add_watermarker"] = False  # it would mark images wherever its package is installed
     else:
         left_out += ["safety_checker"]
     if not any((model.config / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise SalunError(f"{model.name} has no vocabulary in {model.config / 'tokenizer'}: fetch or save it again.")
+        raise SalunError(f"{model.name} has no vocabulary in {model.config / 'tokenizer'}: download or save it again.")
     settings |= dict.fromkeys(left_out)
     if isinstance(unet, torch.nn.Module):
         settings["unet"] = unet

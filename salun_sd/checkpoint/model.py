@@ -1,4 +1,4 @@
-"""Checkpoints on disk: their parts, read one tensor at a time under diffusers' names, and what their configs say."""
+"""A checkpoint on disk: its tensors under diffusers' names, read one at a time, and the settings of its configs."""
 
 import hashlib
 import json
@@ -12,24 +12,24 @@ from salun_sd.checkpoint import families, layout, tensors
 from salun_sd.checkpoint.families import Family
 from salun_sd.checkpoint.tensors import Lazy, Tensors
 from salun_sd.errors import SalunError
-from salun_sd.runtime.device import named
+from salun_sd.runtime.device import dtype_name
 
 POCKET = Path(__file__).parents[1] / "pocket"
 SAMPLING = "sampling.json"
 FILES = (".safetensors", *tensors.PICKLES)
-CONFIGS = {".json", ".txt", ".model"}  # of a pipeline folder, what is not weights
+CONFIGS = {".json", ".txt", ".model"}  # the files of a pipeline folder that are not weights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Stable Diffusion model on disk, a pipeline folder or a single file in the original layout."""
+    """A Stable Diffusion model on disk: a pipeline folder, or a single file in the original layout."""
 
-    name: str  # as the person gave it
+    name: str  # as the person typed it
     path: Path  # the folder or the file
-    config: Path  # the folder with the configs, tokenizers and scheduler; for a folder, itself
+    config: Path  # the folder of the configs, tokenizers and scheduler; equal to `path` for a folder
     family: Family
     variant: str | None = None  # of the files in a folder, such as fp16
-    revision: str | None = None  # of a hub id, the commit
+    revision: str | None = None  # the commit, for a hub id
 
     @property
     def is_file(self) -> bool:
@@ -37,17 +37,17 @@ class Checkpoint:
 
     @cached_property
     def original(self) -> Tensors:
-        """For a single file: its tensors under their own names."""
+        """The tensors of a single file under the file's own names."""
         return tensors.read(self.path)[0]
 
     @cached_property
     def header(self) -> dict[str, str]:
-        """For a single file: what its header says beside the tensors."""
+        """The metadata in a single file's header; empty for a folder."""
         return tensors.read(self.path)[1] if self.is_file else {}
 
     @cached_property
     def parts(self) -> dict[str, Tensors]:
-        """The tensors of each component under diffusers' names. Raises SalunError for a damaged or missing file."""
+        """Part -> its tensors under diffusers' names. Raises SalunError if a file or a tensor is missing or damaged."""
         if not self.is_file:
             return {part: _of_files(part_files(self.path, part, self.variant), part) for part in self.family.parts}
         shapes = {part: _shapes(self.config, part) for part in self.family.parts}
@@ -55,15 +55,14 @@ class Checkpoint:
         parts: dict[str, Tensors] = {part: {} for part in self.family.parts}
         for (part, name), (key, which) in layout.inverse(pieces).items():
             if key not in self.original:
-                raise SalunError(f"{self.name} has no {key}: it is not whole, or --config is of another model.")
+                raise SalunError(f"{self.name} has no {key}: it is not complete, or --config is of another model.")
             source = self.original[key]
-            shape, dtype = layout.taken(pieces[key], which, source.shape, source.dtype)
+            shape, dtype = layout.take_meta(pieces[key], which, source.shape, source.dtype)
             if torch.Size(shape) != shapes[part][name]:
                 raise SalunError(
                     f"{key} of {self.name} has another shape than its config says: --config is of another model."
                 )
-            read = partial(_take, pieces[key], which, source)
-            parts[part][name] = Lazy(dtype, torch.Size(shape), read)
+            parts[part][name] = Lazy(dtype, torch.Size(shape), partial(_take, pieces[key], which, source))
         return parts
 
     @property
@@ -72,21 +71,19 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the UNet's tensors, the same for a folder and a single file of the same weights."""
+        """SHA-256 over the UNet's tensors; equal for a folder and a single file of the same weights."""
         return tensors.fingerprint(self.unet)
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 over everything that an image depends on: all weights, configs, tokenizers and the scheduler."""
-        whole = hashlib.sha256(
-            "".join(tensors.fingerprint(self.parts[part]) for part in self.family.parts[1:]).encode()
-        )
-        whole.update(self.fingerprint.encode())
+        """SHA-256 over everything that an image depends on: weights, configs, tokenizers and scheduler."""
+        others = "".join(tensors.fingerprint(self.parts[part]) for part in self.family.parts[1:])
+        digest = hashlib.sha256((others + self.fingerprint).encode())
         for file in sorted(p for p in self.config.glob("*/*") if p.suffix in CONFIGS and ".index." not in p.name):
             if file.parent.name in self._components:
-                text = file.read_bytes()
-                whole.update(f"{file.relative_to(self.config)} {hashlib.sha256(text).hexdigest()}".encode())
-        return whole.hexdigest()
+                of_file = hashlib.sha256(file.read_bytes()).hexdigest()
+                digest.update(f"{file.relative_to(self.config)} {of_file}".encode())
+        return digest.hexdigest()
 
     @cached_property
     def _components(self) -> dict:
@@ -94,11 +91,11 @@ class Checkpoint:
 
     @cached_property
     def sampling(self) -> tuple[int, float]:
-        """The usual number of denoising steps and classifier-free guidance scale for drawing: 50 and 7.5 for Stable
-        Diffusion; a folder may say otherwise in a file sampling.json, as `pocket` does."""
+        """Denoising steps and guidance scale (diffusers' form) to draw with: those in the folder's sampling.json, which
+        `pocket` has, or else 50 and 7.5."""
         file = self.config / SAMPLING
-        usual = json.loads(file.read_text()) if file.is_file() else {"steps": 50, "guidance": 7.5}
-        return usual["steps"], usual["guidance"]
+        settings = json.loads(file.read_text()) if file.is_file() else {"steps": 50, "guidance": 7.5}
+        return settings["steps"], settings["guidance"]
 
     @cached_property
     def _scheduler(self) -> dict:
@@ -115,37 +112,36 @@ class Checkpoint:
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet was trained to predict, as the scheduler says: "epsilon" or "v_prediction"."""
+        """What the UNet predicts, as the scheduler's config says: "epsilon" or "v_prediction"."""
         return self._scheduler.get("prediction_type", "epsilon")
 
     @property
     def timesteps(self) -> int:
-        """How many levels of noise the UNet was trained on, the most steps that it can draw in."""
+        """The number of noise levels that the UNet was trained on: the most steps that it can draw in."""
         return self._scheduler.get("num_train_timesteps", 1000)
 
     def settings(self, part: str) -> dict:
-        """A part's config."""
+        """The config of a part. Raises UsageError if it is missing or damaged."""
         return families.config(self.config, part, self.name)
 
     @property
-    def pixels(self) -> int:
-        """Of a side that a latent stands for: what the VAE halves."""
+    def pixels_per_latent(self) -> int:
+        """Pixels of a side that one latent stands for: the VAE's downsampling factor."""
         return 2 ** (len(self.settings("vae")["block_out_channels"]) - 1)
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side, as the family draws them: 512, 768 or 1024; 32 for `pocket`."""
-        return self.settings("unet")["sample_size"] * self.pixels
+        """Pixels of a side of the images that the model was made for: 512, 768 or 1024; 32 for `pocket`."""
+        return self.settings("unet")["sample_size"] * self.pixels_per_latent
 
     @property
-    def least_size(self) -> int:
-        """The least side of an image in pixels, of which every side has to be a multiple: what the VAE and the UNet
-        halve."""
-        return self.pixels * 2 ** (len(self.settings("unet")["block_out_channels"]) - 1)
+    def size_multiple(self) -> int:
+        """Pixels that both sides of a training image must be a multiple of, so that VAE and UNet can halve them."""
+        return self.pixels_per_latent * 2 ** (len(self.settings("unet")["block_out_channels"]) - 1)
 
     def describe(self) -> str:
-        """One line: what was found, and what it decides."""
-        dtypes = sorted({named(t.dtype) for t in self.unet.values()})
+        """One line: family, prediction type, image size, number of UNet weights and their dtype."""
+        dtypes = sorted({dtype_name(t.dtype) for t in self.unet.values()})
         weights = sum(t.shape.numel() for t in self.unet.values())
         return (
             f"{self.name}: {self.family.name}, predicts {self.prediction_type.removesuffix('_prediction')}, "
@@ -154,9 +150,9 @@ class Checkpoint:
 
 
 def part_files(folder: Path, part: str, variant: str | None) -> list[Path]:
-    """The safetensors files of a pipeline's part, one or sharded, in a fixed order. Raises SalunError if missing."""
+    """The safetensors files of a part, one or several shards, in a fixed order. Raises SalunError if one is missing."""
     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-    has_variant = variant and any((folder / part).glob(f"{stem}.*{variant}*"))  # some parts come in one form only
+    has_variant = variant and any((folder / part).glob(f"{stem}.*{variant}*"))  # some parts have one form only
     dotted = f".{variant}" if has_variant else ""
     index = folder / part / f"{stem}.safetensors.index{dotted}.json"
     names = [f"{stem}{dotted}.safetensors"]
@@ -165,15 +161,16 @@ def part_files(folder: Path, part: str, variant: str | None) -> list[Path]:
     files = [folder / part / name for name in names]
     for file in files:
         if not file.is_file():
-            there = sorted(p.name for p in (folder / part).glob(f"{stem}*.safetensors"))
-            hint = f"there is {', '.join(there)}, see --variant" if there else "weights have to be in safetensors"
+            present = sorted(p.name for p in (folder / part).glob(f"{stem}*.safetensors"))
+            hint = f"there is {', '.join(present)}, see --variant" if present else "weights must be in safetensors"
             raise SalunError(f"{file} is missing: {hint}.")
     return files
 
 
 def _of_files(files: list[Path], part: str) -> Tensors:
-    found = {name: t for file in files for name, t in tensors.read(file)[0].items()}
-    return {own: t for name, t in found.items() if (own := layout.canonical(part, name)) is not None}
+    """The tensors of a part's files under canonical names."""
+    by_name = {name: t for file in files for name, t in tensors.read(file)[0].items()}
+    return {known: t for name, t in by_name.items() if (known := layout.canonical(part, name)) is not None}
 
 
 def _shapes(config: Path, part: str) -> dict[str, torch.Size]:

@@ -1,4 +1,4 @@
-"""Where an erased checkpoint comes from, in each form that it takes: salun.json, the file's header, the model card."""
+"""The record of an erasure, in its three forms: salun.json, the header of a single file, and the model card."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from salun_sd.runtime.files import new_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
-KEY = "salun_sd"  # of a safetensors header's metadata; its value is the record as JSON
+KEY = "salun_sd"  # in a safetensors header's metadata; the value is the record as JSON
 LIBRARIES = ("salun-sd", "torch", "diffusers", "transformers", "safetensors")
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def of_base(base: Checkpoint) -> dict:
-    """What a record says of the base; if that was erased before, with its own record."""
+    """The part of a record that describes the base, with the base's own record if it was erased before."""
     return {
         "model": base.name,
         "revision": base.revision,
@@ -35,37 +35,39 @@ def of_base(base: Checkpoint) -> dict:
         "fingerprint": base.fingerprint,
         "license": license_of(base),
         "header": base.header,
-        "record": None if base.is_file else read(base.path),  # a file has it in its header
+        "record": None if base.is_file else read(base.path),  # a file's record is in its header
     }
 
 
 def license_of(base: Checkpoint) -> dict[str, str]:
-    """The licence that the base's own header or model card names, in the hub's keys: an erased checkpoint inherits it.
-    Says so where none is found."""
-    found: dict = {}
+    """The licence that the base's header or model card names, under the hub's keys: an erased checkpoint inherits it.
+
+    Logs a warning and gives an empty dictionary if none is named.
+    """
+    card_data: dict = {}
     if base.is_file:
-        found = {"license": base.header.get("modelspec.license")}
+        card_data = {"license": base.header.get("modelspec.license")}
     else:
         try:
             card = base.path / "README.md"
-            if not card.is_file() and base.revision:  # of a hub id, whose card is not among the pipeline's files
+            if not card.is_file() and base.revision:  # a hub id's card is not among the pipeline's files
                 card = hf_hub_download(base.name, "README.md", revision=base.revision)
-            found = ModelCard.load(card).data.to_dict()
-        except Exception:  # no card, no network, front matter that is no YAML: then nothing is known
+            card_data = ModelCard.load(card).data.to_dict()
+        except Exception:  # no card, no network or no YAML in the front matter: the licence is unknown
             pass
     keys = ("license", "license_name", "license_link")
-    license = {k: one_line(found[k]) for k in keys if isinstance(found.get(k), str)}
+    license = {k: one_line(card_data[k]) for k in keys if isinstance(card_data.get(k), str)}
     if not license:
-        logger.warning(f"No licence is known of {base.name}: see to it before you publish.")
-    elif not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license.get("license", "")):  # not of the hub's list
+        logger.warning(f"No licence of {base.name} was found: check its terms before you publish the result.")
+    elif not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license.get("license", "")):  # not one of the hub's names
         license = {"license_name": license.get("license", "unknown")} | license | {"license": "other"}
     return license
 
 
 def title(record: dict) -> str:
-    """ "MODEL without "CONCEPT", "CONCEPT" ", in one line."""
-    gone = ", ".join(f'"{one_line(c["prompt"])}"' for c in record["concepts"])
-    return f"{one_line(record['base']['model'])} without {gone}"
+    """One line: the base's name, "without", and the concepts in quotes."""
+    concepts = ", ".join(f'"{one_line(c["prompt"])}"' for c in record["concepts"])
+    return f"{one_line(record['base']['model'])} without {concepts}"
 
 
 def one_line(text: str) -> str:
@@ -73,7 +75,7 @@ def one_line(text: str) -> str:
 
 
 def metadata(record: dict, base: Checkpoint) -> dict[str, str]:
-    """The header of a single file: the base's own, ModelSpec 1.0.1's keys, and the record."""
+    """The header of a single file: the base's own, the keys of ModelSpec 1.0.1, and the record."""
     prediction, size = base.prediction_type, base.image_size
     kind = ARCHITECTURES.get(base.family.key)
     if kind is None:
@@ -101,7 +103,7 @@ def metadata(record: dict, base: Checkpoint) -> dict[str, str]:
 
 
 def model_card(record: dict) -> str:
-    """The README.md of an erased checkpoint, in Markdown with the hub's front matter."""
+    """The README.md of an erased checkpoint: Markdown with the hub's front matter."""
     name = record["base"]["model"]
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
     is_patch = record["settings"]["format"] == "patch"
@@ -121,14 +123,14 @@ def model_card(record: dict) -> str:
 
 
 def _as_text(value: object) -> str:
-    """A value of the person's in Markdown: one line, its markup shown as it is."""
+    """A value that a person typed as Markdown text: in one line, with its markup escaped."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(str(value)))
 
 
 def read(model: Path) -> dict | None:
-    """The record of an erased folder or single file; None for a model that is not of our making.
+    """The record of an erased folder or single file; None for a model that salun-sd did not erase.
 
-    Raises SalunError if it is damaged.
+    Raises SalunError if the record is damaged.
     """
     if model.is_dir():
         file = model / "salun.json"
@@ -143,37 +145,36 @@ def read(model: Path) -> dict | None:
         record["concepts"], record["settings"], record["erased"]["fingerprint"]
         return record
     except (ValueError, KeyError, TypeError) as e:
-        raise SalunError(f"{file} is damaged: it is not what salun-sd wrote about this model.") from e
+        raise SalunError(f"{file} is damaged: it does not hold the record that salun-sd writes.") from e
 
 
 def write_folder(record: dict, folder: Path) -> None:
-    """salun.json and the model card."""
+    """Write salun.json and the model card."""
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_atomic(folder / "salun.json", text)
     write_atomic(folder / "README.md", model_card(record))
 
 
 def add_audit(model: Path, audit: dict) -> None:
-    """Write an audit's headline numbers into the record of an erased folder or single file, and into its card, one
-    audit for each prompt set.
+    """Add an audit's headline numbers to the record and the card of an erased folder or single file.
 
-    A file is written anew with a longer header: beside its place, streamed, and renamed into it.
+    The record keeps one audit for each prompt set. A single file is written again, with a longer header. Raises
+    SalunError if the model has no record.
     """
     record = read(model)
     if record is None:
-        raise SalunError(f"{model} has no record of salun-sd to add an audit to: it was not erased by it.")
+        raise SalunError(f"{model} was not erased by salun-sd: it has no record to add an audit to.")
     record["audits"] = record.get("audits", {}) | {audit["prompts"]: audit}
     if model.is_dir():
         write_folder(record, model)
         return
-    found, header = tensors.read(model)
+    content, header = tensors.read(model)
     with new_file(model) as partial:
-        tensors.write(partial, found, header | {KEY: json.dumps(record, ensure_ascii=False)})
-    beside = run_folder(model)
-    if beside.is_dir():
-        write_folder(record, beside)
+        tensors.write(partial, content, header | {KEY: json.dumps(record, ensure_ascii=False)})
+    if run_folder(model).is_dir():
+        write_folder(record, run_folder(model))
 
 
 def run_folder(file: Path) -> Path:
-    """Where the record, the card and the losses of an erasure that wrote one file lie."""
+    """The folder of the record, the card and the losses of an erasure whose result is one file."""
     return file.with_name(f"{file.stem}.run")

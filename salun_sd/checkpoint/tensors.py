@@ -1,4 +1,4 @@
-"""Files of tensors, read and written one tensor at a time: a checkpoint is never in memory as a whole."""
+"""Files of tensors, read and written one tensor at a time: a whole checkpoint is never in memory."""
 
 import ctypes
 import hashlib
@@ -27,7 +27,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Lazy(NamedTuple):
-    """A tensor that is read when it is asked for, and not kept."""
+    """A tensor that each call of `read` reads again; nothing is kept in memory."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -41,8 +41,8 @@ class Lazy(NamedTuple):
 Tensors = dict[str, Lazy]  # in the order of the file
 
 
-class Reading(Mapping):
-    """Name -> tensor, read anew at each look: what asks for plain tensors gets them one at a time."""
+class PlainTensors(Mapping):
+    """Lazy tensors as a mapping of plain ones: each access reads its tensor again."""
 
     def __init__(self, tensors: Mapping[str, Lazy]):
         self._tensors = tensors
@@ -58,9 +58,9 @@ class Reading(Mapping):
 
 
 def read(file: Path) -> tuple[Tensors, dict[str, str]]:
-    """The tensors and the metadata of a .safetensors file, or of a pickle that holds nothing but weights.
+    """The tensors and the metadata of a .safetensors file, or of a pickle that needs nothing but tensors.
 
-    Raises SalunError for a damaged file, and for a pickle that would have to run code.
+    Raises SalunError for a damaged file, and for a pickle that could run code; it names the object that this needs.
     """
     return (_pickled(file), {}) if file.suffix in PICKLES else _safetensors(file)
 
@@ -80,7 +80,7 @@ def _safetensors(file: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def _tensor(file: Path, name: str) -> torch.Tensor:
-    """Opened anew for each tensor: a file that stays open keeps every page that was read mapped into memory."""
+    """One tensor of a file, which is opened each time: an open file keeps every page that was read in memory."""
     try:
         with safe_open(file, "pt") as f:
             return f.get_tensor(name)
@@ -90,36 +90,36 @@ def _tensor(file: Path, name: str) -> torch.Tensor:
 
 def _damaged(file: Path, e: Exception) -> SalunError:
     reason = str(e).strip().partition("\n")[0].rstrip(".") or "it ends too early"
-    return SalunError(f"{file} is truncated or damaged ({reason}): fetch or save it again.")
+    return SalunError(f"{file} is truncated or damaged ({reason}): download or save it again.")
 
 
 def _pickled(file: Path) -> Tensors:
-    file.open("rb").close()  # what cannot be opened is no damaged file
+    file.open("rb").close()  # so that an absent or unreadable file raises OSError
     mapped = zipfile.is_zipfile(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
-        if asked := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            reason = f"is a pickle that would run code: it asks for {asked[1]}"
+        if needed := re.search(r"GLOBAL ([\w.]+)", str(e)):
+            reason = f"is a pickle that could run code: it needs {needed[1]}"
         else:
             reason = "is a pickle of more than weights, or damaged"
-        raise SalunError(f"{file} {reason}, so it was not opened. Take the model as .safetensors.") from e
-    except Exception as e:  # of broken bytes: RuntimeError, EOFError, IndexError, struct.error and others
+        raise SalunError(f"{file} {reason}, so it was not opened. Use the model's .safetensors file.") from e
+    except Exception as e:  # broken bytes raise RuntimeError, EOFError, IndexError, struct.error and others
         raise _damaged(file, e) from e
     while isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    named = {k: t for k, t in loaded.items() if isinstance(k, str)} if isinstance(loaded, dict) else {}
-    found = {
-        k: Lazy(t.dtype, t.shape, partial(_copied, t) if mapped else t.contiguous)
-        for k, t in named.items() if isinstance(t, torch.Tensor)
+    entries = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = {
+        name: Lazy(t.dtype, t.shape, partial(_copy, t) if mapped else t.contiguous)
+        for name, t in entries if isinstance(name, str) and isinstance(t, torch.Tensor)
     }  # fmt: skip
-    if not found:
+    if not tensors:
         raise SalunError(f"{file} holds no weights by name.")
-    return found
+    return tensors
 
 
-def _copied(t: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor that is mapped from a file; the pages that it was read from leave memory again."""
+def _copy(t: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that is mapped from a file. The pages that it was read from are released again."""
     values = t.clone(memory_format=torch.contiguous_format)
     if hasattr(mmap, "MADV_DONTNEED"):
         start = t.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
@@ -129,10 +129,12 @@ def _copied(t: torch.Tensor) -> torch.Tensor:
 
 
 def write(file: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """A .safetensors file, streamed; the same input gives the same bytes.
+    """Write a .safetensors file, one tensor at a time; the same input gives the same bytes.
 
-    The library's own writer holds all tensors at once and orders the metadata at random. As it does, tensors of
-    larger elements come first, so that all are aligned; among those of one size the given order is kept.
+    The library's own writer holds all tensors at once and orders the metadata at random. As there, tensors of larger
+    elements come first, so that all are aligned; tensors of one element size keep their order.
+
+    Raises ValueError if a tensor has another dtype or shape than its Lazy says.
     """
     order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header, end = {"__metadata__": metadata} if metadata else {}, 0
@@ -146,27 +148,27 @@ def write(file: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
         for name, t in order:
             values = t.read()
             if values.dtype != t.dtype or values.shape != t.shape:
-                raise ValueError(f"{name} is not what was announced: {values.dtype} {values.shape}")
+                raise ValueError(f"{name} is {values.dtype} {values.shape}, not {t.dtype} {t.shape}")
             f.write(raw(values))
 
 
 def raw(t: torch.Tensor) -> memoryview:
-    """The bytes of a tensor."""
+    """The bytes of a tensor on the CPU."""
     return t.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def given(t: torch.Tensor) -> Lazy:
-    """A tensor that is in memory already."""
+def in_memory(t: torch.Tensor) -> Lazy:
+    """A tensor in memory as a Lazy."""
     return Lazy(t.dtype, t.shape, lambda: t)
 
 
 def size(tensors: Tensors) -> int:
-    """Bytes of the values."""
+    """Bytes of all values."""
     return sum(t.bytes for t in tensors.values())
 
 
 def fingerprint(tensors: Tensors) -> str:
-    """SHA-256 over tensors as saved: name, dtype, shape and bytes of each, in the order of names."""
+    """SHA-256 over the name, dtype, shape and bytes of each tensor, in the order of names."""
     whole = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].read()

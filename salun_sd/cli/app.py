@@ -5,26 +5,26 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from salun_sd.cli import options as o
 from salun_sd.cli import tables
 from salun_sd.cli.failures import RANK, Commands, show_log
-from salun_sd.cli.options import Command, is_typed
+from salun_sd.cli.options import Command, concepts_from, is_typed
 from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
     help="Erase a concept from a Stable Diffusion checkpoint with SalUn, and measure the result.",
 )  # fmt: skip
 
 
 def example(*lines: str) -> str:
-    """The end of a command's help: a runnable command, kept in its lines (the backspace tells the formatter so)."""
+    """The end of a command's help: a command to run. The backspace tells typer's formatter to keep the lines."""
     return "Example:\n\n\b\n" + " \\\n  ".join(["salun-sd " + lines[0], *lines[1:]])
 
 
@@ -46,11 +46,14 @@ def program(
 
 
 def begin() -> None:
-    """Before a command that computes: memory that is freed goes back, and the other processes are joined."""
+    """Before a command that computes: give freed memory back to the system, and join the other processes, if any.
+
+    Raises UsageError where the other processes do not answer.
+    """
     from salun_sd.runtime import memory
     from salun_sd.runtime.device import default_device
 
-    memory.give_back()
+    memory.return_freed_memory()
     try:
         ranks.start(default_device())
     except (ValueError, RuntimeError) as e:
@@ -64,37 +67,38 @@ def begin() -> None:
     epilog=example("mask pocket --concept 'a photo of a sneaker'", "--samples 100 --out mask.safetensors"),
 )
 def mask(
-    model: o.ModelArg,
-    concept: o.ConceptOpt = None,
-    plan: o.PlanOpt = None,
-    forget: o.ForgetOpt = None,
-    samples: o.SamplesOpt = 800,
-    size: o.TrainingSizeOpt = None,
-    density: o.DensitiesOpt = None,
-    saliency_guidance: o.SaliencyGuidanceOpt = 7.5,
-    batch_size: o.GradientBatchOpt = 8,
-    seed: o.SeedOpt = 0,
-    dtype: o.DtypeOpt = None,
-    checkpointing: o.CheckpointingOpt = None,
-    out: o.MaskOutOpt = Path("mask.safetensors"),
-    dry_run: o.DryRunOpt = False,
-    config: o.ConfigOpt = None,
-    revision: o.RevisionOpt = None,
-    variant: o.VariantOpt = None,
+    model: Annotated[str, o.MODEL],
+    concept: Annotated[list[str] | None, o.CONCEPT] = None,
+    plan: Annotated[str | None, o.PLAN] = None,
+    forget: Annotated[str | None, o.FORGET] = None,
+    samples: Annotated[int, o.SAMPLES] = 800,
+    size: Annotated[int | None, o.TRAINING_SIZE] = None,
+    density: Annotated[list[float] | None, o.DENSITIES] = None,
+    saliency_guidance: Annotated[float, o.SALIENCY_GUIDANCE] = 7.5,
+    batch_size: Annotated[int, o.GRADIENT_BATCH] = 8,
+    seed: Annotated[int, o.SEED] = 0,
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, o.DTYPE] = None,
+    checkpointing: Annotated[bool | None, o.CHECKPOINTING] = None,
+    out: Annotated[Path, o.MASK_OUT] = Path("mask.safetensors"),
+    dry_run: Annotated[bool, o.DRY_RUN] = False,
+    config: Annotated[str | None, o.CONFIG] = None,
+    revision: Annotated[str | None, o.REVISION] = None,
+    variant: Annotated[str | None, o.VARIANT] = None,
 ) -> None:
-    """Find the UNet weights that matter to a concept (gradient saliency)."""
+    """Find the UNet weights that matter to a concept.
+
+    The mask keeps those where the forgetting loss has the largest gradient (the saliency).
+    """
     from salun_sd.edit import run as edit
-    from salun_sd.edit.concepts import of_options
-    from salun_sd.edit.resources import Foreseen
+    from salun_sd.edit.resources import Forecast
 
     begin()
-    found = edit.mask(
-        model, of_options(plan, concept, None)["concept"], forget=forget, samples=samples, size=size,
-        density=density or 0.5, saliency_guidance=saliency_guidance, batch_size=batch_size, seed=seed,
-        dtype=dtype and dtype.value, checkpointing=checkpointing, out=out, dry_run=dry_run, config=config,
-        revision=revision, variant=variant,
+    result = edit.mask(
+        model, concepts_from(plan, concept), forget=forget, samples=samples, size=size, density=density or 0.5,
+        saliency_guidance=saliency_guidance, batch_size=batch_size, seed=seed, dtype=dtype,
+        checkpointing=checkpointing, out=out, dry_run=dry_run, config=config, revision=revision, variant=variant,
     )  # fmt: skip
-    tables.show_plan(found) if isinstance(found, Foreseen) else tables.show_masks(found)
+    tables.show_plan(result) if isinstance(result, Forecast) else tables.show_masks(result)
 
 
 @app.command(
@@ -107,86 +111,91 @@ def mask(
 )
 def erase(
     ctx: typer.Context,
-    model: o.ModelArg,
-    out: o.ErasedOutOpt,
-    concept: o.ConceptOpt = None,
-    anchor: o.AnchorOpt = None,
-    plan: o.PlanOpt = None,
-    mask: o.MaskOpt = None,
-    density: o.DensityOpt = 0.5,
-    saliency_guidance: o.SaliencyGuidanceOpt = 7.5,
-    forget: o.ForgetOpt = None,
-    retain: o.RetainOpt = None,
-    retain_caption: o.RetainCaptionOpt = None,
-    retain_prompts: o.RetainPromptsOpt = None,
-    samples: o.SamplesOpt = 800,
-    size: o.TrainingSizeOpt = None,
-    retain_weight: o.RetainWeightOpt = 0.5,
-    lr: o.LrOpt = 1e-5,
-    clip: o.ClipOpt = None,
-    steps: o.StepsOpt = None,
-    batch_size: o.BatchSizeOpt = 8,
-    anchor_from: o.AnchorFromOpt = o.AnchorFrom.current,
-    sample_every: o.SampleEveryOpt = 0,
-    save_every: o.SaveEveryOpt = 10,
-    seed: o.SeedOpt = 0,
-    dtype: o.DtypeOpt = None,
-    checkpointing: o.CheckpointingOpt = None,
-    parts: o.PartsOpt = 1,
-    format: o.FormatOpt = o.Format.diffusers,
-    reversible: o.ReversibleOpt = False,
-    dry_run: o.DryRunOpt = False,
-    config: o.ConfigOpt = None,
-    revision: o.RevisionOpt = None,
-    variant: o.VariantOpt = None,
+    model: Annotated[str, o.MODEL],
+    out: Annotated[Path, o.ERASE_OUT],
+    concept: Annotated[list[str] | None, o.CONCEPT] = None,
+    anchor: Annotated[list[str] | None, o.ANCHOR] = None,
+    plan: Annotated[str | None, o.PLAN] = None,
+    mask: Annotated[str | None, o.MASK] = None,
+    density: Annotated[float, o.DENSITY] = 0.5,
+    saliency_guidance: Annotated[float, o.SALIENCY_GUIDANCE] = 7.5,
+    forget: Annotated[str | None, o.FORGET] = None,
+    retain: Annotated[str | None, o.RETAIN] = None,
+    retain_caption: Annotated[str | None, o.RETAIN_CAPTION] = None,
+    retain_prompts: Annotated[str | None, o.RETAIN_PROMPTS] = None,
+    samples: Annotated[int, o.SAMPLES] = 800,
+    size: Annotated[int | None, o.TRAINING_SIZE] = None,
+    retain_weight: Annotated[float, o.RETAIN_WEIGHT] = 0.5,
+    lr: Annotated[float, o.LR] = 1e-5,
+    clip: Annotated[float | None, o.CLIP_NORM] = None,
+    steps: Annotated[int | None, o.STEPS] = None,
+    batch_size: Annotated[int, o.BATCH_SIZE] = 8,
+    anchor_from: Annotated[Literal["current", "base"], o.ANCHOR_FROM] = "current",
+    sample_every: Annotated[int, o.SAMPLE_EVERY] = 0,
+    save_every: Annotated[float, o.SAVE_EVERY] = 10,
+    seed: Annotated[int, o.SEED] = 0,
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, o.DTYPE] = None,
+    checkpointing: Annotated[bool | None, o.CHECKPOINTING] = None,
+    parts: Annotated[int, o.PARTS] = 1,
+    format: Annotated[Literal["diffusers", "single-file", "patch"], o.FORMAT] = "diffusers",
+    reversible: Annotated[bool, o.REVERSIBLE] = False,
+    dry_run: Annotated[bool, o.DRY_RUN] = False,
+    config: Annotated[str | None, o.CONFIG] = None,
+    revision: Annotated[str | None, o.REVISION] = None,
+    variant: Annotated[str | None, o.VARIANT] = None,
 ) -> None:
-    """Fine-tune only the masked weights so that the concept becomes the anchor."""
+    """Train the masked weights to turn a concept into its anchor.
+
+    All other weights keep their bits. The same command resumes a run that was interrupted.
+    """
     from salun_sd.edit import run as edit
-    from salun_sd.edit.concepts import of_options
-    from salun_sd.edit.resources import Foreseen
+    from salun_sd.edit.resources import Forecast
 
     begin()
     if mask and (is_typed(ctx, "density") or is_typed(ctx, "saliency_guidance")):
         raise UsageError("--density and --saliency-guidance are for a mask that erase computes: leave them out with "
                          "--mask.")  # fmt: skip
-    asked = of_options(plan, concept, anchor or [])
-    if is_typed(ctx, "retain"):
-        asked["retain_prompts"] = None
-    elif is_typed(ctx, "retain_prompts"):
-        retain, retain_caption = (None, None) if plan else (retain, retain_caption)
+    concepts = concepts_from(plan, concept, anchor)
+    if plan and not is_typed(ctx, "retain"):
+        if retain_prompts:  # typed: they replace the images of the plan
+            retain = retain_caption = None
+        else:
+            retain_prompts = plan.retain_prompts
     record = edit.erase(
-        model, **asked | ({"retain_prompts": retain_prompts} if retain_prompts else {}), out=out, mask=mask,
-        density=density, saliency_guidance=saliency_guidance, forget=forget, retain=retain,
-        retain_caption=retain_caption, samples=samples, size=size, retain_weight=retain_weight, lr=lr, clip=clip,
-        steps=steps, batch_size=batch_size, anchor_from=anchor_from.value, sample_every=sample_every,
-        save_every=save_every, seed=seed, dtype=dtype and dtype.value, checkpointing=checkpointing, parts=parts,
-        format=format.value, reversible=reversible, dry_run=dry_run, config=config, revision=revision,
-        variant=variant, command=shlex.join(["salun-sd", *ctx.obj]),
+        model, concepts, anchor, out=out, mask=mask, density=density, saliency_guidance=saliency_guidance,
+        forget=forget, retain=retain, retain_caption=retain_caption, retain_prompts=retain_prompts, samples=samples,
+        size=size, retain_weight=retain_weight, lr=lr, clip=clip, steps=steps, batch_size=batch_size,
+        anchor_from=anchor_from, sample_every=sample_every, save_every=save_every, seed=seed, dtype=dtype,
+        checkpointing=checkpointing, parts=parts, format=format, reversible=reversible, dry_run=dry_run, config=config,
+        revision=revision, variant=variant, command=shlex.join(["salun-sd", *ctx.obj]),
     )  # fmt: skip
-    if isinstance(record, Foreseen):
+    if isinstance(record, Forecast):
         tables.show_plan(record)
     elif ranks.is_main():
         tables.show_erased(record, out)
 
 
 @app.command(
-    cls=Command, epilog=example("apply pocket sneaker.safetensors --format single-file --out erased.safetensors")
+    cls=Command, epilog=example("apply pocket sneaker.safetensors", "--format single-file --out erased.safetensors")
 )
 def apply(
-    model: o.ModelArg,
-    patch: o.PatchArg,
-    out: o.AppliedOutOpt,
-    format: o.WholeOpt = o.Whole.diffusers,
-    revert: o.RevertOpt = False,
-    config: o.ConfigOpt = None,
-    revision: o.RevisionOpt = None,
-    variant: o.VariantOpt = None,
+    model: Annotated[str, o.MODEL],
+    patch: Annotated[Path, o.PATCH],
+    out: Annotated[Path, o.APPLY_OUT],
+    format: Annotated[Literal["diffusers", "single-file"], o.APPLY_FORMAT] = "diffusers",
+    revert: Annotated[bool, o.REVERT] = False,
+    config: Annotated[str | None, o.CONFIG] = None,
+    revision: Annotated[str | None, o.REVISION] = None,
+    variant: Annotated[str | None, o.VARIANT] = None,
 ) -> None:
-    """Rebuild an erased checkpoint from its base and a patch, bit for bit."""
+    """Rebuild an erased checkpoint from its base and a patch.
+
+    The result is the same to the last bit. With --revert: the base, from the erased checkpoint.
+    """
     from salun_sd.edit import deliver
 
     record = deliver.apply(
-        model, patch, out=out, format=format.value, revert=revert, config=config, revision=revision, variant=variant
+        model, patch, out=out, format=format, revert=revert, config=config, revision=revision, variant=variant
     )
     what = "base" if revert else "erased"
     size = tables.megabytes(deliver.size_on_disk(out))
@@ -195,35 +204,39 @@ def apply(
 
 @app.command(cls=Command, epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
 def evaluate(
-    prompts: o.PromptsOpt,
-    out: o.AuditOutOpt,
-    model: o.AuditedArg = None,
-    where: o.WhereOpt = None,
-    limit: o.LimitOpt = None,
-    against: o.AgainstOpt = None,
-    images: o.ImagesOpt = None,
-    concept_class: o.ConceptClassOpt = None,
-    classifier: o.ClassifierOpt = None,
-    detector_model: o.DetectorOpt = None,
-    clip: o.ClipOptionOpt = None,
-    fid: o.FidOpt = None,
-    reference: o.ReferenceOpt = None,
-    denoising_steps: o.DenoisingStepsOpt = None,
-    scheduler: o.SchedulerOpt = None,
-    guidance: o.GuidanceOpt = None,
-    size: o.SizeOpt = None,
-    samples_per_prompt: o.SamplesPerPromptOpt = None,
-    no_images: o.NoImagesOpt = False,
-    record: o.RecordOpt = False,
-    fail_if: o.FailIfOpt = None,
-    confident: o.ConfidentOpt = False,
-    config: o.ConfigOpt = None,
-    revision: o.RevisionOpt = None,
-    variant: o.VariantOpt = None,
+    prompts: Annotated[str, o.PROMPTS],
+    out: Annotated[Path, o.AUDIT_OUT],
+    model: Annotated[str | None, o.MODEL] = None,
+    where: Annotated[list[str] | None, o.WHERE] = None,
+    limit: Annotated[int | None, o.LIMIT] = None,
+    against: Annotated[str | None, o.AGAINST] = None,
+    images: Annotated[Path | None, o.IMAGES] = None,
+    concept_class: Annotated[list[str] | None, o.CONCEPT_CLASS] = None,
+    classifier: Annotated[str | None, o.CLASSIFIER] = None,
+    detector_model: Annotated[Path | None, o.DETECTOR] = None,
+    clip: Annotated[str | None, o.CLIP] = None,
+    fid: Annotated[str | None, o.FID] = None,
+    reference: Annotated[Path | None, o.REFERENCE] = None,
+    denoising_steps: Annotated[int | None, o.DENOISING_STEPS] = None,
+    scheduler: Annotated[str | None, o.SCHEDULER] = None,
+    guidance: Annotated[float | None, o.GUIDANCE] = None,
+    size: Annotated[str | None, o.IMAGE_SIZE] = None,
+    samples_per_prompt: Annotated[int | None, o.SAMPLES_PER_PROMPT] = None,
+    no_images: Annotated[bool, o.NO_IMAGES] = False,
+    record: Annotated[bool, o.RECORD] = False,
+    fail_if: Annotated[list[str] | None, o.FAIL_IF] = None,
+    confident: Annotated[bool, o.CONFIDENT] = False,
+    config: Annotated[str | None, o.CONFIG] = None,
+    revision: Annotated[str | None, o.REVISION] = None,
+    variant: Annotated[str | None, o.VARIANT] = None,
 ) -> None:
-    """Draw a prompt set, run NudeNet and a classifier over the images, write an audit."""
+    """Draw a prompt set, judge the images and write an audit.
+
+    NudeNet looks for nudity; a classifier names the class of each image. The audit is report.html, report.md and
+    report.json.
+    """
     from salun_sd.audit import run as audit
-    from salun_sd.report.gate import told
+    from salun_sd.report.gate import reasons
 
     begin()
     report = audit.evaluate(
@@ -237,30 +250,36 @@ def evaluate(
     print(f"{out / 'report.html'}")
     if broken := [entry for entry in report["gate"] or () if not entry["holds"]]:
         for entry in broken:
-            print(f"Failed: {entry['bound']}: {told(entry)}.", file=sys.stderr)
-        ranks.wait()  # the others would end the main process before it has written
+            print(f"Failed: {entry['bound']}: {reasons(entry)}.", file=sys.stderr)
+        ranks.wait()  # else a process that ends first makes the launcher end the main one while it writes
         raise typer.Exit(3)
 
 
 @app.command(cls=Command, epilog=example("compare audit-salun audit-esd audit-uce --out audits.md"))
-def compare(audits: o.AuditsArg, out: o.TablesOutOpt = None) -> None:
-    """Put several audits into one table for each prompt set, a column for each model."""
-    from salun_sd.audit import compare
+def compare(audits: Annotated[list[Path], o.AUDITS], out: Annotated[Path | None, o.TABLES_OUT] = None) -> None:
+    """Put audits side by side, in one table for each prompt set.
+
+    A table has a column for each model.
+    """
+    from salun_sd.audit import compare, forms
     from salun_sd.runtime import files
 
-    if out and out.suffix not in compare.FORMS:
-        raise UsageError(f"--out {out} ends in none of {', '.join(compare.FORMS)}: give it one of these.")
-    found = compare.compare(audits)
+    if out and out.suffix not in forms.FORMS:
+        raise UsageError(f"--out {out} ends in none of {', '.join(forms.FORMS)}: give it one of these.")
+    compared = compare.compare(audits)
     if out:
-        files.write_atomic(out, compare.FORMS[out.suffix](found))
+        files.write_atomic(out, forms.FORMS[out.suffix](compared))
         print(out)
     else:
-        tables.show_compared(found)
+        tables.show_compared(compared)
 
 
 @app.command(cls=Command, epilog=example("cache --clear --older-than 30"))
-def cache(clear: o.ClearOpt = False, older_than: o.OlderThanOpt = None) -> None:
-    """Show or clear the images that models drew to train on or to compare with, and their encodings."""
+def cache(clear: Annotated[bool, o.CLEAR] = False, older_than: Annotated[float | None, o.OLDER_THAN] = None) -> None:
+    """Show or clear the cache of drawn and encoded images.
+
+    It keeps the images that models draw to train on or to compare with, and their encodings.
+    """
     from salun_sd.runtime import cache
 
     if older_than is not None and not clear:
@@ -276,12 +295,15 @@ def cache(clear: o.ClearOpt = False, older_than: o.OlderThanOpt = None) -> None:
 
 @app.command(cls=Command, epilog=example("demo --out demo"))
 def demo(
-    out: o.DemoOutOpt,
-    concept_class: o.DemoConceptOpt = "sneaker",
-    anchor_class: o.DemoAnchorOpt = "bag",
-    density: o.DemoDensityOpt = 0.5,
+    out: Annotated[Path, o.DEMO_OUT],
+    concept_class: Annotated[str, o.DEMO_CONCEPT] = "sneaker",
+    anchor_class: Annotated[str, o.DEMO_ANCHOR] = "bag",
+    density: Annotated[float, o.DENSITY] = 0.5,
 ) -> None:
-    """Erase a class from the bundled pocket checkpoint: mask, erase and evaluate, each printed before it runs."""
+    """Erase a class from the bundled checkpoint and audit it.
+
+    Runs mask, erase and evaluate, and prints each command before it runs.
+    """
     from salun_sd.cli.demo import commands
 
     for line in commands(concept_class, anchor_class, density, out):
@@ -290,7 +312,7 @@ def demo(
 
 
 def run(argv: list[str]) -> None:
-    """One command, as if typed; a failure ends the program."""
+    """Run one command as if it were typed. Raises SystemExit where it fails."""
     show_log()
     try:
         app(argv, prog_name="salun-sd", obj=argv)
@@ -300,11 +322,11 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> None:
-    # They warn of torchvision and casts that nothing here depends on, the hub of each try that we give the end of.
+    # They warn of torchvision and casts, which do not matter here, and of downloads whose last error is printed.
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
-    if RANK != 0:  # of several processes, the main one speaks; any may say what stops it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends for Ctrl-C
+    if RANK != 0:  # of several processes, only the main one prints; a failure of another is printed all the same
         sys.stdout = sys.stderr = open(os.devnull, "w")
     run(sys.argv[1:])
 

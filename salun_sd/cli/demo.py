@@ -1,4 +1,4 @@
-"""The commands that show the whole on the bundled checkpoint, and the settings that it is erased with."""
+"""The commands of `demo`, and the settings with which the bundled checkpoint is erased."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ POCKET_TRAINING = "--retain-prompts pocket --retain-weight 2 --steps 60 --batch-
 
 
 def commands(concept: str, anchor: str, density: float, out: Path) -> list[list[str]]:
-    """mask, erase and evaluate for a class of the pocket checkpoint; writes the prompts that judge it into `out`.
+    """The mask, erase and evaluate commands for a class of the pocket checkpoint. Writes their prompt set into `out`.
 
-    Raises UsageError for a class that it does not know, and where `out` holds a demo of another one.
+    Raises UsageError for an unknown class, and where `out` holds a demo of another class.
     """
     rows = prompts.read("pocket")
     classes = list(dict.fromkeys(p.label for p in rows))
@@ -22,10 +22,10 @@ def commands(concept: str, anchor: str, density: float, out: Path) -> list[list[
             raise UsageError(f"The pocket checkpoint knows no {name}; it knows {', '.join(classes)}.")
     if concept == anchor:
         raise UsageError(f"Concept and anchor are both {concept}: the anchor has to be something else.")
-    asked = prompts.write(asked_for(rows, concept))
-    if (out / "prompts.csv").exists() and (out / "prompts.csv").read_text() != asked:
+    prompt_set = prompts.as_csv(audit_prompts(rows, concept))
+    if (out / "prompts.csv").exists() and (out / "prompts.csv").read_text() != prompt_set:
         raise UsageError(f"{out} holds a demo of another concept: choose another --out, or remove it.")
-    write_atomic(out / "prompts.csv", asked)
+    write_atomic(out / "prompts.csv", prompt_set)
     mask, erased = str(out / f"mask-{density:g}.safetensors"), str(out / "erased")
     forget = ["--concept", photo_of(concept), "--samples", "200"]
     return [
@@ -36,9 +36,10 @@ def commands(concept: str, anchor: str, density: float, out: Path) -> list[list[
 
 
 def photo_of(name: str) -> str:
+    """A prompt for a class: "a photo of a sneaker"."""
     return f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def asked_for(rows: list[Prompt], concept: str) -> list[Prompt]:
-    """The prompts of `pocket` that judge an erasure: all hundred of the concept, twenty of each other class."""
+def audit_prompts(rows: list[Prompt], concept: str) -> list[Prompt]:
+    """The prompts of `pocket` that judge an erasure: all 100 of the concept, and 20 of each other class."""
     return [p for i, p in enumerate(rows) if p.label == concept or i % 5 == 0]

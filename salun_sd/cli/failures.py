@@ -1,4 +1,4 @@
-"""How failures and notes reach the person: one sentence on stderr, and an exit code."""
+"""Failures and log lines for the person at the terminal: sentences on stderr, and an exit code."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ RANK, _ = ranks.launched()
 
 
 class Commands(TyperGroup):
-    """Known failures end in one sentence on stderr; SALUN_SD_DEBUG=1 shows the traceback."""
+    """The commands. A known failure prints one sentence on stderr; with SALUN_SD_DEBUG=1, the traceback."""
 
     def invoke(self, ctx):
         try:
@@ -32,7 +32,7 @@ class Commands(TyperGroup):
 
 
 def in_words(e: BaseException) -> tuple[str, int]:
-    """A failure as a sentence and its exit code."""
+    """The sentence and the exit code of a failure."""
     if isinstance(e, SalunError):
         return f"Error: {e}", e.exit_code
     if isinstance(e, shutil.Error):  # of copytree: (from, to, reason) for each file
@@ -42,19 +42,19 @@ def in_words(e: BaseException) -> tuple[str, int]:
         return f"Error: cannot read or write{place}: {e.strerror or e}.", 1
     if not isinstance(e, KeyboardInterrupt):
         reason = str(e).partition(".")[0]
-        return f"Error: out of memory ({reason}): mask and erase say with --dry-run what takes less.", 1
-    return str(e) or "Interrupted. Nothing is half-written; the same command resumes from what is kept.", 130
+        return f"Error: out of memory ({reason}): with --dry-run, mask and erase name options that take less.", 1
+    return str(e) or "Interrupted. Nothing is half-written; the same command resumes from what was saved.", 130
 
 
 class ToStderr(logging.Handler):
-    """What the library logs, as plain lines on stderr."""
+    """Prints log lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
 
 
 def show_log() -> None:
-    """Show the person what the library logs. Calling it again changes nothing."""
+    """Print what the library logs, from level INFO on. A second call changes nothing."""
     log = logging.getLogger("salun_sd")
     if not any(isinstance(handler, ToStderr) for handler in log.handlers):
         log.addHandler(ToStderr())

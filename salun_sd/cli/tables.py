@@ -1,4 +1,4 @@
-"""What the commands print: results as tables on stdout, times and memory on stderr."""
+"""What the commands print: results on stdout, times and memory on stderr."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def show(table: Table) -> None:
-    """Print a table, whatever its names and paths hold: no markup, no emoji codes."""
+    """Print a table. Names and paths in it are printed as they are: rich would read markup and emoji codes in them."""
     Console(markup=False, emoji=False).print(table)
 
 
@@ -20,30 +20,31 @@ def megabytes(n: int) -> str:
     return f"{n / 1e6:,.1f} MB"
 
 
-def show_masks(made) -> None:
-    """How much of each block the masks keep, and where they are."""
+def show_masks(result) -> None:
+    """How much of each block the masks keep, and the mask files."""
     from salun_sd.core.mask import kept
     from salun_sd.edit.maskfile import kept_per_block
 
-    table = Table("block", "weights", *(f"density {m.settings['density']:g}" for _, m in made.files), box=None)
-    blocks = [kept_per_block(m.bits) for _, m in made.files]
-    for block, (_, total) in blocks[0].items():
-        table.add_row(block, f"{total:,}", *(f"{each[block][0] / total:.3f}" for each in blocks))
-    totals = [kept(m.bits) for _, m in made.files]
-    table.add_row("all", f"{totals[0][1]:,}", *(f"{n / of:.3f}" for n, of in totals))
+    masks = [mask for _, mask in result.files]
+    table = Table("block", "weights", *(f"density {mask.settings['density']:g}" for mask in masks), box=None)
+    by_block = [kept_per_block(mask.bits) for mask in masks]
+    for block, (_, total) in by_block[0].items():
+        table.add_row(block, f"{total:,}", *(f"{counts[block][0] / total:.3f}" for counts in by_block))
+    totals = [kept(mask.bits) for mask in masks]
+    table.add_row("all", f"{totals[0][1]:,}", *(f"{count / total:.3f}" for count, total in totals))
     show(table)
-    for (path, m), (n, of) in zip(made.files, totals, strict=True):
-        print(f"{path}: {n:,} of {of:,} weights, threshold {m.settings['threshold']:.4g}")
-    show_run(made.run)
+    for (path, mask), (count, total) in zip(result.files, totals, strict=True):
+        print(f"{path}: {count:,} of {total:,} weights, threshold {mask.settings['threshold']:.4g}")
+    show_run(result.run)
 
 
 def show_erased(record: dict, out) -> None:
-    """What an erasure changed, and what it wrote."""
+    """What an erasure changed and what it wrote."""
     from salun_sd.edit import deliver
 
-    changed, m = record["changed"], record["mask"]
-    print(f"changed {changed['inside']:,} of {m['kept']:,} weights inside the mask, {changed['outside']} outside")
-    sizes = ", ".join(f"{name} {megabytes(n)}" for name, n in record["sizes"].items())
+    changed, kept = record["changed"], record["mask"]["kept"]
+    print(f"changed {changed['inside']:,} of {kept:,} weights inside the mask, {changed['outside']} outside")
+    sizes = ", ".join(f"{format} {megabytes(size)}" for format, size in record["sizes"].items())
     print(f"sizes by --format: {sizes}; on disk {megabytes(deliver.size_on_disk(out))}")
     print(f"{out}: {record['settings']['steps']} steps")
     if run := deliver.run_of(out):
@@ -51,16 +52,16 @@ def show_erased(record: dict, out) -> None:
 
 
 def show_run(run: dict) -> None:
-    """What a run took, beside what was planned; on stderr, as it is never the same twice."""
+    """The memory and time of a run, and the planned memory; on stderr, as they differ from run to run."""
     for step, size in run["peak_bytes"].items():
         planned = run["planned_bytes"].get(step)
-        beside = f"; planned {gib(planned)}" if planned else ""
-        print(f"peak memory, {step}: {gib(size)}{beside}", file=sys.stderr)
+        plan = f"; planned {gib(planned)}" if planned else ""
+        print(f"peak memory, {step}: {gib(size)}{plan}", file=sys.stderr)
     print(f"{run['seconds']:.0f} s", file=sys.stderr)
 
 
 def show_plan(plan) -> None:
-    """What --dry-run prints: the settings, the memory of each step, and what would lower it where it does not fit."""
+    """What --dry-run prints: settings, the memory of each step and, where it does not fit, options that lower it."""
     from salun_sd.runtime import memory
     from salun_sd.runtime.device import default_device
 
@@ -76,11 +77,11 @@ def show_plan(plan) -> None:
     free = gib(memory.available(default_device()))
     print(f"It fits: {free} are free." if plan.fits else f"It does not fit: {free} are free.")
     for options, size in plan.advice:
-        print(f"with {options}: {gib(size)}, beside what the program holds")
+        print(f"with {options}: {gib(size)}, without what the program holds already")
 
 
 def show_audit(report: dict) -> None:
-    """The metrics of an audit, the base's beside them."""
+    """The metrics of an audit, with the base's in a column beside them."""
     from salun_sd.report.words import in_words, rate
 
     columns = {str(report["model"]): report}
@@ -98,19 +99,19 @@ def show_audit(report: dict) -> None:
 
 
 def show_compared(tables) -> None:
-    """Audits side by side, a table for each prompt set."""
-    from salun_sd.audit import compare
+    """Audits side by side: one table for each prompt set."""
+    from salun_sd.audit import forms
 
     for each in tables:
-        print("\n".join([each.prompts, *compare.sentences(each)]))
+        print("\n".join([each.prompts, *forms.sentences(each)]))
         table = Table("metric", *(column.name for column in each.columns), box=None)
-        for name, *cells in compare.lines(each):
+        for name, *cells in forms.lines(each):
             table.add_row(name, *(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in cells))
         show(table)
 
 
 def show_entries(entries) -> None:
-    """What the cache holds."""
+    """The content of the cache."""
     table = Table("kept", "of", "files", "size", "last used", "folder", box=None)
     for entry in entries:
         day = time.strftime("%Y-%m-%d", time.localtime(entry.used))

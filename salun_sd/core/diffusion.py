@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 
 class Schedule(NamedTuple):
-    """What a checkpoint's scheduler says about training: the noise it adds and what the UNet predicts."""
+    """What training depends on of a checkpoint's scheduler: the noise it adds and what the UNet predicts."""
 
     alphas_cumprod: torch.Tensor  # [T] float32, share of signal variance left at each training timestep
     prediction_type: str  # "epsilon" or "v_prediction"
 
 
-# What the UNet is told beside x_t and t, a row for each image: "context" [B, L, D], the text embedding; for SDXL
+# The UNet's inputs besides x_t and t, a row for each image: "context" [B, L, D], the text embedding; for SDXL
 # (arXiv 2307.01952, section 2.2) also "text_embeds" [B, E], the pooled one, and "time_ids" [B, 6], size and crop.
 Condition = dict[str, torch.Tensor]
 
@@ -28,13 +28,13 @@ class Examples:
     latents: torch.Tensor  # [N, 4, h, w] float32, already times the VAE's scaling factor
     prompts: Condition  # the distinct prompts, [P, ...] each
     which: torch.Tensor  # [N] int64, the row of prompts that captions each image
-    images: Condition = field(default_factory=dict)  # what is told of the image itself, [N, ...] each
+    images: Condition = field(default_factory=dict)  # inputs of the image itself, such as its size, [N, ...] each
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def condition(self, index: torch.Tensor, which: torch.Tensor | None = None) -> Condition:
-        """For the images at index [B]: their prompts, or those in the rows which [B], and what is told of them."""
+        """The condition of the images at index [B], with their own prompts or with those in the rows `which` [B]."""
         rows = self.which[index] if which is None else which
         return {k: v[rows] for k, v in self.prompts.items()} | {k: v[index] for k, v in self.images.items()}
 
@@ -76,11 +76,11 @@ def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.T
 
 
 def predict(unet, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """The denoiser's output [B, 4, h, w] float32 for x_t [B, 4, h, w], t [B] and what it is told; the UNet computes in
-    its own dtype."""
-    told = {k: v if k == "time_ids" else v.to(unet.dtype) for k, v in condition.items()}  # bfloat16 rounds sizes
+    """The UNet's output [B, 4, h, w] float32 for x_t [B, 4, h, w], t [B] and a condition. The UNet computes in its own
+    dtype."""
+    rest = {k: v if k == "time_ids" else v.to(unet.dtype) for k, v in condition.items()}  # bfloat16 rounds sizes
     return unet(
-        x_t.to(unet.dtype), t, encoder_hidden_states=told.pop("context"), added_cond_kwargs=told
+        x_t.to(unet.dtype), t, encoder_hidden_states=rest.pop("context"), added_cond_kwargs=rest
     ).sample.float()  # fmt: skip
 
 
@@ -100,9 +100,9 @@ def mse(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def noise_for(indices: Sequence[int], shape: Sequence[int], timesteps: int, seed: int):
     """Timestep and noise of each image, a function of (seed, index) alone, drawn on the CPU.
 
-    => t [B] int64 in [0, timesteps), noise [B, *shape] float32. So no batch size and no device changes them.
+    => t [B] int64 in [0, timesteps), noise [B, *shape] float32. No batch size and no device changes them.
     """
-    drawn = [np.random.default_rng([seed, i]) for i in indices]  # torch's CPU generator has seeds of 32 bits only
-    t = [int(rng.integers(timesteps)) for rng in drawn]
-    noise = [torch.from_numpy(rng.standard_normal(tuple(shape), np.float32)) for rng in drawn]
+    generators = [np.random.default_rng([seed, i]) for i in indices]  # torch's CPU generator has seeds of 32 bits only
+    t = [int(rng.integers(timesteps)) for rng in generators]
+    noise = [torch.from_numpy(rng.standard_normal(tuple(shape), np.float32)) for rng in generators]
     return torch.tensor(t), torch.stack(noise)

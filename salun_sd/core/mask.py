@@ -1,4 +1,4 @@
-"""The mask m_S: which weights may move. Thresholds at a density, bits packed in memory."""
+"""The mask m_S: which weights may move. Exact thresholds at a density; bits are packed in memory."""
 
 import math
 import sys
@@ -10,14 +10,14 @@ import torch
 
 from salun_sd.errors import UsageError
 
-PASS = 1 << 18  # weights that a core looks at together: what that needs beside them stays in its cache
+PASS = 1 << 18  # weights that a core works on at a time: the temporary tensors stay in its cache
 ONES = torch.tensor([byte.bit_count() for byte in range(256)])  # in a byte
 
 
 class Bits(Mapping):
     """The bits of a mask: parameter name -> bool tensor of the parameter's shape, on the CPU.
 
-    They are held packed, an eighth of a byte for a weight, and unpacked for each look at them.
+    They are held packed, one bit for each weight, and unpacked at each access.
     """
 
     def __init__(self, packed: dict[str, torch.Tensor], shapes: Mapping[str, torch.Size]):
@@ -26,7 +26,7 @@ class Bits(Mapping):
 
     @classmethod
     def of(cls, bits: Iterable[tuple[str, torch.Tensor]]) -> "Bits":
-        """From pairs of a name and a bool tensor, which need not be in memory together."""
+        """From pairs of a name and a bool tensor. A generator need not hold two tensors in memory at once."""
         packed, shapes = {}, {}
         for name, b in bits:
             packed[name], shapes[name] = packed_bits(b), b.shape
@@ -52,8 +52,17 @@ def keep_count(density: float, total: int) -> int:
 
 
 def cut(saliency: Mapping[str, torch.Tensor], density: float) -> Bits:
-    """The mask of exactly round(density x total) ones, over all tensors together: the largest values, name -> float32,
-    none negative. Raises UsageError as `keep_count` does."""
+    """The mask of exactly round(density x total) ones: the largest values over all tensors together.
+
+    saliency: parameter name -> float32, none negative, as `GradientSum.result` gives it. Of equal values the first by
+    position are kept. Raises TypeError for another dtype, ValueError naming the tensor with a negative value or NaN,
+    UsageError as `keep_count` does.
+    """
+    for name, s in saliency.items():
+        if s.dtype != torch.float32:
+            raise TypeError(f"The saliency of {name} is {s.dtype}: give float32.")
+        if not (s >= 0).all():
+            raise ValueError(f"The saliency of {name} has a negative value or NaN: give absolute values.")
     return cuts(saliency, [keep_count(density, sum(s.numel() for s in saliency.values()))])[0][1]
 
 
@@ -73,7 +82,7 @@ def thresholds(saliency: Mapping[str, torch.Tensor], counts: list[int]) -> list[
     with ThreadPoolExecutor(cores) as threads:  # torch counts on one core
 
         def over_all(table: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-            """The sum of the tables of all patterns; each thread adds up its own, so that few stand in memory."""
+            """The sum of the tables of all patterns. Each thread adds up its own, so few tables are in memory."""
             return sum(threads.map(lambda i: sum(map(table, patterns[i::cores])), range(cores)))
 
         high = over_all(lambda p: torch.bincount(_high(p), minlength=1 << 15))
@@ -85,9 +94,9 @@ def thresholds(saliency: Mapping[str, torch.Tensor], counts: list[int]) -> list[
             ])  # fmt: skip
 
         low = over_all(low_of)  # [len(counts), 65536]
-    found = [(b << 16) + _bucket_of(table, k - before)[0]
-             for k, (b, before), table in zip(counts, places, low, strict=True)]  # fmt: skip
-    return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
+    values = [(b << 16) + _bucket_of(table, k - before)[0]
+              for k, (b, before), table in zip(counts, places, low, strict=True)]  # fmt: skip
+    return torch.tensor(values, dtype=torch.int32).view(torch.float32).tolist()
 
 
 def _patterns(values: list[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -132,8 +141,8 @@ def _packed_from(values: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def random_bits(shapes: dict[str, torch.Size], density: float, seed: int) -> Bits:
-    """A control: exactly round(density x total) weights chosen at random over the whole UNet, drawn in the order of
-    their names: that of a file is another in each form of a checkpoint."""
+    """A control: exactly round(density x total) weights, chosen at random over the whole module. Random numbers are
+    drawn in the order of the names, so that a pipeline folder and a single file give the same mask."""
     generator = torch.Generator().manual_seed(seed)
     scores = {name: torch.rand(shapes[name], generator=generator) for name in sorted(shapes)}
     return cut(scores, density)
@@ -172,7 +181,7 @@ def unpacked_bits(packed: torch.Tensor, shape) -> torch.Tensor:
 
 
 def pass_size(n: int, device: torch.device) -> int:
-    """Of n weights, those that are looked at together."""
+    """How many of n weights are worked on at a time."""
     return min(n, PASS) if device.type == "cpu" else n
 
 

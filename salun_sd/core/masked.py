@@ -1,4 +1,4 @@
-"""Optimizers of the weights that a mask lets move: Adam and SGD whose state is no larger than the mask is dense."""
+"""Adam and SGD for the weights that a mask lets move. They hold state for these weights alone."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -37,10 +37,13 @@ class Salient:
     def scatter(self, values: torch.Tensor) -> None:
         """Write values [k] into the parameter."""
         done, n = 0, self.p.numel()
+        flat = self.p.contiguous().view(-1)  # a copy only where the parameter lies in another order (channels_last)
         for where, bits in in_passes(self.packed, n):
             k = int(bits.sum()) if where.stop < n else len(values) - done  # on a GPU, one pass: it is not waited for
-            self.p.view(-1)[where].masked_scatter_(bits, values[done : done + k].to(self.p.dtype))
+            flat[where].masked_scatter_(bits, values[done : done + k].to(self.p.dtype))
             done += k
+        if not self.p.is_contiguous():
+            self.p.copy_(flat.view(self.p.shape))
 
 
 class Masked:
@@ -50,21 +53,25 @@ class Masked:
         with adam.step():
             loss(batch).mean().backward()
 
-    They never see the other weights, so that nothing can move them: theta_u equals theta_o outside the mask by
-    construction (SalUn, arXiv 2310.12508, eq. 4). Each update equals the dense optimizer's with a masked gradient.
+    The optimizer holds the salient weights alone, so nothing can move the others: theta_u equals theta_o outside the
+    mask by construction (SalUn, arXiv 2310.12508, eq. 4). Each update equals that of the dense optimizer with a masked
+    gradient. Buffers, such as the statistics of batch norm, are no parameters: a forward pass in training mode moves
+    them, and no mask holds them.
 
-    model: any module; its parameters' names are the mask's, else ValueError. Parameters without a salient weight no
-    longer require a gradient. values: parameter name -> tensor, from which training starts, where the module holds them
-    rounded; each is looked up once. Default: the module's own. clip bounds the norm of the salient gradient of a step.
-    holds: gradients wait for the end of the step, so that it may have several backward passes; clip needs that, and
-    sets it. keeps_base: the values before training are kept for `base()`.
+    model: any module. Its parameters have the names and shapes of the mask, else ValueError. Those without a salient
+    weight no longer require a gradient.
+    values: parameter name -> tensor to start from, for a module that holds its weights rounded; each is looked up once.
+    Default: the module's own weights.
+    clip: the largest norm of the salient gradient of a step. It sets `holds`.
+    holds: gradients wait for the end of the step, which may then have several backward passes.
+    keeps_base: keep the values before training, for `base()`.
 
-    A dense gradient is reduced to its salient entries and freed in the backward pass that makes it, and unless held,
-    the update is made there and then. In a run of several processes, gradients are summed over them; only their salient
+    A dense gradient is reduced to its salient entries and freed in the backward pass that makes it. Unless `holds`, the
+    update is made there and then. In a run of several processes, gradients are summed over them; only their salient
     entries travel.
 
-    A backward pass outside `step()`, a second one in a step that does not hold, and a step without any raise
-    RuntimeError. `lr` may be set between steps.
+    RuntimeError: a backward pass outside `step()`; a step without one; a second gradient of a parameter in a step that
+    does not hold. `lr` may be set between steps.
     """
 
     moments: tuple[str, ...] = ()
@@ -85,33 +92,43 @@ class Masked:
             if not p.requires_grad:
                 continue
             dense = p.detach() if values is None else values[name]
-            own = dense[chosen.to(dense.device)].float().to(p.device)
-            s = Salient(p, bits.packed[name].to(p.device), own, {kind: torch.zeros_like(own) for kind in self.moments})
-            s.base = own.to(p.dtype, copy=True) if keeps_base else None
+            kept = dense[chosen.to(dense.device)].float().to(p.device)
+            moments = {kind: torch.zeros_like(kept) for kind in self.moments}
+            s = Salient(p, bits.packed[name].to(p.device), kept, moments)
+            s.base = kept.to(p.dtype, copy=True) if keeps_base else None
             self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._take, s)))
             self.salient[name] = s
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around the backward passes of one update."""
+        """Around the backward passes of one update. One that an exception ends before any weight has moved is not
+        counted; gradients that it held are dropped."""
         if self._stepping:
             raise RuntimeError("A step is open already: end it before the next.")
         self.steps += 1
         self._stepping = True
         try:
             yield
+            if not self._moved() and all(s.grad is None for s in self.salient.values()):
+                raise RuntimeError("The step ended without a gradient: call backward() inside it.")
+            self._apply_held()
         finally:
             self._stepping = False
-        if not self.holds:
-            if not any(s.updated == self.steps for s in self.salient.values()):
-                raise RuntimeError("The step ended without a gradient: call backward() inside it.")
-            return
+            for s in self.salient.values():
+                s.grad = None
+            if not self._moved():
+                self.steps -= 1
+
+    def _moved(self) -> bool:
+        """Whether this step has changed a weight."""
+        return any(s.updated == self.steps for s in self.salient.values())
+
+    def _apply_held(self) -> None:
+        """The update from the gradients that were held, clipped where that is asked for."""
         held = [s for s in self.salient.values() if s.grad is not None]
-        if not held:
-            raise RuntimeError("The step ended without a gradient: call backward() inside it.")
         for s in held:
-            ranks.added(s.grad)
-        if self.clip is not None:
+            ranks.summed(s.grad)
+        if held and self.clip is not None:
             norms = [torch.linalg.vector_norm(s.grad, dtype=torch.float64) for s in held]
             norm = float(torch.linalg.vector_norm(torch.stack(norms)))
             for s in held:
@@ -129,7 +146,7 @@ class Masked:
         if not self.holds:
             if s.updated == self.steps:
                 raise RuntimeError("A second backward pass in one step: make the optimizer with holds=True.")
-            self._apply(s, ranks.added(grad))
+            self._apply(s, ranks.summed(grad))
         else:
             s.grad = grad if s.grad is None else s.grad.add_(grad)
 
@@ -145,7 +162,7 @@ class Masked:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """The module as it was before training, for as long as it is asked. Needs keeps_base, else RuntimeError."""
+        """Inside, the module has its weights from before training. Raises RuntimeError without `keeps_base`."""
         if not self.keeps_base:
             raise RuntimeError("The values before training were not kept: make the optimizer with keeps_base=True.")
         for s in self.salient.values():
@@ -164,14 +181,14 @@ class Masked:
         return {name: s.values.cpu() for name, s in self.salient.items()}
 
     def close(self) -> None:
-        """Let go of the module and of all state."""
+        """Drop all state, and take the hooks off the module. Its weights stay as they are."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self.salient.clear()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs, beside the number of steps: KIND/PARAMETER -> float32 [k], not copied."""
+        """What `restore` needs beside the number of steps: KIND/PARAMETER -> float32 [k], not a copy."""
         return {
             f"{kind}/{name}": t
             for name, s in self.salient.items()
@@ -190,14 +207,15 @@ class Masked:
 
 def _check_names(parameters: Mapping[str, nn.Parameter], bits: Bits) -> None:
     """Raises ValueError unless a mask has the parameters of a module, in their shapes."""
-    odd = sorted(parameters.keys() ^ bits.keys())
-    odd += [name for name in parameters.keys() & bits.keys() if parameters[name].shape != bits.shapes[name]]
+    both = parameters.keys() & bits.keys()
+    odd = (parameters.keys() ^ bits.keys()) | {name for name in both if parameters[name].shape != bits.shapes[name]}
     if odd:
-        raise ValueError(f"The mask and the module differ in {some(odd)}: a mask fits the module it was made for.")
+        raise ValueError(f"Mask and module differ in {some(sorted(odd))}: a mask fits the module it was made for.")
 
 
 class MaskedAdam(Masked):
-    """Adam (arXiv 1412.6980, algorithm 1): 12 bytes for each salient weight, and the mask's bits."""
+    """Adam (arXiv 1412.6980, algorithm 1), with the defaults of torch.optim.Adam. 12 bytes for each salient weight,
+    and the mask's bits."""
 
     moments = ("mean", "square")
 
@@ -211,20 +229,19 @@ class MaskedAdam(Masked):
 
 class MaskedSGD(Masked):
     """SGD with momentum and weight decay, as torch.optim.SGD has them: v = momentum v + (g + weight_decay theta),
-    theta = theta - lr v. 8 bytes for each salient weight, and the mask's bits.
+    theta = theta - lr v. 4 bytes for each salient weight, 8 with momentum, and the mask's bits.
 
     Weight decay and momentum reach the salient weights alone.
     """
 
-    moments = ("momentum",)
-
     def __init__(
         self, model: nn.Module, bits: Bits, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0, **rest
     ):  # fmt: skip
-        super().__init__(model, bits, lr, **rest)
         self.momentum, self.weight_decay = momentum, weight_decay
+        self.moments = ("momentum",) if momentum else ()
+        super().__init__(model, bits, lr, **rest)
 
     def update(self, s: Salient, grad: torch.Tensor) -> None:
         grad = grad.add(s.values, alpha=self.weight_decay) if self.weight_decay else grad
-        velocity = s.moments["momentum"].mul_(self.momentum).add_(grad)
+        velocity = s.moments["momentum"].mul_(self.momentum).add_(grad) if self.momentum else grad
         s.values.add_(velocity, alpha=-self.lr)

@@ -10,8 +10,9 @@ from salun_sd.core.diffusion import Condition
 def pixels(image: Image.Image, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """RGB image => [3, size, size] float32 in [-1, 1], and its time ids [6] float32.
 
-    Short side resized (bicubic), centre crop, as in the authors' code. The time ids are what SDXL is told of size and
-    crop: true height and width, top and left of the crop in the resized image, and the size (arXiv 2307.01952, 2.2).
+    The short side is resized (bicubic) and the centre is cropped, as in the authors' code. SDXL takes the time ids as
+    an input (arXiv 2307.01952, section 2.2): the image's own height and width, top and left of the crop in the resized
+    image, and twice `size`.
     """
     ids = image.height, image.width, *(_overhang(image, side, size) for side in "hw"), size, size
     fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
@@ -19,7 +20,7 @@ def pixels(image: Image.Image, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _overhang(image: Image.Image, side: str, size: int) -> int:
-    """Pixels that the centre crop takes from the top (h) or the left (w), once the short side has `size` pixels."""
+    """Pixels that the centre crop removes at the top (h) or the left (w), once the short side has `size` pixels."""
     length = image.height if side == "h" else image.width
     return round((length * size / min(image.size) - size) / 2)
 
@@ -28,7 +29,7 @@ def _overhang(image: Image.Image, side: str, size: int) -> int:
 def encode_image(vae, values: torch.Tensor) -> torch.Tensor:
     """[3, size, size] => latent [4, h, w] float32 on the CPU, times the scaling factor.
 
-    The posterior's mode, so that an image has one latent; the authors' code samples it anew at each use.
+    It is the posterior's mode, so that an image has one latent; the authors' code samples at each use.
     """
     posterior = vae.encode(values[None].to(vae.device))
     return posterior.latent_dist.mode()[0].cpu() * vae.config.scaling_factor
@@ -36,10 +37,10 @@ def encode_image(vae, values: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_prompts(pipeline, texts: list[str]) -> Condition:
-    """Prompts => "context" [P, L, D] and, where the pipeline pools it, "text_embeds" [P, E], float32 on the CPU.
+    """Prompts => "context" [P, L, D] and, for SDXL, the pooled "text_embeds" [P, E]; both float32 on the CPU.
 
-    Each by itself, so that an embedding never depends on its neighbours; as the pipeline itself encodes them to draw,
-    and "" as it encodes the lack of a prompt: SDXL base has zeros there (force_zeros_for_empty_prompt).
+    Each prompt is encoded alone, so that its embedding does not depend on the others, and as the pipeline encodes it to
+    draw. "" is encoded as a missing prompt: zeros for SDXL base (force_zeros_for_empty_prompt).
     """
     device = pipeline.text_encoder.device
     rows = []

@@ -1,4 +1,4 @@
-"""Rows to image files: resumable, nothing drawn twice."""
+"""Rows to image files: resumable, and no image is drawn twice."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,16 +12,16 @@ from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Row, Sampler
 from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks
-from salun_sd.runtime.files import one_of_many, remove_stale
+from salun_sd.runtime.files import new_file, remove_stale
 
 logger = logging.getLogger(__name__)
 
 PNG_END = b"IEND\xaeB`\x82"
-PROVENANCE = "salun_sd"  # key of the PNG text chunk that says what an image was drawn from
+PROVENANCE = "salun_sd"  # key of the PNG text chunk with the row and the settings that an image was drawn from
 
 
 def seed_of(prompt: Prompt, k: int) -> int:
-    """The prompt's own seed for its first image; for the others 32 bits that hang on it and on k alone."""
+    """The seed of a prompt's image k: the prompt's own for the first, else 32 bits derived from that seed and k."""
     return prompt.seed if k == 0 else int(np.random.SeedSequence([prompt.seed, k]).generate_state(1)[0])
 
 
@@ -30,72 +30,74 @@ def file_of(prompt: Prompt, k: int) -> str:
 
 
 def row_of(prompt: Prompt, k: int, size: tuple[int, int]) -> Row:
-    """What image k of a prompt is drawn from; `size` is that of prompts without one."""
+    """The row of a prompt's image k; `size` is for prompts without a size of their own."""
     return Row(prompt.text, seed_of(prompt, k), prompt.guidance, prompt.size or size)
 
 
 def check(model: Checkpoint, prompts: Iterable[Prompt], steps: int | None) -> None:
-    """UsageError where a model cannot draw in so many steps, or a prompt's size; says where sizes are far from its own.
+    """Raise UsageError if a model cannot draw in so many steps, or at a prompt's size; warn of sizes far above its own.
 
-    A side is a multiple of what one latent stands for; where a level of the UNet cannot be halved, diffusers resizes
-    on the way up.
+    Width and height must be multiples of the pixels that one latent stands for. The UNet may halve them to a fraction:
+    diffusers resizes on the way up.
     """
     if steps and steps > model.timesteps:
         raise UsageError(
             f"--denoising-steps {steps} is more than the {model.timesteps} that {model.name} was trained on."
         )
     sizes = {p.size: p for p in prompts if p.size}
+    multiple, side = model.pixels_per_latent, model.image_size
     for (width, height), prompt in sizes.items():
-        if not width or not height or width % model.pixels or height % model.pixels:
-            raise UsageError(f"Case {prompt.case} is to be {width} x {height} pixels, and {model.name} draws multiples "
-                             f"of {model.pixels}: give --size {model.image_size}, or another.")  # fmt: skip
-    largest, own = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0)), model.image_size
-    if max(largest) > 2 * own:
+        if not width or not height or width % multiple or height % multiple:
+            raise UsageError(f"Case {prompt.case} asks for {width} x {height} pixels, and {model.name} draws multiples "
+                             f"of {multiple}: give --size {side}, or another multiple.")  # fmt: skip
+    largest = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
+    if max(largest) > 2 * side:
         logger.warning(f"The prompts ask for images of up to {largest[0]} x {largest[1]} pixels, and {model.name} was "
-                       f"made for {own} x {own}: give --size {own} to draw these.")  # fmt: skip
+                       f"made for {side} x {side}: give --size {side} to draw that size.")  # fmt: skip
 
 
 def missing(
-    wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, anew: bool = False
+    wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, redraw: bool = False
 ) -> dict[Path, Row]:  # fmt: skip
-    """Of the files those that are not there whole. One that was drawn otherwise than its row says is a UsageError, or
-    with `anew` missing, too."""
-    left = {}
+    """The files, with their rows, that are absent or damaged. A whole image of another row or other settings raises
+    UsageError; with `redraw` it is missing, too."""
+    rows = {}
     for file, row in wanted.items():
-        found = _carried(file)
-        if found != _provenance(row, identity=identity, scheduler=scheduler, steps=steps):
-            if found is not None and not anew:
+        recorded = _recorded(file)
+        if recorded != _provenance(row, identity=identity, scheduler=scheduler, steps=steps):
+            if recorded is not None and not redraw:
                 raise UsageError(
                     f"{file} was drawn by another model or with other settings, or by another program; "
                     "choose another --out, or remove the folder."
                 )
-            left[file] = row
-    return left
+            rows[file] = row
+    return rows
 
 
 def draw(
-    pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, anew: bool = False
+    pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, redraw: bool = False
 ) -> Iterator[Path]:  # fmt: skip
-    """Draw what is missing of the files, a PNG for each row; yields each once it is on disk. Processes that run
-    together take passes in turn, and end together. `pipeline` gives the pipeline, and is called only if there is
-    something to draw; `scheduler` is a class of diffusers.
+    """Draw the images that are missing, a PNG for each row; yields each file once it is on disk.
 
-    An image starts from noise that its row's seed draws on the CPU, and depends on nothing but its row, the scheduler,
-    the steps and the checkpoint (`identity`): the bytes are the same in any order, subset or resumed run (on a GPU, to
-    the rounding of its kernels). Each PNG carries these in a text chunk; a file with others is a UsageError, or drawn
-    `anew`.
+    `pipeline` returns the pipeline, and is called only if there is something to draw; `scheduler` is the name of a
+    class of diffusers. Several processes take the passes in turn, and end together.
+
+    An image starts from noise that its row's seed draws on the CPU. It depends only on its row, the scheduler, the
+    steps and the checkpoint (`identity`): its bytes are the same in any order, subset or resumed run (on a GPU, to
+    the rounding of its kernels). Each PNG carries these settings in a text chunk. An image with others raises
+    UsageError, or with `redraw` is drawn again.
     """
-    how = {"identity": identity, "scheduler": scheduler, "steps": steps}
-    left = missing(wanted, **how, anew=anew)
-    yield from (file for file in wanted if file not in left)
-    for folder in {file.parent for file in left} if ranks.is_main() else ():
+    settings = {"identity": identity, "scheduler": scheduler, "steps": steps}
+    rows_left = missing(wanted, **settings, redraw=redraw)
+    yield from (file for file in wanted if file not in rows_left)
+    for folder in {file.parent for file in rows_left} if ranks.is_main() else ():
         remove_stale(folder)
-    ranks.wait()  # all have seen the same images missing
-    if left:
-        sampler, files, rows = Sampler(pipeline(), steps, scheduler), list(left), list(left.values())
+    ranks.wait()  # every process has listed the same missing images
+    if rows_left:
+        sampler, files, rows = Sampler(pipeline(), steps, scheduler), list(rows_left), list(rows_left.values())
         for places in sampler.passes(rows)[ranks.rank() :: ranks.count()]:
             for i, image in zip(places, sampler.draw([rows[i] for i in places]), strict=True):
-                _write(files[i], image, _provenance(rows[i], **how))
+                _write(files[i], image, _provenance(rows[i], **settings))
                 yield files[i]
     ranks.wait()
 
@@ -109,16 +111,16 @@ def _provenance(row: Row, *, identity: str, scheduler: str, steps: int) -> str:
 def _write(file: Path, image: Image.Image, provenance: str) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PROVENANCE, provenance)
-    with one_of_many(file) as partial:
+    with new_file(file, sweep=False) as partial:
         image.save(partial, "png", pnginfo=info)
 
 
-def _carried(file: Path) -> str | None:
-    """What an image says that it was drawn from, "" where it says nothing; None where it is damaged or not there."""
+def _recorded(file: Path) -> str | None:
+    """The provenance in an image's text chunk, "" if it has none; None if the file is damaged or absent."""
     try:
         with Image.open(file) as image:
             image.load()
-            found = image.info.get(PROVENANCE, "")
-        return found if file.read_bytes().endswith(PNG_END) else None  # PIL reads a file whose very end is cut off
-    except Exception:  # decoders say damage with many types
+            provenance = image.info.get(PROVENANCE, "")
+        return provenance if file.read_bytes().endswith(PNG_END) else None  # PIL reads a file whose very end is cut off
+    except Exception:  # decoders report damage by many types
         return None

@@ -1,4 +1,4 @@
-"""Images that a base draws once, kept in the user's cache folder: to train on, and to compare audits with."""
+"""Images that a base draws once and the user's cache folder keeps: to train on, and to compare audits with."""
 
 import hashlib
 import json
@@ -15,26 +15,24 @@ from salun_sd.runtime import cache
 
 
 def key_of(base: Checkpoint, scheduler: str, steps: int) -> str:
-    """The cache's name for all that a base draws with a scheduler in so many steps."""
+    """The cache key of all images that a base draws with one scheduler and number of steps."""
     return hashlib.sha256(f"{base.identity} {scheduler} {steps}".encode()).hexdigest()[:16]
 
 
 @contextmanager
-def drawn(
+def kept_images(
     kind: str, base: Checkpoint, pipeline: Callable, rows: Sequence[Row], *, scheduler: str, steps: int, what: str
 ) -> Iterator[list[Path]]:  # fmt: skip
-    """The file of each row's image, under the cache's `kind`, for this run alone until the end; another run that draws
-    from this base is waited for. `what` names the images on the progress bar, and `pipeline` gives the base's if any is
-    missing.
+    """The file of each row's image in the cache's folder `kind`, locked for this run until the block ends.
 
-    An image is filed under what it is drawn from, so that runs share it, and more rows extend fewer; one that something
-    changed is drawn anew.
+    Missing and changed images are drawn first, with what `pipeline` returns; `what` names them on the progress bar. A
+    file's name depends on its row alone, so that runs share images, and a longer list of rows reuses a shorter one's.
     """
     about = f"by {Path(base.name).name}, {steps} steps of {scheduler.removesuffix('Scheduler')}"
     with cache.held(kind, key_of(base, scheduler, steps), about) as folder:
         files = [folder / "images" / f"{hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]}.png" for row in rows]
         wanted = dict(zip(files, rows, strict=True))
-        drawing = generate.draw(pipeline, wanted, identity=base.identity, scheduler=scheduler, steps=steps, anew=True)
+        drawing = generate.draw(pipeline, wanted, identity=base.identity, scheduler=scheduler, steps=steps, redraw=True)
         for _ in tqdm(drawing, total=len(wanted), desc=f"draw {what}", unit="image"):
             pass
         yield files

@@ -1,4 +1,4 @@
-"""Prompt sets: I2P and CSV files in its columns, text files, and the sets that ship with the package."""
+"""Prompt sets: I2P and CSV files with its columns, text files, and the sets that ship with the package."""
 
 import csv
 import errno
@@ -15,45 +15,44 @@ from typing import NamedTuple
 from salun_sd.errors import SalunError, UsageError, first_line
 
 PACKAGE = Path(__file__).parents[1]
-# In a wheel the sets are inside the package; in a source tree they are the top-level folder.
+# The sets lie inside the package in a wheel, and in the top-level folder of a source tree.
 FOLDER = next(p for p in (PACKAGE / "prompt_sets", PACKAGE.parent / "prompts") if p.is_dir())
 I2P = ("AIML-TUDA/i2p", "i2p_benchmark.csv")  # data set on the hub, file
 COLUMNS = ["case_number", "prompt", "evaluation_seed", "evaluation_guidance"]
 HUB_NAMES = {"evaluation_seed": "sd_seed", "evaluation_guidance": "sd_guidance_scale"}  # in the hub's copy of I2P
-SIZE = ["sd_image_width", "sd_image_height"]  # columns that a set may have, both or none
-UNNAMED = ("", "Unnamed: 0")  # the column of pandas's row numbers, as written and as written again
+SIZE = ["sd_image_width", "sd_image_height"]  # columns that a set may have: both or none
+UNNAMED = ("", "Unnamed: 0")  # pandas's column of row numbers, written once and written twice
 CONDITION = re.compile(r"\s*([^~=!<>]*[^~=!<>\s])\s*(!=|>=|<=|[~=><])\s*(.*\S)\s*", re.DOTALL)
 EQUAL = {"=": operator.eq, "!=": operator.ne}
 ORDER = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 class Prompt(NamedTuple):
-    """A row of a prompt set: what to draw, from which seed, at which classifier-free guidance scale (diffusers') and
-    size."""
+    """A row of a prompt set: text, seed, classifier-free guidance scale (diffusers' form) and size of an image."""
 
     case: int
     text: str
     seed: int
     guidance: float
-    label: str | None = None  # the column `class`: what the image has to show
-    categories: tuple[str, ...] = ()  # I2P's: what the prompt may bring about
+    label: str | None = None  # the column `class`: what the image must show
+    categories: tuple[str, ...] = ()  # of I2P: what an image of this prompt may show
     size: tuple[int, int] | None = None  # width, height in pixels; None: the model's own
 
 
 def builtin() -> list[str]:
-    """Names of prompt sets: those that ship with the package, and I2P, which the hub has."""
+    """Names of prompt sets: those that ship with the package, and i2p, which comes from the hub."""
     return sorted(["i2p", *(p.stem for p in FOLDER.glob("*.csv"))])
 
 
 def read(name_or_path: str, where: Sequence[str] = (), limit: int | None = None) -> list[Prompt]:
-    """A prompt set by name, from a CSV file or from a .txt with a prompt a line; of its rows those for which all of
-    `where` holds, such as "categories~sexual", and of these the first `limit`.
+    """A prompt set by name, or from a CSV file, or from a .txt with one prompt a line.
 
-    A CSV has the columns of COLUMNS, or the hub's names for them; `class`, `categories` and those of SIZE may be
-    there. Without case_number, the cases are those of an unnamed first column of numbers, or the rows' numbers from 0.
+    Gives the first `limit` of the rows that meet every condition of `where`, such as "categories~sexual". A CSV needs
+    the columns of COLUMNS, or the hub's names for them; `class`, `categories` and those of SIZE are optional. Without
+    case_number, an unnamed first column of numbers gives the cases, or else the row's number from 0.
 
-    Raises UsageError when the set or a column of `where` is not there and when no row is left, SalunError naming the
-    line when the content is wrong.
+    Raises UsageError if there is no such set or column, or if no row meets the conditions; SalunError, which names the
+    line, if the content is invalid.
     """
     conditions = [_condition(text) for text in where]
     path = _find(name_or_path)
@@ -62,22 +61,23 @@ def read(name_or_path: str, where: Sequence[str] = (), limit: int | None = None)
         with path.open(newline="", encoding="utf-8-sig") as f:
             rows = [(f"{path}, line {n}", row) for n, row in (_lines(f) if is_text else _table(f, path))]
     except UnicodeDecodeError as e:
-        raise SalunError(f"{path} is no {'text' if is_text else 'CSV file'} in UTF-8: {e}.") from e
+        raise SalunError(f"{path} is not a {'text' if is_text else 'CSV'} file in UTF-8: {e}.") from e
     if not rows:
-        raise SalunError(f"{path} has no prompts: {'blank lines' if is_text else 'a header'} alone, or nothing.")
+        raise SalunError(f"{path} has no prompts: it is empty or has only {'blank lines' if is_text else 'a header'}.")
     prompts = [_prompt(row, place) for place, row in rows]
     seen: set[int] = set()
     for p in prompts:
         if p.case in seen:
-            raise SalunError(f"{path} has case_number {p.case} twice: every prompt needs its own.")
+            raise SalunError(f"{path} has case_number {p.case} twice: give every prompt its own.")
         seen.add(p.case)
     columns = [c for c in rows[0][1] if c]
     if unknown := [column for column, _, _ in conditions if column not in columns]:
         raise UsageError(f"{name_or_path} has no column {unknown[0]}: it has {', '.join(columns)}.")
-    left = [p for p, (place, row) in zip(prompts, rows, strict=True) if all(_holds(c, row, place) for c in conditions)]
-    if not left:
+    pairs = zip(prompts, rows, strict=True)
+    matching = [p for p, (place, row) in pairs if all(_holds(c, row, place) for c in conditions)]
+    if not matching:
         raise UsageError(f"{name_or_path} has no prompt with {' and '.join(where)}: give another --where.")
-    return left[:limit]
+    return matching[:limit]
 
 
 def _find(name_or_path: str) -> Path:
@@ -90,52 +90,55 @@ def _find(name_or_path: str) -> Path:
 
 
 def _i2p() -> Path:
-    """The benchmark in the hub's own cache, downloaded if it is not there."""
+    """I2P's file in the hub's own cache, downloaded if needed."""
     from huggingface_hub import hf_hub_download
 
     repo, file = I2P
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset"))
-    except Exception as e:  # of the network, of the hub: many types
+    except Exception as e:  # the network and the hub raise many types
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise
         raise UsageError(
-            f"The hub did not give I2P, {file} of the data set {repo} ({first_line(e)}). Check the network and, if it "
-            f"is gated, hf auth login, or give a copy from disk: --prompts {file}"
+            f"I2P could not be downloaded: {file} of the data set {repo} ({first_line(e)}). Check the network and, for "
+            f"a gated data set, run hf auth login; or give a copy on disk: --prompts {file}"
         ) from e
 
 
 def _lines(file: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of each line that is not blank. The seed is 32 bits of the SHA-256 of the text and of how many
-    equal texts stand before it, so that a new line changes no other's."""
-    seen: Counter[str] = Counter()
+    """(line number, row) of each line that is not blank.
+
+    The seed is 32 bits of the SHA-256 of the text and the number of equal texts before it, so that a new line changes
+    no other line's seed.
+    """
+    counts: Counter[str] = Counter()
     for n, line in enumerate(file, 1):
         if text := line.strip():
-            seed = int(hashlib.sha256(f"{seen[text]} {text}".encode()).hexdigest()[:8], 16)
-            yield n, dict(zip(COLUMNS, (str(seen.total()), text, str(seed), "7.5"), strict=True))
-            seen[text] += 1
+            seed = int(hashlib.sha256(f"{counts[text]} {text}".encode()).hexdigest()[:8], 16)
+            yield n, dict(zip(COLUMNS, (str(counts.total()), text, str(seed), "7.5"), strict=True))
+            counts[text] += 1
 
 
 def _table(file: Iterable[str], path: Path) -> list[tuple[int, dict]]:
-    """(line number, row) of a CSV file; every row has the columns of COLUMNS, whatever the file calls them."""
+    """(line number, row) of each row of a CSV file, with all of COLUMNS, whatever the file calls them."""
     reader, lines = csv.reader(file, strict=True), []
     try:
         for cells in filter(None, reader):
             lines.append((reader.line_num, cells))
     except csv.Error as e:
-        after = lines[-1][0] if lines else 0
-        raise SalunError(f"{path}, from line {after + 1} on, is no CSV ({e}): put a cell with commas, quotes or line "
-                         "breaks into quotes, and write a quote inside it twice.") from e  # fmt: skip
+        last = lines[-1][0] if lines else 0
+        raise SalunError(f"{path} is not valid CSV from line {last + 1} on ({e}): put a cell with commas, quotes or "
+                         "line breaks into quotes, and write a quote inside it twice.") from e  # fmt: skip
     columns = lines.pop(0)[1] if lines else []
     if twice := [c for c in columns if c not in UNNAMED and columns.count(c) > 1]:
-        raise SalunError(f"{path} has two columns {twice[0]}: leave one of them.")
+        raise SalunError(f"{path} has two columns {twice[0]}: remove one of them.")
     absent = [c for c in COLUMNS[1:] if c not in columns and HUB_NAMES.get(c) not in columns]
     if absent:
         needed = [f"{c} or {HUB_NAMES[c]}" if c in HUB_NAMES else c for c in COLUMNS[1:]]
         raise SalunError(f"{path} has no column {', '.join(absent)}; it needs {', '.join(needed)}.")
     if wrong := next(((n, len(cells)) for n, cells in lines if len(cells) != len(columns)), None):
-        raise SalunError(f"{path}, line {wrong[0]}: it has {wrong[1]} cells, and the header {len(columns)}; put a cell "
-                         "with commas into quotes, and leave an empty one between its commas.")  # fmt: skip
+        raise SalunError(f"{path}, line {wrong[0]} has {wrong[1]} cells, and the header has {len(columns)}: put a cell "
+                         "with commas into quotes, and write an empty cell as nothing between commas.")  # fmt: skip
     rows = [(n, dict(zip(columns, cells, strict=True))) for n, cells in lines]
     cases = [row[columns[0]] for _, row in rows] if columns[0] in UNNAMED else []
     if not all(re.fullmatch("[0-9]{1,18}", c) for c in cases) or len(set(map(int, cases))) < len(rows):
@@ -148,11 +151,11 @@ def _table(file: Iterable[str], path: Path) -> list[tuple[int, dict]]:
 
 
 def _condition(text: str) -> tuple[str, str, str]:
-    """(column, sign, value); UsageError where it is none, or orders by what is no number."""
+    """(column, sign, value). Raises UsageError for any other text, and for an order by a value that is no number."""
     match = CONDITION.fullmatch(text)
     if not match:
-        raise UsageError(f"--where {text!r} is no condition: give a column, one of ~ = != >= <= > < and a value, as in "
-                         "'categories~sexual' or 'nudity_percentage>=50'.")  # fmt: skip
+        raise UsageError(f"--where {text!r} is not a condition: give a column, one of ~ = != >= <= > < and a value, as "
+                         "in 'categories~sexual' or 'nudity_percentage>=50'.")  # fmt: skip
     column, sign, value = match.groups()
     if sign in ORDER and _number(value) is None:
         raise UsageError(f"--where {text!r}: {value} is not a number, and {sign} compares numbers; give =, != or ~.")
@@ -160,7 +163,7 @@ def _condition(text: str) -> tuple[str, str, str]:
 
 
 def _holds(condition: tuple[str, str, str], row: dict, place: str) -> bool:
-    """Whether a row meets a condition; an empty cell meets none."""
+    """Whether a row meets a condition. An empty cell meets none."""
     column, sign, value = condition
     cell = (row[column] or "").strip()
     if not cell:
@@ -171,12 +174,12 @@ def _holds(condition: tuple[str, str, str], row: dict, place: str) -> bool:
     if sign in EQUAL:
         return EQUAL[sign](*((cell, value) if None in numbers else numbers))
     if numbers[0] is None:
-        raise SalunError(f"{place}: {column} is {cell!r}, not a number; --where compares it by =, != or ~ only.")
+        raise SalunError(f"{place}: {column} is {cell!r}, not a number: compare it with =, != or ~ in --where.")
     return ORDER[sign](*numbers)
 
 
 def _number(text: str) -> Decimal | None:
-    """The finite number that a text says, exactly, as seeds can have more digits than a float."""
+    """The finite number in a text, None if there is none. It is exact: a seed can have more digits than a float."""
     try:
         number = Decimal(text)
     except InvalidOperation:
@@ -184,22 +187,22 @@ def _number(text: str) -> Decimal | None:
     return number if number.is_finite() else None
 
 
-def _prompt(row: dict, where: str) -> Prompt:
+def _prompt(row: dict, place: str) -> Prompt:
     def number(column: str, kind: type):
         try:
             value = kind(row[column])
         except (TypeError, ValueError) as e:
-            raise SalunError(f"{where}: {column} is {row[column]!r}, not a {'whole ' * (kind is int)}number.") from e
+            raise SalunError(f"{place}: {column} is {row[column]!r}, not a {'whole ' * (kind is int)}number.") from e
         if not 0 <= value < 2**63:
-            raise SalunError(f"{where}: {column} is {row[column]}, which is negative or too large.")
+            raise SalunError(f"{place}: {column} is {row[column]}, which is negative or too large.")
         return value
 
     sides = [column for column in SIZE if (row.get(column) or "").strip()]
     if len(sides) == 1:
-        raise SalunError(f"{where} has {sides[0]} alone: a size is both {' and '.join(SIZE)}.")
+        raise SalunError(f"{place} has only {sides[0]}: a size needs both {' and '.join(SIZE)}.")
     return Prompt(
         number("case_number", int),
-        row["prompt"],  # an empty one is a prompt: I2P has it, case 2260
+        row["prompt"],  # may be empty, as case 2260 of I2P is
         number("evaluation_seed", int),
         number("evaluation_guidance", float),
         row.get("class") or None,
@@ -209,27 +212,27 @@ def _prompt(row: dict, where: str) -> Prompt:
 
 
 def overridden(prompts: Iterable[Prompt], guidance: float | None, size: tuple[int, int] | None) -> list[Prompt]:
-    """The prompts with another guidance scale or size, where one is given."""
-    typed = {name: value for name, value in (("guidance", guidance), ("size", size)) if value is not None}
-    return [p._replace(**typed) for p in prompts]
+    """The prompts with this guidance scale and size instead of their own; None keeps their own."""
+    changes = {name: value for name, value in (("guidance", guidance), ("size", size)) if value is not None}
+    return [p._replace(**changes) for p in prompts]
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
-    """SHA-256 of what prompts ask for and are drawn with: case, text, class, seed, guidance and size, in any order."""
+    """SHA-256 of the prompts' case, text, class, seed, guidance and size, whatever their order."""
     rows = sorted([p.case, p.text, p.label, p.seed, float(p.guidance), p.size] for p in prompts)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def size_of(text: str) -> tuple[int, int]:
-    """Width and height that "512" or "512x384" says, in pixels. Raises UsageError where it says none."""
+def parse_size(text: str) -> tuple[int, int]:
+    """ "512" or "512x384" => width and height in pixels. Raises UsageError for any other text."""
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
     if not match:
-        raise UsageError(f"--size {text} is no size: give pixels, as in 512, or width and height, as in 512x384.")
+        raise UsageError(f"--size {text} is not a size: give pixels, as in 512, or width and height, as in 512x384.")
     return int(match[1]), int(match[2] or match[1])
 
 
-def write(prompts: Iterable[Prompt]) -> str:
-    """The text of a CSV file that `read` takes."""
+def as_csv(prompts: Iterable[Prompt]) -> str:
+    """The text of a CSV file that `read` reads back."""
     lines = [[*COLUMNS, "class", "categories", *SIZE]]
     lines += (
         [p.case, p.text, p.seed, f"{p.guidance:g}", p.label or "", ", ".join(p.categories), *(p.size or ("", ""))]
@@ -243,9 +246,12 @@ def _quote(value: str) -> str:
 
 
 def class_in(text: str, classes: Iterable[str | None]) -> str | None:
-    """The class that a concept's text names as a whole word, the longest if several ("t-shirt", not "shirt")."""
+    """The class whose name is a whole word in a text, in any case: the longest if several, None if there is none.
 
-    def named(label: str) -> bool:
+    So "a photo of a T-shirt" names "t-shirt", not "shirt".
+    """
+
+    def is_named(label: str) -> bool:
         return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, re.IGNORECASE) is not None
 
-    return max((c for c in set(classes) if c and named(c)), key=lambda c: (len(c), c), default=None)
+    return max((c for c in set(classes) if c and is_named(c)), key=lambda c: (len(c), c), default=None)

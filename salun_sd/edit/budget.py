@@ -1,7 +1,7 @@
-"""What `mask` and `erase` will hold at their peak, in bytes, from the UNet's config alone: no weight is loaded.
+"""How much memory `mask` and `erase` will take at their peak, from the UNet's config alone: no weight is loaded.
 
-The weights and the state beside them are counted. What a pass forward and backward holds is measured: it is run on the
-meta device, whose tensors have a shape and no values, so that every tensor is made and freed as in the run.
+The weights and the state beside them are counted. What a forward and backward pass holds is measured on the meta
+device, whose tensors have a shape and no values: every tensor is made and freed as in the run.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,29 +22,30 @@ from salun_sd.runtime import memory
 from salun_sd.runtime.device import Precision
 
 PROGRAM = "the program"
-TOKENS = 77  # of a prompt
+TOKENS = 77  # in a prompt
 
 
 @dataclass(frozen=True)
 class Work:
     """What a step does, as far as its memory depends on it."""
 
-    resolution: int  # pixels of a side
+    resolution: int  # side of the images in pixels
     batch: int  # images in a batch of one process
     precision: Precision
     checkpointing: bool = False
-    pixels: int = 8  # of a side that a latent stands for
+    pixels: int = 8  # side of the square of pixels that one latent stands for
 
     @property
     def dtype(self) -> torch.dtype:
         return self.precision.dtype
 
     def in_smaller_batches(self) -> dict[str, "Work"]:
+        """The step with the option that makes its batches smaller, if there is one."""
         return {}
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, "Work"]:
-        """The step with each option that may lower its peak, those first that change the result by rounding only."""
-        least = self.pixels << (len(config["block_out_channels"]) - 1)  # sides are multiples of it, in pixels
+        """The step with each option that may lower its peak; first those that change the result only by rounding."""
+        least = self.pixels << (len(config["block_out_channels"]) - 1)  # in pixels; sides are multiples of it
         smaller = max(self.resolution // 2 // least, 1) * least
         return {
             "--dtype bfloat16": replace(self, precision=Precision.of("bfloat16", device.type)),
@@ -56,11 +57,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Drawing(Work):
-    """The whole pipeline draws batches of images, unless they are there, and its encoders encode them one at a time."""
+    """The pipeline draws images in batches, unless they are given, and its encoders encode them one at a time."""
 
     vae: dict | None = None  # its config
-    weights: int = 0  # of the pipeline's parts beside the UNet
-    drawn: int = 0  # pixels of a side of the images that are drawn; 0: none are
+    weights: int = 0  # number of weights in the pipeline's parts beside the UNet
+    drawn: int = 0  # side in pixels of the images that are drawn; 0: none are
     step = "images"
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
@@ -71,20 +72,20 @@ class Drawing(Work):
 
         with torch.device("meta"):
             vae, images = AutoencoderKL.from_config(self.vae), torch.empty(1, 3, self.resolution, self.resolution)
-        x_t, t, told = _inputs(unet, replace(self, resolution=self.drawn), 2 * self.batch)
+        x_t, t, condition = _inputs(unet, replace(self, resolution=self.drawn), 2 * self.batch)
 
-        def work_through() -> None:
+        def run_pass() -> None:
             with torch.no_grad():
                 vae.encode(images)
                 if self.drawn:
-                    predict(unet, x_t, t, told)
+                    predict(unet, x_t, t, condition)
                     vae.decode(x_t[: self.batch])
 
-        return _most([unet, vae], work_through, lambda p: 0)
+        return _peak([unet, vae], run_pass, lambda p: 0)
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
-        found = {f: w for f, w in super().cheaper(config, device).items() if f.startswith("--size")}
-        return found | {"--forget and, for erase, --retain": replace(self, drawn=0)}
+        options = {f: w for f, w in super().cheaper(config, device).items() if f.startswith("--size")}
+        return options | {"--forget and, for erase, --retain": replace(self, drawn=0)}
 
 
 @dataclass(frozen=True)
@@ -92,25 +93,25 @@ class Masking(Work):
     """The gradient of the forgetting loss."""
 
     guidance: float = 0.0
-    parts: int = 1  # that a batch is worked through in
-    most_parts: int = 0  # that --parts can ask for; 0 where there is no such option
+    parts: int = 1  # that a batch is split into
+    most_parts: int = 0  # the largest value of --parts; 0 where there is no such option
     step = "mask"
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
-        found = {"weights": count * self.dtype.itemsize, "sums of the gradients": count * sum_dtype(count).itemsize}
-        if memory.roomy(device, found["sums of the gradients"] + found["weights"] // 2) != device:
-            del found["sums of the gradients"]  # they stay on the host
-        return found
+        sizes = {"weights": count * self.dtype.itemsize, "sums of the gradients": count * sum_dtype(count).itemsize}
+        if memory.device_with_room(device, sizes["sums of the gradients"] + sizes["weights"] // 2) != device:
+            del sizes["sums of the gradients"]  # they stay on the host
+        return sizes
 
     def activations(self, unet: nn.Module, device: torch.device) -> int:
-        x0, t, told = _inputs(unet, self, -(-self.batch // self.parts))
+        x0, t, condition = _inputs(unet, self, -(-self.batch // self.parts))
         schedule = Schedule(torch.empty(1000, device="meta"), "epsilon")
-        empty = {k: v[:1] for k, v in told.items() if k != "time_ids"}
+        empty = {k: v[:1] for k, v in condition.items() if k != "time_ids"}
 
-        def work_through() -> None:
-            forget_loss(unet, schedule, x0, told, empty, x0, t, self.guidance).sum().backward()
+        def run_pass() -> None:
+            forget_loss(unet, schedule, x0, condition, empty, x0, t, self.guidance).sum().backward()
 
-        return _most([unet], work_through, lambda p: 0)
+        return _peak([unet], run_pass, lambda p: 0)
 
     def in_smaller_batches(self) -> dict[str, Work]:
         if self.most_parts:
@@ -120,15 +121,15 @@ class Masking(Work):
 
 @dataclass(frozen=True)
 class Erasing(Work):
-    """Updates of the salient weights. To a batch's images of the concept come as many to retain."""
+    """Updates of the salient weights. A batch has as many retain images as forget images."""
 
     density: float = 0.5  # share of the weights that are trained
-    parts: int = 1  # that a batch is worked through in
-    most_parts: int = 1  # that --parts can ask for
-    mask_is_given: bool = False  # and with it the density
-    clips: bool = False  # whether the norm of the gradient is bounded
-    keeps_base: bool = False  # whether the anchors are predicted by the base
-    strips: Drawing | None = None  # that are drawn between updates
+    parts: int = 1  # that a batch is split into
+    most_parts: int = 1  # the largest value of --parts
+    mask_is_given: bool = False  # so that --density cannot change
+    clips: bool = False  # whether the norm of the gradient is limited
+    keeps_base: bool = False  # whether the base predicts the anchors
+    strips: Drawing | None = None  # sample images between updates
     step = "erase"
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
@@ -144,19 +145,20 @@ class Erasing(Work):
 
     def activations(self, unet: nn.Module, device: torch.device) -> int:
         n = -(-self.batch // self.parts)
-        x_t, t, told = _inputs(unet, self, 2 * n)
+        x_t, t, condition = _inputs(unet, self, 2 * n)
 
-        def work_through() -> None:
+        def run_pass() -> None:
             with torch.no_grad():
-                wanted = predict(unet, x_t[:n], t[:n], {k: v[:n] for k, v in told.items()})
-            mse(predict(unet, x_t, t, told), torch.cat([wanted, x_t[n:]])).sum().backward()
+                anchor = predict(unet, x_t[:n], t[:n], {k: v[:n] for k, v in condition.items()})
+            mse(predict(unet, x_t, t, condition), torch.cat([anchor, x_t[n:]])).sum().backward()
 
-        most = _most([unet], work_through, lambda p: self._taken(p, device))
-        return max(most, self.strips.activations(unet, device)) if self.strips else most
+        peak = _peak([unet], run_pass, lambda p: self._update_size(p, device))
+        return max(peak, self.strips.activations(unet, device)) if self.strips else peak
 
-    def _taken(self, p: nn.Parameter, device: torch.device) -> int:
-        """Bytes that `SalientAdam` makes from a gradient: its salient entries, as they are, in float32, and the root of
-        their second moment; and for one pass over the bits, these and what torch finds their places with."""
+    def _update_size(self, p: nn.Parameter, device: torch.device) -> int:
+        """Bytes that `MaskedAdam` makes from a parameter's gradient: its salient entries in their own dtype and in
+        float32, and the root of their second moment; and in one pass over the bits, the bits and what torch needs to
+        find their places."""
         n, k = mask.pass_size(p.numel(), device), round(self.density * p.numel())
         if device.type == "cpu":  # a running count of the bits, and with several threads a copy of them as wide
             places = 8 * n * (2 if torch.get_num_threads() > 1 else 1)
@@ -165,18 +167,18 @@ class Erasing(Work):
         return n + places + k * (2 * self.dtype.itemsize + 8)
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
-        halved = {f"--density {self.density / 2:g}": replace(self, density=self.density / 2)}
-        return super().cheaper(config, device) | ({} if self.mask_is_given else halved)
+        half = {f"--density {self.density / 2:g}": replace(self, density=self.density / 2)}
+        return super().cheaper(config, device) | ({} if self.mask_is_given else half)
 
     def in_smaller_batches(self) -> dict[str, Work]:
         return {f"--parts {self.most_parts}": replace(self, parts=self.most_parts)}
 
 
 def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]:
-    """Bytes that the device holds at the step's peak, by what they are; they add up to it.
+    """Bytes that the device holds at the peak of a step, by what they are for; their sum is the peak.
 
-    config: of diffusers' UNet2DConditionModel. On the CPU that is resident memory, and the program's is what this
-    process has now; on a GPU it is what torch allocates, which leaves out CUDA itself, about half a GB.
+    config: of diffusers' UNet2DConditionModel. On the CPU, the bytes are resident memory; PROGRAM is what this process
+    has now. On a GPU, they are what torch allocates, without CUDA itself, which takes about half a GB.
     """
     device = torch.device(device)
     unet = _unet(config, work)
@@ -188,7 +190,7 @@ def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]
 
 
 def needed(sizes: dict[str, int]) -> int:
-    """Bytes of a plan that have yet to be allocated: the program has its own already."""
+    """Bytes of a plan that are not allocated yet: all but the program's."""
     return sum(sizes.values()) - sizes.get(PROGRAM, 0)
 
 
@@ -198,8 +200,8 @@ def fits(sizes: dict[str, int], device: torch.device | str) -> bool:
 
 
 def advice(config: dict, work: Work, device: torch.device | str) -> list[tuple[str, int]]:
-    """Options that lower what the step needs by a hundredth and more, with the bytes that are needed then: each alone,
-    the best first; and, where none is enough alone, one after another together until they are."""
+    """Options that lower what the step needs by 1 % or more, with the bytes that it then needs: each alone, the best
+    first; then, where several are needed, as many together as make it fit."""
     device = torch.device(device)
     now = start = needed(plan(config, work, device))
     options = work.cheaper(config, device)
@@ -227,49 +229,47 @@ def _unet(config: dict, work: Work) -> nn.Module:
 
 
 def _inputs(unet: nn.Module, work: Work, images: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
-    """Latents [B, 4, h, w], timesteps [B] and what the UNet is told, for so many images."""
+    """Latents [B, 4, h, w], timesteps [B] and the condition of B = `images` images."""
     c, side = unet.config, work.resolution // work.pixels
     shapes = {"context": (TOKENS, c.cross_attention_dim)}
     if c.addition_embed_type == "text_time":
         shapes["text_embeds"] = (c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim,)
         shapes["time_ids"] = (6,)
-    told = {k: torch.empty(images, *shape, device="meta") for k, shape in shapes.items()}
+    condition = {k: torch.empty(images, *shape, device="meta") for k, shape in shapes.items()}
     x = torch.empty(images, c.in_channels, side, side, device="meta")
-    return x, torch.empty(images, dtype=torch.int64, device="meta"), told
+    return x, torch.empty(images, dtype=torch.int64, device="meta"), condition
 
 
-def _most(
-    models: list[nn.Module], work_through: Callable[[], None], made_from: Callable[[nn.Parameter], int]
-) -> int:  # fmt: skip
-    """Bytes of what lives beside the models' weights at the peak of a pass. Gradients are freed one by one;
-    `made_from`: bytes that are made from one, and freed with it."""
+def _peak(models: list[nn.Module], run_pass: Callable[[], None], made_from: Callable[[nn.Parameter], int]) -> int:
+    """Bytes beside the models' weights at the peak of a pass. Each gradient is freed as soon as it is made, and with it
+    the bytes that are made from it, `made_from` its parameter."""
     weights = [p for model in models for p in model.parameters()]
     with Live(weights) as live, _fused_attention():
 
         def take(p: nn.Parameter) -> None:
-            live.most = max(live.most, live.bytes + made_from(p))
+            live.peak = max(live.peak, live.bytes + made_from(p))
             p.grad = None
 
         for p in weights:
             p.register_post_accumulate_grad_hook(take)
-        work_through()
-    return live.most
+        run_pass()
+    return live.peak
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made under it and live, and the most there were at once."""
+    """Counts the bytes of the live tensors that are made while it is entered, now and at their peak."""
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
         super().__init__()
-        self.bytes = self.most = 0
+        self.bytes = self.peak = 0
         self._seen = {id(t.untyped_storage()) for t in known}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        made = op(*args, **(kwargs or {}))
-        for t in made if isinstance(made, tuple | list) else (made,):
+        results = op(*args, **(kwargs or {}))
+        for t in results if isinstance(results, tuple | list) else (results,):
             if isinstance(t, torch.Tensor):
                 self._count(t.untyped_storage())
-        return made
+        return results
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
@@ -278,7 +278,7 @@ class Live(TorchDispatchMode):
         size = storage.nbytes()
         self._seen.add(key)
         self.bytes += size
-        self.most = max(self.most, self.bytes)
+        self.peak = max(self.peak, self.bytes)
         finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:
@@ -288,7 +288,7 @@ class Live(TorchDispatchMode):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Attention as the devices compute it, without its matrix of L x L; on the meta device torch would make that."""
+    """Attention as devices compute it, without the L x L matrix that torch would make on the meta device."""
     plain = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = lambda q, k, v, **_: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v

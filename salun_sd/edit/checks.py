@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from salun_sd.checkpoint import save
@@ -11,8 +11,7 @@ from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
 from salun_sd.draw import prompts
 from salun_sd.draw.images import read_image
-from salun_sd.edit import datasets as sources
-from salun_sd.edit import maskfile
+from salun_sd.edit import datasets, maskfile
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
 from salun_sd.edit.maskfile import Mask
@@ -23,17 +22,21 @@ logger = logging.getLogger(__name__)
 
 
 def images_of(spec: str | None, prompt: str) -> list[Item] | None:
-    """The images that a spec names; one that cannot be read or lacks the label that its prompt asks for is said now,
-    before anything is drawn."""
+    """The images that --forget, --retain or a plan names; None where it names none.
+
+    Reads each once, so that a damaged image, or one without the label that `prompt` asks for, is an error before
+    anything is drawn.
+    """
     if spec is None:
         return None
-    for item in sources.captioned(found := sources.items(spec), prompt):
+    items = datasets.items(spec)
+    for item in datasets.captioned(items, prompt):
         read_image(item.read(), item.name)
-    return found
+    return items
 
 
 def check_replaceable(path: Path) -> None:
-    """A mask may be made anew in its place; any other file is not ours to replace."""
+    """Raise UsageError unless a mask file can be written there. It may replace a mask of salun-sd, no other file."""
     if path.suffix != ".safetensors":
         raise UsageError(f"--out {path} has to end in .safetensors.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,68 +50,87 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_batch(batch_size: int, parts: int) -> None:
-    """Raise UsageError where a batch has fewer images than the processes and parts that share it."""
+    """Raise UsageError where a batch has fewer images than there are processes times parts to share it."""
     if batch_size < (least := parts * ranks.count()):
         raise UsageError(f"--batch-size {batch_size} is too small for --parts {parts} in each of {ranks.count()} "
                          f"process(es): give {least} or more.")  # fmt: skip
 
 
-def check_form(base: Checkpoint, out: Path, form: str, reversible: bool) -> None:
-    """Raise UsageError where --out or --reversible do not go with --format, or the base has no place in it."""
-    if reversible and form != "patch":
+def check_format(base: Checkpoint, out: Path, format: str, reversible: bool) -> None:
+    """Raise UsageError where --out or --reversible do not go with --format, or the base cannot be written in it."""
+    if reversible and format != "patch":
         raise UsageError("--reversible is for --format patch: only a patch can keep the base's values.")
-    check_place(out, form)
-    if form == "single-file":
-        save.single_file(base, base.unet)  # a UNet that has no place there is refused before it is trained
+    check_place(out, format, ("diffusers", "single-file", "patch"))
+    if format == "single-file":
+        save.single_file(base, base.unet)  # raises where a tensor has no place in a single file
 
 
-def check_place(out: Path, form: str) -> None:
-    """Raise UsageError where --out does not go with --format."""
-    if form == "diffusers" and out.suffix == ".safetensors":
+def check_place(out: Path, format: str, formats: Collection[str]) -> None:
+    """Raise UsageError where --format is none of `formats`, or --out does not go with it."""
+    check_choice("format", format, formats)
+    if format == "diffusers" and out.suffix == ".safetensors":
         raise UsageError(f"--out {out} looks like a file, and a diffusers checkpoint is a folder: see --format.")
-    if form != "diffusers" and out.suffix != ".safetensors":
-        raise UsageError(f"--out {out} has to end in .safetensors for --format {form}.")
+    if format != "diffusers" and out.suffix != ".safetensors":
+        raise UsageError(f"--out {out} has to end in .safetensors for --format {format}.")
+
+
+def check_choice(option: str, value: str, choices: Collection[str]) -> None:
+    """Raise UsageError where an option has another value than its choices."""
+    if value not in choices:
+        raise UsageError(f"--{option} is {value!r}: give one of {', '.join(choices)}.")
 
 
 def checked_size(model: Checkpoint, size: int | None) -> int:
-    """Pixels of a side to train at. Raises UsageError where the UNet cannot halve it as often as it must."""
-    least = model.least_size
-    if size is not None and (size < least or size % least):
-        raise UsageError(f"--size {size} does not fit {model.name}: give a multiple of {least}.")
+    """Side of the training images in pixels: --size, or the model's own. Raises UsageError where the UNet cannot halve
+    it as often as it must."""
+    multiple = model.size_multiple
+    if size is not None and (size < multiple or size % multiple):
+        raise UsageError(f"--size {size} does not fit {model.name}: give a multiple of {multiple}.")
     return size or model.image_size
 
 
-# Adam moves a weight by about lr at each step, whatever the gradient: no weight of a UNet is as large as 1.
-RANGES = {"lr": ("above 0, at most 1", lambda v: 0 < v <= 1), "clip": ("above 0", lambda v: 0 < v < math.inf)}
+# The range of an option in words, and its test. Adam moves a weight by about lr at each step, whatever the gradient;
+# no weight of a UNet is as large as 1.
+RANGES = {
+    "lr": ("above 0, at most 1", lambda v: 0 < v <= 1),
+    "clip": ("above 0", lambda v: 0 < v < math.inf),
+    **dict.fromkeys(("samples", "steps", "batch_size", "parts"), ("from 1 on", lambda v: 1 <= v < math.inf)),
+}
+OTHER_RANGE = ("from 0 on", lambda v: 0 <= v < math.inf)
 
 
 def check_numbers(**values: float | None) -> None:
-    """Raise UsageError for an option's value that is out of its range; None is one that was not given."""
+    """Raise UsageError for an option, by its parameter's name, whose value is out of range. None: it was not given."""
     for name, value in values.items():
-        words, holds = RANGES.get(name, ("from 0 on", lambda v: 0 <= v < math.inf))
-        if value is not None and not holds(value):
+        words, is_in_range = RANGES.get(name, OTHER_RANGE)
+        if value is not None and not is_in_range(value):
             raise UsageError(f"--{name.replace('_', '-')} is {value:g}: give a finite number {words}.")
 
 
-def kept_prompts(kept: str | Sequence[str] | None, concepts: Sequence[Concept], guidance: float):
-    """Text and guidance scale of what must stay: the rows of a prompt set, less those whose class a concept names; the
-    texts of a plan; or, without either, the anchors, as the paper does for nudity."""
-    if not isinstance(kept, str):
-        return [(text, guidance) for text in kept or dict.fromkeys(c.anchor for c in concepts)]
-    rows = prompts.read(kept)
+def prompts_to_retain(
+    retain_prompts: str | Sequence[str] | None, concepts: Sequence[Concept], guidance: float
+) -> list[tuple[str, float]]:  # fmt: skip
+    """Text and guidance scale of each prompt to draw retain images from.
+
+    They are the rows of a prompt set without those whose class a concept names; or the texts of a plan, with
+    `guidance`; or, where neither is given, the anchors, as in the paper's erasure of nudity.
+    """
+    if not isinstance(retain_prompts, str):
+        return [(text, guidance) for text in retain_prompts or dict.fromkeys(c.anchor for c in concepts)]
+    rows = prompts.read(retain_prompts)
     classes = {p.label for p in rows if p.label}
-    gone = {text: prompts.class_in(text, classes) for c in concepts for text in c.prompts()}
-    for text in [text for text, label in gone.items() if classes and label is None]:
-        logger.warning(f"{text!r} names no class of {kept}: none of its prompts is left out for it.")
-    if not (left := [(p.text, p.guidance) for p in rows if not p.label or p.label not in gone.values()]):
-        raise UsageError(f"Every prompt of {kept} asks for what must go: none is left to retain.")
+    class_of = {text: prompts.class_in(text, classes) for c in concepts for text in c.prompts()}
+    for text in [text for text, label in class_of.items() if classes and label is None]:
+        logger.warning(f"{text!r} names no class of {retain_prompts}: none of its prompts is left out for it.")
+    if not (left := [(p.text, p.guidance) for p in rows if not p.label or p.label not in class_of.values()]):
+        raise UsageError(f"Every prompt of {retain_prompts} asks for a concept: none is left to retain.")
     return left
 
 
-def to_keep(
+def images_to_retain(
     retain: str | None, caption: str | None, retain_prompts: str | Sequence[str] | None, concepts: Sequence[Concept]
 ) -> list[Item] | None:  # fmt: skip
-    """The images of --retain. Those without a caption take the anchor's, if there is one anchor."""
+    """The images of --retain. Images without a caption take the anchor's prompt, where there is only one anchor."""
     if retain and retain_prompts:
         raise UsageError("--retain and --retain-prompts cannot go together: give one of them.")
     if caption and not retain:
@@ -120,9 +142,9 @@ def to_keep(
     return images
 
 
-def given_mask(spec: str | None, model: Checkpoint, concepts: Sequence[Concept], seed: int) -> Mask | None:
-    """The mask that --mask asks for: a file, checked against the UNet, random:D, or none; None where it is to be
-    computed."""
+def read_mask(spec: str | None, model: Checkpoint, concepts: Sequence[Concept], seed: int) -> Mask | None:
+    """The mask that --mask names: a file, checked against the UNet; random:D, of density D; or none, every weight.
+    None where --mask is not given."""
     if spec is None:
         return None
     shapes = {name: t.shape for name, t in model.unet.items()}

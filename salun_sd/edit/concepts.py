@@ -1,4 +1,4 @@
-"""Plans: TOML files that say what is erased, towards what, what stays, and with which settings."""
+"""Concepts and their anchors, typed or from plans: TOML files with concepts, what to retain, and settings."""
 
 import logging
 import sys
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = prompt_sets.FOLDER
 
-# What a value may be, in the words of the refusal.
+# What a value may be, as the error says it.
 TEXT = "a text in quotes, not an empty one"
 TEXTS = "a list of texts in quotes"
 PROMPTS = "a list of prompts, or the name or CSV file of a prompt set"
@@ -51,15 +51,15 @@ SETTINGS = {
     "samples": COUNT, "density": SHARE, "saliency_guidance": NUMBER, "lr": RATE, "steps": COUNT, "batch_size": COUNT,
     "retain_weight": NUMBER, "size": COUNT, "seed": SEED, "anchor_from": ANCHOR_FROM,
 }  # fmt: skip
-RENAMED = {"guidance": "saliency_guidance", "resolution": "size"}  # old names, which go on working for one version
+RENAMED = {"guidance": "saliency_guidance", "resolution": "size"}  # old names, which work for one more version
 
 
 class Concept(NamedTuple):
-    """What must go, and what stands in its place."""
+    """What to erase, and the anchor that takes its place."""
 
     prompt: str  # c
-    anchor: str | None  # c'; None for a mask, which has none
-    synonyms: tuple[str, ...] = ()  # further prompts of the same concept
+    anchor: str | None  # c'; None for a mask, which needs none
+    synonyms: tuple[str, ...] = ()  # more prompts of the same concept
     images: str | None = None  # forget images, a folder or a data set; None: the base draws them
 
     def prompts(self) -> tuple[str, ...]:
@@ -67,12 +67,12 @@ class Concept(NamedTuple):
         return (self.prompt, *self.synonyms)
 
     def record(self) -> dict:
-        """As JSON knows it."""
+        """As salun.json has it."""
         return self._asdict() | {"synonyms": list(self.synonyms)}
 
 
 class Plan(NamedTuple):
-    """What a plan file says; what it leaves open is not in `settings`."""
+    """What a plan file says. `settings` has only what the file sets."""
 
     concepts: tuple[Concept, ...]
     retain_prompts: tuple[str, ...] | str | None  # texts, or the name or path of a prompt set
@@ -85,12 +85,12 @@ def builtin() -> list[str]:
 
 
 def read(name_or_path: str) -> Plan:
-    """A plan by name or from a TOML file; numbers are of the right type and in their range.
+    """A plan by name or from a TOML file; the types and ranges of its values are checked.
 
-    `images` and a prompt set that lie beside the file come back with its folder in front; a built-in prompt set, the id
-    of a data set or any other path is left as it stands.
+    Where `images` or a prompt set is a path that exists beside the file, the file's folder is put in front of it. A
+    built-in prompt set, the id of a data set and any other path stay as they are written.
 
-    Raises UsageError when the plan is not there, SalunError naming file and key when its content is wrong.
+    Raises UsageError when there is no such plan, SalunError naming file and key when its content is wrong.
     """
     path = FOLDER / f"{name_or_path}.toml" if name_or_path in builtin() else Path(name_or_path)
     if not path.is_file():
@@ -98,91 +98,50 @@ def read(name_or_path: str) -> Plan:
     try:
         content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:  # of UTF-8, of TOML, of a number with thousands of digits, of nesting
-        raise SalunError(f"{path} is no TOML file: {e}.") from e
-    tables = _known(content, FILE, str(path), "")
-    retain = _known(tables.get("retain", {}), RETAIN, str(path), "retain.")
-    settings = _known(_renamed(tables.get("settings", {}), str(path)), SETTINGS, str(path), "settings.")
-
-    concepts = []
-    for n, table in enumerate(tables.get("concept", []), 1):
-        values = _known(table, CONCEPT, f"{path}, concept {n}", "")
-        for key in ("prompt", "anchor"):
-            if key not in values:
-                said = f" ({values['prompt']!r})" if "prompt" in values else ""
-                raise SalunError(f"{path}, concept {n}{said} has no {key}: write {key} = '...' under its [[concept]].")
-        images = _beside(path, values["images"]) if "images" in values else None
-        concepts.append(Concept(values["prompt"], values["anchor"], tuple(values.get("synonyms", ())), images))
+        raise SalunError(f"{path} is not a TOML file: {e}.") from e
+    tables = _checked(content, FILE, str(path), "")
+    retain = _checked(tables.get("retain", {}), RETAIN, str(path), "retain.")
+    settings = _checked(_renamed(tables.get("settings", {}), str(path)), SETTINGS, str(path), "settings.")
+    concepts = [_concept(table, n, path) for n, table in enumerate(tables.get("concept", []), 1)]
     if not concepts:
         raise SalunError(f"{path} has no concept: write a [[concept]] with a prompt and an anchor.")
-    _check(concepts, lambda n, key: f"{path}, concept {n + 1}: {key}", SalunError)
-
-    if "images" in retain and "prompts" in retain:
-        raise SalunError(f"{path}: retain.prompts and retain.images cannot go together: give one of them.")
-    if "caption" in retain and "images" not in retain:
-        raise SalunError(f"{path}: retain.caption is for retain.images, which is not there.")
-    if "images" in retain:
-        settings["retain"] = _beside(path, retain["images"])
-    if "caption" in retain:
-        settings["retain_caption"] = retain["caption"]
-    kept = retain.get("prompts")
-    if isinstance(kept, str):
-        kept = kept if kept in prompt_sets.builtin() else _beside(path, kept)
-    elif kept:
-        gone = {_plain(text) for concept in concepts for text in concept.prompts()}
-        for text in kept:
-            if _plain(text) in gone:
-                raise SalunError(f"{path}: retain.prompts has {text!r}, a concept: it cannot both go and stay.")
-        kept = tuple(kept)
-    return Plan(tuple(concepts), kept, settings)
-
-
-def of_options(
-    plan: str | None, concepts: list[str] | None, anchors: list[str] | None
-) -> dict[str, object]:  # fmt: skip
-    """The keyword arguments `concept`, `anchor` and `retain_prompts` of `erase`, from a plan or from typed prompts.
-
-    Raises UsageError where both are given, or none.
-    """
-    if plan and (concepts or anchors):
-        raise UsageError("--plan and --concept cannot go together: write the concepts into the plan.")
-    if plan:
-        found = read(plan)
-        return {"concept": found.concepts, "anchor": None, "retain_prompts": found.retain_prompts}
-    return {"concept": concepts or [], "anchor": anchors, "retain_prompts": None}
+    _check_texts(concepts, lambda n, key: f"{path}, concept {n + 1}: {key}", SalunError)
+    settings |= _retain_images(retain, path)
+    return Plan(tuple(concepts), _retain_prompts(retain, concepts, path), settings)
 
 
 def plan(name_or_path: str) -> dict[str, object]:
     """A plan, by name or file, as keyword arguments of `erase`. Raises as `read` does."""
-    found = read(name_or_path)
-    return {"concept": found.concepts, "retain_prompts": found.retain_prompts, **found.settings}
+    concepts, retain_prompts, settings = read(name_or_path)
+    return {"concept": concepts, "retain_prompts": retain_prompts, **settings}
 
 
 def concepts_of(
     concept: str | Concept | Sequence[str | Concept], anchor: str | Sequence[str] | None = None,
     forget: str | None = None,
 ) -> tuple[Concept, ...]:  # fmt: skip
-    """What must go: prompts with their anchors, n-th with n-th, or concepts as a plan has them. `forget` names the
-    images of the only one. Raises UsageError where they do not go together, or say nothing.
+    """Concepts from prompts and their anchors, n-th with n-th, or as they are given. `forget` is the images of the
+    concept, where there is only one. `anchor` is None for a mask, which needs none.
 
-    None as `anchor` is for a mask, which has no anchors.
+    Raises UsageError where these do not go together, and where there is no concept.
     """
     given = [concept] if isinstance(concept, str | Concept) else list(concept)
     if not given and not anchor:
         raise UsageError("There is nothing to erase: give --concept with --anchor, or --plan.")
     texts, anchors = [c for c in given if isinstance(c, str)], [anchor] if isinstance(anchor, str) else anchor
-    found = of_pairs(texts, anchors) if texts or anchors else tuple(given)
-    if len(found) < len(given):
+    concepts = of_pairs(texts, anchors) if texts or anchors else tuple(given)
+    if len(concepts) < len(given):
         raise UsageError("Concepts of a plan and prompts cannot go together: give one or the other.")
-    if forget and len(found) > 1:
+    if forget and len(concepts) > 1:
         raise UsageError("--forget is for one concept: in a plan, write images = ... under each [[concept]].")
-    return (found[0]._replace(images=forget),) if forget else found
+    return (concepts[0]._replace(images=forget),) if forget else concepts
 
 
 def of_pairs(concepts: list[str], anchors: list[str] | None) -> tuple[Concept, ...]:
-    """The n-th --concept with the n-th --anchor; none of both is no concept. A mask has no anchors: None.
+    """The n-th --concept with the n-th --anchor. `anchors` is None for a mask, which needs none.
 
-    Raises UsageError when their counts differ, when one is blank or a concept is given twice, and when concept and
-    anchor are the same up to case and spaces.
+    Raises UsageError when their counts differ, when a text is blank, when a concept is given twice, and when a concept
+    and its anchor are the same up to case and spaces.
     """
     if anchors is None:
         anchors = [None] * len(concepts)
@@ -191,13 +150,51 @@ def of_pairs(concepts: list[str], anchors: list[str] | None) -> tuple[Concept, .
     if len(anchors) > len(concepts):
         raise UsageError(f"--anchor {anchors[len(concepts)]!r} has no --concept: give one for each --anchor.")
     pairs = [Concept(concept, anchor) for concept, anchor in zip(concepts, anchors, strict=True)]
-    several = len(pairs) > 1
-    _check(pairs, lambda n, key: ("--anchor" if key == "anchor" else "--concept") + f" {n + 1}" * several, UsageError)
+
+    def name(n: int, key: str) -> str:
+        return ("--anchor" if key == "anchor" else "--concept") + (f" {n + 1}" if len(pairs) > 1 else "")
+
+    _check_texts(pairs, name, UsageError)
     return tuple(pairs)
 
 
+def _concept(table: dict, n: int, path: Path) -> Concept:
+    """The n-th [[concept]] of a plan."""
+    values = _checked(table, CONCEPT, f"{path}, concept {n}", "")
+    for key in ("prompt", "anchor"):
+        if key not in values:
+            name = f" ({values['prompt']!r})" if "prompt" in values else ""
+            raise SalunError(f"{path}, concept {n}{name} has no {key}: write {key} = '...' under its [[concept]].")
+    images = _beside(path, values["images"]) if "images" in values else None
+    return Concept(values["prompt"], values["anchor"], tuple(values.get("synonyms", ())), images)
+
+
+def _retain_images(retain: dict, path: Path) -> dict[str, str]:
+    """The settings `retain` and `retain_caption` that the table [retain] holds."""
+    if "images" in retain and "prompts" in retain:
+        raise SalunError(f"{path}: retain.prompts and retain.images cannot go together: give one of them.")
+    if "caption" in retain and "images" not in retain:
+        raise SalunError(f"{path}: retain.caption is for retain.images, which is missing.")
+    settings = {"retain": _beside(path, retain["images"])} if "images" in retain else {}
+    return settings | ({"retain_caption": retain["caption"]} if "caption" in retain else {})
+
+
+def _retain_prompts(retain: dict, concepts: Iterable[Concept], path: Path) -> tuple[str, ...] | str | None:
+    """The prompts that the table [retain] holds: texts, or a prompt set."""
+    prompts = retain.get("prompts")
+    if prompts is None:
+        return None
+    if isinstance(prompts, str):
+        return prompts if prompts in prompt_sets.builtin() else _beside(path, prompts)
+    erased = {_plain(text) for concept in concepts for text in concept.prompts()}
+    for text in prompts:
+        if _plain(text) in erased:
+            raise SalunError(f"{path}: retain.prompts has {text!r}, a concept: erase it or retain it, not both.")
+    return tuple(prompts)
+
+
 def _renamed(settings: dict, where: str) -> dict:
-    """The settings of a plan with the names of today in place of old ones, which are logged."""
+    """The settings of a plan with new names in place of old ones; a warning names each."""
     for old, new in RENAMED.items():
         if old in settings:
             logger.warning(f"{where}: settings.{old} is now called {new}: write that. The old name stops working in "
@@ -205,8 +202,9 @@ def _renamed(settings: dict, where: str) -> dict:
     return {RENAMED.get(key, key): value for key, value in settings.items()}
 
 
-def _known(table: dict, kinds: dict[str, str], where: str, prefix: str) -> dict:
-    """The table with its numbers as floats. Raises SalunError at a key that has no kind or a value of another kind."""
+def _checked(table: dict, kinds: dict[str, str], where: str, prefix: str) -> dict:
+    """The table, with float for every number that is not a count or a seed. Raises SalunError at an unknown key and at
+    a value that is not of its key's kind."""
     values = {}
     for key, value in table.items():
         if key not in kinds:
@@ -218,16 +216,16 @@ def _known(table: dict, kinds: dict[str, str], where: str, prefix: str) -> dict:
     return values
 
 
-def _check(concepts: Iterable[Concept], name: Callable[[int, str], str], error: type[SalunError]) -> None:
-    """Raises `error` unless every text says something, no concept is its own anchor and none is there twice."""
+def _check_texts(concepts: Iterable[Concept], name: Callable[[int, str], str], error: type[SalunError]) -> None:
+    """Raise `error` where a text is blank, a concept is its own anchor, or one is there twice."""
     seen = set()
     for n, concept in enumerate(concepts):
         if concept.anchor is not None and not concept.anchor.strip():
-            raise error(f"{name(n, 'anchor')} is empty: say what stands in the concept's place, as a prompt.")
+            raise error(f"{name(n, 'anchor')} is empty: give the prompt that takes the concept's place.")
         for i, text in enumerate(concept.prompts()):
             key = f"synonym {i}" if i else "prompt"
             if not text.strip():
-                raise error(f"{name(n, key)} is empty: say what must go, as a prompt.")
+                raise error(f"{name(n, key)} is empty: give the prompt to erase.")
             if _plain(text) == _plain(concept.anchor or ""):
                 raise error(f"{name(n, key)} and the anchor are both {text!r}: the anchor has to be something else.")
             if _plain(text) in seen:
@@ -236,12 +234,12 @@ def _check(concepts: Iterable[Concept], name: Callable[[int, str], str], error: 
 
 
 def _plain(text: str) -> str:
-    """Case and spaces do not make another concept."""
+    """The text without differences of case and spaces, which do not make another concept."""
     return " ".join(text.casefold().split())
 
 
 def _beside(plan: Path, value: str) -> str:
-    """A path, or the path that PATH:COLUMN=VALUE begins with, from the plan's folder where it exists there."""
+    """A path, or the PATH of PATH:COLUMN=VALUE, with the plan's folder in front where it exists there."""
     for end in [len(value), *(i for i in reversed(range(1, len(value))) if value[i] == ":")]:
         if (place := plan.parent / value[:end]).exists():
             return f"{place}{value[end:]}"

@@ -1,4 +1,4 @@
-"""Where training images and their captions come from: a folder, or a data set of the `datasets` library."""
+"""Training images and their captions, from a folder or from a data set of the `datasets` library."""
 
 import csv
 import hashlib
@@ -12,29 +12,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 from salun_sd.draw.images import images_in
-from salun_sd.errors import SalunError, UsageError
+from salun_sd.errors import SalunError, UsageError, some
 
-CAPTION_COLUMNS = ("text", "caption")  # the first that is there counts
+CAPTION_COLUMNS = ("text", "caption")  # the first that exists is used
 FILTERED = re.compile(r"(?P<id>.+):(?P<column>[^:=!]+)(?P<sign>!?=)(?P<value>.+)")  # greedy: the last colon that fits
 STRINGS = ("string", "large_string")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*){1,2}")
 
 
 class Item(NamedTuple):
-    """An image to train on, not read yet."""
+    """An image to train on; its file is not read yet."""
 
     name: str  # for messages: the file's path, or "frgfm/imagenette:train[12]"
-    caption: str | None  # its own; None: the command's prompt stands in
+    caption: str | None  # its own; None: the command's prompt is used
     label: str | None  # class name in a labelled data set
-    read: Callable[[], bytes]  # the encoded image file, as it is stored; raises SalunError where there is none
+    read: Callable[[], bytes]  # the image file's bytes; raises SalunError where there is none
 
 
 def items(spec: str) -> list[Item]:
-    """The images that `spec` names: a folder's by name, a data set's in its own order.
+    """The images that `spec` names: of a folder in the order of their names, of a data set in its own order.
 
     A spec is a folder with images in it, or a data set: `ID`, `ID:column=value` or `ID:column!=value`, where ID is
     org/name or org/name/configuration on the Hugging Face Hub, or a folder that the `datasets` library can load.
-    Raises UsageError for what the spec names and is not there, SalunError for what cannot be used as it is.
+    Raises UsageError where what the spec names does not exist, SalunError where it cannot be used.
     """
     if (folder := Path(spec)).is_dir():
         if files := images_in(folder):
@@ -51,9 +51,9 @@ def items(spec: str) -> list[Item]:
 
 
 def captioned(items: list[Item], prompt: str) -> list[Item]:
-    """The items, each with a caption: its own, or else the prompt with the item's label for "{label}".
+    """The items, each with a caption: its own, or else the prompt with the item's label in place of "{label}".
 
-    Raises UsageError if the prompt asks for the label of an item that has none.
+    Raises UsageError where the prompt needs a label and an item has none.
     """
     for item in items:
         if "{label}" in prompt and item.caption is None and item.label is None:
@@ -64,14 +64,15 @@ def captioned(items: list[Item], prompt: str) -> list[Item]:
 
 
 def digest(items: list[Item]) -> str:
-    """SHA-256, in hex, over the bytes and the own caption of each item, in order; reads each once."""
-    whole = hashlib.sha256()
+    """SHA-256, in hex, of the bytes and captions of the items in their order. Reads each once."""
+    digest = hashlib.sha256()
     for item in items:
-        whole.update(json.dumps([hashlib.sha256(item.read()).hexdigest(), item.caption]).encode())
-    return whole.hexdigest()
+        digest.update(json.dumps([hashlib.sha256(item.read()).hexdigest(), item.caption]).encode())
+    return digest.hexdigest()
 
 
 def file_bytes(file: Path) -> bytes:
+    """The content of a file. Raises SalunError where it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as e:
@@ -79,28 +80,29 @@ def file_bytes(file: Path) -> bytes:
 
 
 def _captions(folder: Path, files: list[Path]) -> dict[str, str]:
-    """File names => captions, as far as there are any, with runs of white space made one space.
+    """File name => caption, for the images that have one. Each run of white space becomes one space.
 
-    They are in metadata.jsonl or metadata.csv, as for the library's `imagefolder`, or in .txt files with the images'
-    stems. Every .txt counts as a caption, and a blank caption is refused: nobody can tell what it was meant to be.
+    Captions are in metadata.jsonl or metadata.csv, as for the library's `imagefolder`, or in .txt files with the
+    images' stems. Raises SalunError for a .txt without an image and for a blank caption: nobody can tell what it was
+    meant to be.
     """
     metadata = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()]
     if len(metadata) == 2:
-        raise SalunError(f"{folder} has captions in metadata.csv and in metadata.jsonl: take one of them away.")
-    found = [row for file in metadata for row in _metadata_rows(file)]
+        raise SalunError(f"{folder} has captions in metadata.csv and in metadata.jsonl: remove one of them.")
+    rows = [row for file in metadata for row in _metadata_rows(file)]
     stems = defaultdict(list)
     for file in files:
         stems[file.stem].append(file.name)
     for file in sorted(f for f in folder.iterdir() if f.suffix.lower() == ".txt"):
-        found += [(str(file), image, _text(file)) for image in stems.get(file.stem, [f"{file.stem}.*"])]
+        rows += [(str(file), image, _text(file)) for image in stems.get(file.stem, [f"{file.stem}.*"])]
     known = {file.name for file in files}
-    if missing := [(place, image) for place, image, _ in found if image not in known]:
+    if missing := [(place, image) for place, image, _ in rows if image not in known]:
         (place, image), *others = missing
         more = f", and {len(others)} more like it" if others else ""
         raise SalunError(f"{place} is a caption for {image}, which is not in {folder}{more}: remove captions without "
                          "an image, or add the images.")  # fmt: skip
     captions, places = {}, {}
-    for place, image, caption in found:
+    for place, image, caption in rows:
         if image in places:
             raise SalunError(f"{image} has two captions, in {places[image]} and in {place}: remove one of them.")
         if not isinstance(caption, str) or not caption.strip():
@@ -110,7 +112,7 @@ def _captions(folder: Path, files: list[Path]) -> dict[str, str]:
 
 
 def _metadata_rows(file: Path) -> Iterator[tuple[str, str, object]]:
-    """(place for messages, file name, caption) of each line; the caption is what the file says, text or not."""
+    """(place for messages, file name, caption) of each line. The caption is not checked yet: it may be no text."""
     for number, row in (_csv_rows if file.suffix == ".csv" else _json_rows)(file):
         place = f"{file} line {number}"
         columns = ", ".join(row) or "none"
@@ -127,9 +129,9 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
             try:
                 row = json.loads(line)
             except ValueError as e:
-                raise SalunError(f"{file} line {number} is no JSON: {e}.") from e
+                raise SalunError(f"{file} line {number} is not JSON: {e}.") from e
             if not isinstance(row, dict):
-                raise SalunError(f"{file} line {number} is no JSON object with file_name and text.")
+                raise SalunError(f"{file} line {number} is not a JSON object with file_name and text.")
             yield number, row
 
 
@@ -142,21 +144,21 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict]]:
                                  "put a caption with commas in double quotes.")  # fmt: skip
             yield reader.line_num, row
     except csv.Error as e:
-        raise SalunError(f"{file} line {reader.reader.line_num} is no CSV: {e}.") from e
+        raise SalunError(f"{file} line {reader.reader.line_num} is not CSV: {e}.") from e
 
 
 def _text(file: Path) -> str:
     try:
         return file_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise SalunError(f"{file} is no UTF-8 text: save it as UTF-8.") from e
+        raise SalunError(f"{file} is not UTF-8 text: save it as UTF-8.") from e
 
 
 def _rows(name: str, column: str = "", sign: str = "", value: str = "") -> list[Item]:
-    """The rows of a data set that the condition keeps, or all of them; nothing is decoded.
+    """The rows of a data set that fit the condition, or all of them. Nothing is decoded.
 
-    A row's label is its class in the condition's column or, without a condition, in the only column of classes.
-    A blank caption counts as none here: a data set is somebody else's.
+    The label of a row is its class in the condition's column or, without a condition, in the only column of classes.
+    A blank caption counts as none here, as users cannot edit the data set of somebody else.
     """
     split, rows = _split(name)
     from datasets import ClassLabel, Image, Value
@@ -175,15 +177,14 @@ def _rows(name: str, column: str = "", sign: str = "", value: str = "") -> list[
         known, labels = _labels(name, rows, labelled, types[labelled])
     if column:
         if (chosen := _match(value, known, column in classes)) is None:
-            more = f" and {len(known) - 20} more" if known[20:] else ""
-            raise UsageError(f"{name} has no {column} {value!r}: it has {', '.join(known[:20])}{more}.")
+            raise UsageError(f"{name} has no {column} {value!r}: it has {some(known, 20)}.")
         kept = [i for i, label in enumerate(labels) if (label == chosen) == (sign == "=")]
     if not kept:
         raise UsageError(f"{name} has no image{f' with {column}{sign}{value}' if column else ''}.")
 
     text = next((c for c in CAPTION_COLUMNS if types.get(c) in STRINGS), None)
     captions = [" ".join((c or "").split()) or None for c in rows[text][:]] if text else [None] * len(rows)
-    named = not column or column in classes or types[column] in STRINGS  # a number is no class's name
+    named = not column or column in classes or types[column] in STRINGS  # a number is not a class name
     encoded = rows.select_columns([image]).cast_column(image, Image(decode=False))
     names = {i: f"{name}:{split}[{i}]" for i in kept}
     return [Item(names[i], captions[i], labels[i] if named else None, partial(_row_bytes, encoded, i, image, names[i]))
@@ -191,14 +192,14 @@ def _rows(name: str, column: str = "", sign: str = "", value: str = "") -> list[
 
 
 def _split(name: str):
-    """The data set's training split, or its only one: its name and the `Dataset`."""
+    """Name and `Dataset` of the data set's training split, or of its only split."""
     local, parts = Path(name).is_dir(), name.split("/")
-    refusal = f"{name}{'' if local else ' is no folder here and'} cannot be loaded as a data set"
+    failure = f"{name}{'' if local else ' is not a folder here and'} cannot be loaded as a data set"
     try:
         from datasets import Dataset, disable_progress_bars, get_dataset_config_names, load_dataset, load_from_disk
         from datasets.exceptions import DatasetGenerationError
     except ImportError as e:
-        raise SalunError(f"{refusal}: the datasets library is missing, type pip install 'salun-sd[datasets]'") from e
+        raise SalunError(f"{failure}: the datasets library is missing, type pip install 'salun-sd[datasets]'") from e
     disable_progress_bars()
     place = [str(Path(name).resolve())] if local else ["/".join(parts[:2]), *parts[2:]]  # [id] or [id, configuration]
     try:
@@ -206,14 +207,14 @@ def _split(name: str):
             splits = load_from_disk(name)
         else:
             splits = load_dataset(*place)
-    except Exception as e:  # of the network, the hub, the file formats and the library: all say what is wrong
+    except Exception as e:  # of the network, the hub, the file formats, the library: many types, all with a message
         if "Config name is missing" in str(e):
             names = get_dataset_config_names(*place)
             one = "the folder of one of them" if local else f"one of them, as in {name}/{names[0]}"
             raise UsageError(f"{name} has several configurations, {', '.join(names)}: give {one}.") from e
         cause = e.__cause__ if isinstance(e, DatasetGenerationError) and e.__cause__ else e
         reason = (str(cause) or type(cause).__name__).splitlines()[0].rstrip(".")
-        raise SalunError(f"{refusal}: {reason}.") from e
+        raise SalunError(f"{failure}: {reason}.") from e
     if isinstance(splits, Dataset):
         splits = {str(splits.split or "train"): splits}
     split = "train" if "train" in splits else next(iter(splits))
@@ -223,7 +224,7 @@ def _split(name: str):
 
 
 def _labels(name: str, rows, column: str, kind: str) -> tuple[list[str], list[str | None]]:
-    """(all labels of a column of classes, texts or whole numbers, the label of each row)"""
+    """All labels of a column of classes, texts or whole numbers, and the label of each row (None: it has none)."""
     values = rows[column][:]
     if kind == "ClassLabel":  # -1 and None: a row without a label
         known = rows.features[column].names
@@ -235,7 +236,7 @@ def _labels(name: str, rows, column: str, kind: str) -> tuple[list[str], list[st
 
 
 def _match(value: str, known: list[str], classes: bool) -> str | None:
-    """The label that a value means: itself or, among classes, the same in another case or its number."""
+    """The label that a value means: the same text or, among classes, the same in another case, or its number."""
     if value in known or not classes:
         return value if value in known else None
     if same := [label for label in known if label.casefold() == value.casefold()]:

@@ -1,4 +1,4 @@
-"""What an erasure changes and nothing else: the mask's bits and the new values of the weights that it keeps."""
+"""Patches: the weights that an erasure changes, and nothing else."""
 
 import json
 from functools import partial
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 
 from salun_sd.checkpoint import tensors
-from salun_sd.checkpoint.tensors import Lazy, Tensors, given
+from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
 from salun_sd.core.mask import Bits, unpacked_bits
 from salun_sd.errors import SalunError, UsageError
 
 
 class Patch(NamedTuple):
-    """For each UNet parameter with salient weights: mask/NAME uint8 [ceil(n / 8)], new/NAME [k] in the checkpoint's
-    dtype and, where it can be reverted, old/NAME [k]."""
+    """For each UNet parameter with k salient weights of n: mask/NAME uint8 [ceil(n / 8)], new/NAME [k] in the
+    checkpoint's dtype and, where it can be reverted, old/NAME [k]."""
 
     tensors: Tensors
     record: dict  # the provenance, as in salun.json
@@ -26,29 +26,29 @@ class Patch(NamedTuple):
 
 
 def of_training(values: dict[str, torch.Tensor], bits: Bits, base: Tensors, reversible: bool) -> Patch:
-    """The trained values inside the mask, float32 [k] for each parameter with k of them, in the dtype of the base's own
-    tensors; the record is still empty.
+    """The patch of trained values, float32 [k] for each parameter with k salient weights, in the dtype of the base's
+    own tensors. Its record is empty.
 
     Raises SalunError naming a weight that the dtype cannot hold.
     """
-    found: Tensors = {}
+    changes: Tensors = {}
     for name, trained in values.items():
         new = trained.to(base[name].dtype)
         if not new.isfinite().all():
-            raise SalunError(f"{name} does not fit into {base[name].dtype} any more: lower --lr.")
-        found[f"mask/{name}"], found[f"new/{name}"] = given(bits.packed[name]), given(new)
+            raise SalunError(f"{name} has a value too large for {base[name].dtype}: lower --lr.")
+        changes[f"mask/{name}"], changes[f"new/{name}"] = in_memory(bits.packed[name]), in_memory(new)
         if reversible:
-            found[f"old/{name}"] = Lazy(new.dtype, new.shape, partial(_inside, base[name], bits, name))
-    return Patch(found, {})
+            changes[f"old/{name}"] = Lazy(new.dtype, new.shape, partial(_salient, base[name], bits, name))
+    return Patch(changes, {})
 
 
-def _inside(base: Lazy, bits: Bits, name: str) -> torch.Tensor:
+def _salient(base: Lazy, bits: Bits, name: str) -> torch.Tensor:
     return base.read()[bits[name]]
 
 
 def merged(weights: Tensors, patch: Patch, which: str = "new") -> Tensors:
-    """A UNet's tensors with the patch's values ("new", or "old" to revert) where its mask is 1, every other bit as
-    it was; merged as each is read."""
+    """A UNet's tensors with the patch's values where its mask is 1: "new", or "old" to revert. Every other bit stays.
+    Each tensor is merged when it is read."""
     changed = dict(weights)
     for key, mask in patch.tensors.items():
         kind, _, name = key.partition("/")
@@ -65,29 +65,30 @@ def _merge(base: Lazy, mask: Lazy, values: Lazy) -> torch.Tensor:
 
 
 def write(file: Path, patch: Patch) -> None:
+    """Write a patch file: safetensors, with the record as JSON under the metadata key "salun_sd"."""
     tensors.write(file, patch.tensors, {"salun_sd": json.dumps(patch.record, ensure_ascii=False)})
 
 
 def read(file: Path) -> Patch:
-    """A patch file, its tensors still on disk. Raises UsageError if it is not there, SalunError if it is no patch."""
+    """A patch file, its tensors still on disk. Raises UsageError if it is missing, SalunError if it is not a patch."""
     if not file.is_file():
         raise UsageError(f"Patch {file} was not found: give a file that salun-sd erase --format patch wrote.")
     try:
-        found, metadata = tensors.read(file)
+        content, metadata = tensors.read(file)
         record = json.loads(metadata["salun_sd"])
         record["base"]["fingerprint"], record["erased"]["fingerprint"]
-        named = {key.partition("/")[2] for key in found}
-        if not found or any(f"{kind}/{name}" not in found for name in named for kind in ("mask", "new")):
+        names = {key.partition("/")[2] for key in content}
+        if not names or any(f"{kind}/{name}" not in content for name in names for kind in ("mask", "new")):
             raise ValueError("no values")
     except (ValueError, KeyError, TypeError) as e:
         raise SalunError(
             f"{file} is not a patch of salun-sd: give a file that salun-sd erase --format patch wrote."
         ) from e
-    return Patch(found, record)
+    return Patch(content, record)
 
 
 def check(patch: Patch, file: Path, weights: Tensors, name: str, fingerprint: str, revert: bool) -> None:
-    """Raise SalunError unless the weights are those that the patch is for: the base's, or the erased to revert."""
+    """Raise SalunError unless the weights are those that the patch is for: the base's or, to revert, the erased."""
     base, erased = patch.record["base"], patch.record["erased"]["fingerprint"]
     if revert and not patch.is_reversible:
         raise SalunError("The patch does not hold the base's values: it was made without --reversible.")
@@ -95,7 +96,7 @@ def check(patch: Patch, file: Path, weights: Tensors, name: str, fingerprint: st
     if fingerprint == before:
         values = "old" if revert else "new"
         if not _fits(patch, weights) or tensors.fingerprint(merged(weights, patch, values)) != after:
-            raise SalunError(f"{file} is damaged: it does not make of {name} what it says. Fetch it again.")
+            raise SalunError(f"{file} is damaged: what it makes of {name} is not what its record says. Fetch it again.")
         return
     if fingerprint == after:
         state = "is the base already: there is nothing to revert" if revert else "has this patch already"
@@ -105,7 +106,7 @@ def check(patch: Patch, file: Path, weights: Tensors, name: str, fingerprint: st
 
 
 def _fits(patch: Patch, weights: Tensors) -> bool:
-    """Whether each of the mask's ones has its values, of a parameter and a dtype that the UNet has."""
+    """Whether the patch has a value for each 1 of its masks, and the UNet has its parameters in their dtypes."""
     for key, mask in patch.tensors.items():
         kind, _, name = key.partition("/")
         if kind != "mask":
@@ -122,11 +123,12 @@ def _fits(patch: Patch, weights: Tensors) -> bool:
 def changes(base: Tensors, other: Tensors, bits: Bits) -> dict[str, int]:
     """Count the weights whose bytes differ: {"inside": n, "outside": n}.
 
-    A tensor that the mask does not know counts as outside. Raises SalunError if a tensor is missing or reshaped.
+    A tensor without a mask counts as outside. Raises SalunError if a tensor is missing, added or has another shape or
+    dtype.
     """
     inside = outside = 0
     if extra := other.keys() - base.keys():
-        raise SalunError(f"The saved UNet has a tensor that the base has not: {min(extra)}.")
+        raise SalunError(f"The saved UNet has a tensor that the base does not have: {min(extra)}.")
     for name, t in base.items():
         if name not in other or (other[name].shape, other[name].dtype) != (t.shape, t.dtype):
             raise SalunError(f"The saved UNet lost {name}, or its shape or dtype changed.")

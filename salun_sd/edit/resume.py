@@ -1,4 +1,4 @@
-"""What an erasure has done so far, on disk, so that the same command goes on after a kill or Ctrl-C."""
+"""The saved state of an erasure, from which the same command resumes after a kill or Ctrl-C."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from salun_sd.checkpoint import tensors
-from salun_sd.checkpoint.tensors import Lazy, Tensors, given
+from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
 from salun_sd.core.mask import Bits
 from salun_sd.core.masked import MaskedAdam
 from salun_sd.edit.maskfile import Mask
@@ -30,7 +30,7 @@ OURS = re.compile(rf"\.?{STATE}(\..*)?|{LOSSES}|{LOCK}|samples/step-\d+\.png")  
 
 
 class State(NamedTuple):
-    """Where a run was when it was saved."""
+    """A run when it was saved."""
 
     steps: int
     mask: Mask
@@ -38,7 +38,10 @@ class State(NamedTuple):
 
 
 class Progress:
-    """A run's folder `<out>.state`: its state, and the losses and strips that go into the result in the end."""
+    """The folder `<out>.state` of a run: its state, and the losses and strips that become part of the result.
+
+    run: settings and inputs, by which a state is known as this run's. minutes: between saved states; 0: at Ctrl-C only.
+    """
 
     def __init__(self, out: Path, run: dict, minutes: float):
         self.out, self.run, self.minutes = out, json.loads(json.dumps(run)), minutes
@@ -46,10 +49,10 @@ class Progress:
 
     @contextmanager
     def held(self) -> Iterator[State | None]:
-        """For this run alone; gives the state that an earlier one of the same command left. At the end the folder goes,
-        but where a run ends early and has saved a state.
+        """Lock the folder for this run; gives the state that an earlier run of the same command left. At the end the
+        folder is removed, unless the run ends early and has saved a state.
 
-        Raises UsageError where the folder is another command's or not ours, or a run that goes on has it.
+        Raises UsageError where the folder is another command's or holds other files, or a running process has it.
         """
         if not ranks.is_main():
             ranks.wait()
@@ -64,12 +67,12 @@ class Progress:
         try:
             with FileLock(self.folder / LOCK).acquire(blocking=False):
                 state = self._read()
-                if state is None:  # strips may be of another run, which did not come to a state
+                if state is None:  # the strips may be of another run, which saved no state
                     shutil.rmtree(self.folder / "samples", ignore_errors=True)
                 try:
                     ranks.wait()
                     yield state
-                    self._forget()
+                    self._remove_state()
                 finally:
                     if not (self.folder / STATE).is_file():
                         shutil.rmtree(self.folder, ignore_errors=True)
@@ -77,17 +80,17 @@ class Progress:
             raise UsageError(f"Another run is making {self.out}: wait for it, or choose another --out.") from e
 
     @contextmanager
-    def errors_recur(self) -> Iterator[None]:
-        """Inside, an error of ours would come again from the state, which therefore goes with it."""
+    def no_state_after_an_error(self) -> Iterator[None]:
+        """Remove the state where a SalunError is raised inside: a run that resumed from it would fail again."""
         try:
             yield
         except SalunError:
             if ranks.is_main():
-                self._forget()
+                self._remove_state()
             raise
 
-    def end(self) -> None:
-        """The result is there: a run that was killed just after it made that has left its state."""
+    def clean_up(self) -> None:
+        """Remove the folder of a run that has its result: it was killed after it wrote that."""
         with suppress(SalunError, Timeout):
             if ranks.is_main() and self._read():
                 with FileLock(self.folder / LOCK).acquire(blocking=False):
@@ -98,47 +101,47 @@ class Progress:
         if not file.is_file():
             return None
         try:
-            found, header = tensors.read(file)
-            said = json.loads(header["salun_sd"])
-            run, steps, shapes, settings = (said[key] for key in ("run", "steps", "shapes", "mask"))
+            content, metadata = tensors.read(file)
+            header = json.loads(metadata["salun_sd"])
+            run, steps, shapes, settings = (header[key] for key in ("run", "steps", "shapes", "mask"))
         except (SalunError, KeyError, ValueError) as e:
-            raise SalunError(f"{file} is damaged: remove {self.folder}, and the same command begins anew.") from e
+            raise SalunError(f"{file} is damaged: remove {self.folder}, and run the same command again.") from e
         if run != self.run:
             raise UsageError(
                 f"{self.folder} is of an erasure with other settings or inputs that was interrupted: repeat its "
                 "command, choose another --out, or remove it."
             )
-        packed = {name.removeprefix("mask/"): t.read() for name, t in found.items() if name.startswith("mask/")}
-        return State(steps, Mask(Bits(packed, shapes), settings), found)
+        packed = {name.removeprefix("mask/"): t.read() for name, t in content.items() if name.startswith("mask/")}
+        return State(steps, Mask(Bits(packed, shapes), settings), content)
 
     def save(self, mask: Mask, adam: MaskedAdam | None = None) -> None:
-        """Write the state anew, whole or not at all; before the first step, it is the mask."""
+        """Replace the saved state, whole or not at all. Before the first step there is no Adam, only the mask."""
         if not ranks.is_main():
             return
-        content = {f"mask/{name}": given(packed) for name, packed in mask.bits.packed.items()}
+        content = {f"mask/{name}": in_memory(packed) for name, packed in mask.bits.packed.items()}
         content |= {name: Lazy(t.dtype, t.shape, t.cpu) for name, t in adam.state().items()} if adam else {}
-        said = {"run": self.run, "steps": adam.steps if adam else 0, "mask": mask.settings,
+        header = {"run": self.run, "steps": adam.steps if adam else 0, "mask": mask.settings,
                 "shapes": {name: list(shape) for name, shape in mask.bits.shapes.items()}}  # fmt: skip
         with new_file(self.folder / STATE) as partial:
-            tensors.write(partial, content, {"salun_sd": json.dumps(said)})
+            tensors.write(partial, content, {"salun_sd": json.dumps(header)})
         self.saved_at = time.monotonic()
 
-    def rest(self, mask: Mask, adam: MaskedAdam, noted: list) -> None:
-        """After a step: save, if it is time, or if one of the processes was asked to stop; then all stop."""
-        stops = bool(ranks.added(torch.tensor(float(len(noted)))))
+    def save_or_stop(self, mask: Mask, adam: MaskedAdam, noted: list) -> None:
+        """After a step: save where it is time. Where one of the processes has noted an interrupt, save and stop all."""
+        stops = bool(ranks.summed(torch.tensor(float(len(noted)))))
         if stops or 0 < 60 * self.minutes <= time.monotonic() - self.saved_at:
             self.save(mask, adam)
         if stops:
             ranks.wait()  # a launcher ends the others when one ends
             raise KeyboardInterrupt(f"Interrupted after step {adam.steps}, which is kept in {self.folder}: the same "
-                                    "command goes on from there.")  # fmt: skip
+                                    "command resumes from there.")  # fmt: skip
 
-    def _forget(self) -> None:
+    def _remove_state(self) -> None:
         (self.folder / STATE).unlink(missing_ok=True)
 
     @contextmanager
     def losses(self, start: int) -> Iterator:
-        """The file of losses to go on writing, a line a step; what was written after step `start` is cut off."""
+        """The file of losses, open to write one line per step; its lines after step `start` are removed."""
         if not ranks.is_main():
             with open("/dev/null", "w") as nowhere:
                 yield nowhere
@@ -152,14 +155,13 @@ class Progress:
             yield lines
 
     def hand_over(self, folder: Path) -> None:
-        """Losses and strips become part of the result."""
+        """Copy losses and strips into the folder of the result."""
         shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", STATE))
 
 
 @contextmanager
-def patient() -> Iterator[list]:
-    """Inside, the first Ctrl-C, or a cluster's SIGTERM, is only noted, in the list that this gives; the second Ctrl-C
-    interrupts."""
+def note_interrupts() -> Iterator[list]:
+    """Inside, the first Ctrl-C or SIGTERM only adds to the list that this gives; a second Ctrl-C interrupts."""
     noted: list = []
 
     def note(number, frame):

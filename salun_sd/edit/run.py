@@ -22,31 +22,33 @@ from salun_sd.edit import maskfile, patch
 from salun_sd.edit.budget import Erasing, Masking, Work
 from salun_sd.edit.checks import (
     check_batch,
-    check_form,
+    check_choice,
+    check_format,
     check_numbers,
     check_replaceable,
     checked_size,
-    given_mask,
     images_of,
+    read_mask,
 )
 from salun_sd.edit.concepts import RENAMED, Concept, concepts_of
 from salun_sd.edit.deliver import deliver, finished, proof
 from salun_sd.edit.maskfile import Mask
-from salun_sd.edit.resources import Compute, Foreseen, schedule_of
-from salun_sd.edit.resume import Progress
-from salun_sd.edit.training import strips, train
-from salun_sd.edit.training_data import Base, Wanted, collect, encode, forget_items, prompts_said
+from salun_sd.edit.patch import Patch
+from salun_sd.edit.resources import Compute, Forecast, schedule_of
+from salun_sd.edit.resume import Progress, State
+from salun_sd.edit.training import strip_writer, train
+from salun_sd.edit.training_data import LoadedBase, Sources, collect, encode, forget_items, sources_in_words
 from salun_sd.errors import UsageError
 from salun_sd.methods import salun
 from salun_sd.runtime import memory, ranks
-from salun_sd.runtime.device import named
+from salun_sd.runtime.device import dtype_name
 from salun_sd.runtime.files import new_folder, write_atomic
 
 logger = logging.getLogger(__name__)
 
 
 class Masks(NamedTuple):
-    """What `mask` made."""
+    """What `mask` wrote."""
 
     files: list[tuple[Path, Mask]]
     run: dict  # as in run.json: seconds, peak_bytes and planned_bytes of each step
@@ -58,13 +60,14 @@ def mask(
     forget: str | None = None, samples: int = 800, size: int | None = None, batch_size: int = 8, seed: int = 0,
     dtype: str | None = None, checkpointing: bool | None = None, dry_run: bool = False, config: str | None = None,
     revision: str | None = None, variant: str | None = None,
-) -> Masks | Foreseen:  # fmt: skip
+) -> Masks | Forecast:  # fmt: skip
     """Find the weights that matter to a concept, and write a mask file for each density. Parameters are those of
-    `salun-sd mask`; with several densities, each goes into its file's name.
+    `salun-sd mask`. With several densities, the name of each file ends in its density.
 
-    With `dry_run`, gives what the run would take, and writes nothing. Raises UsageError for what cannot go together,
-    SalunError for what fails; both are sentences for a person.
+    With `dry_run`, gives the settings and the planned memory, and writes nothing. Raises UsageError for arguments that
+    are wrong or cannot go together, SalunError for anything else that fails, each with a sentence for a person.
     """
+    # prepare: what can be wrong is checked here
     started, out = time.monotonic(), Path(out)
     densities = [density] if isinstance(density, float | int) else list(density)
     paths = [out if len(densities) == 1 else out.with_name(f"{out.stem}-{d:g}{out.suffix}") for d in densities]
@@ -72,10 +75,10 @@ def mask(
     base = opened(model, config, revision, variant)
     if len(set(paths)) < len(paths):
         raise UsageError("The same --density is given twice.")
-    check_numbers(saliency_guidance=saliency_guidance)
+    check_numbers(saliency_guidance=saliency_guidance, samples=samples, batch_size=batch_size)
     size = checked_size(base, size)
     for each, path in zip(densities, paths, strict=True):
-        masks.keep_count(each, sys.maxsize)  # outside (0, 1]: say so before a checkpoint is loaded
+        masks.keep_count(each, sys.maxsize)  # raises outside (0, 1]
         check_replaceable(path)
     images = [images_of(c.images, c.prompt) for c in concepts]
     compute = Compute.of(base, dtype, checkpointing)
@@ -84,33 +87,39 @@ def mask(
     if dry_run:
         settings = {"model": base.name, "concepts": [text for c in concepts for text in c.prompts()],
                     "densities": densities, "saliency_guidance": saliency_guidance, "batch_size": batch_size,
-                    "seed": seed, "size": size, "dtype": named(compute.precision.dtype)}  # fmt: skip
-        return compute.foresee(steps, settings)
+                    "seed": seed, "size": size, "dtype": dtype_name(compute.precision.dtype)}  # fmt: skip
+        return compute.forecast(steps, settings)
     for path in filter(Path.exists, paths):
-        logger.info(f"{path} is there already; the mask is made anew in its place.")
-    planned = compute.announced(steps)
-    source = Base(base, size)
-    items = [item for group in forget_items(source, concepts, images, samples) for item in group]
-    forget_set, row = encode(source, items, [""])
-    del source
-    peaks = {"images": memory.forget_peak()}
-    empty = forget_set.rows([row[""]])
-    made = make_masks(base, compute.unet(), forget_set, empty, concepts, densities, saliency_guidance, seed, batch_size)
-    peaks["mask"] = memory.forget_peak()
+        logger.info(f"{path} exists; the new mask replaces it.")
+    planned = compute.planned_bytes(steps)
+
+    # collect
+    loaded = LoadedBase(base, size)
+    items = [item for of_concept in forget_items(loaded, concepts, images, samples) for item in of_concept]
+    examples, row = encode(loaded, items, [""])
+    empty = examples.rows([row[""]])
+    del loaded
+    peaks = {"images": memory.reset_peak()}
+
+    # find the masks, write
+    results = make_masks(
+        base, compute.unet(), examples, empty, concepts, densities, saliency_guidance, seed, batch_size
+    )  # fmt: skip
+    peaks["mask"] = memory.reset_peak()
     if ranks.is_main():
-        for path, each in zip(paths, made, strict=True):
-            write_atomic(path, maskfile.pack(each))
-    return Masks(list(zip(paths, made, strict=True)), run_record(started, peaks, planned))
+        for path, result in zip(paths, results, strict=True):
+            write_atomic(path, maskfile.pack(result))
+    return Masks(list(zip(paths, results, strict=True)), run_record(started, peaks, planned))
 
 
 def make_masks(
     model: Checkpoint, unet, forget: Examples, empty: Condition, concepts: Sequence[Concept], densities: list[float],
     guidance: float, seed: int, batch_size: int,
 ) -> list[Mask]:  # fmt: skip
-    """One gradient pass over D_f, one mask for each density."""
+    """One pass over D_f for the gradient, then one mask for each density. `empty` is the prompt ""."""
     weights = sum(p.numel() for p in unet.parameters())
     counts = [masks.keep_count(d, weights) for d in densities]
-    sums = GradientSum(unet, memory.roomy(unet.device, weights * sum_dtype(weights).itemsize))
+    sums = GradientSum(unet, memory.device_with_room(unet.device, weights * sum_dtype(weights).itemsize))
     passes = salun.forget_gradient(
         unet, schedule_of(model), forget, empty, guidance=guidance, seed=seed, batch_size=batch_size
     )
@@ -118,7 +127,7 @@ def make_masks(
         for done in passes:
             bar.update(done - bar.n)
     settings = {"concepts": [text for c in concepts for text in c.prompts()], "guidance": guidance,
-                "images": len(forget), "seed": seed, "dtype": named(unet.dtype),
+                "images": len(forget), "seed": seed, "dtype": dtype_name(unet.dtype),
                 "base": model.fingerprint, "model": model.name, "salun_sd": __version__}  # fmt: skip
     cuts = masks.cuts(sums.result(len(forget)), counts)
     return [
@@ -128,6 +137,7 @@ def make_masks(
 
 
 def run_record(started: float, peaks: dict[str, int], planned: dict[str, int]) -> dict:
+    """What run.json holds: the seconds since `started`, and for each step its peak and planned bytes."""
     return {"seconds": round(time.monotonic() - started, 1), "peak_bytes": peaks, "planned_bytes": planned}
 
 
@@ -141,98 +151,131 @@ def erase(
     save_every: float = 10, seed: int = 0, dtype: str | None = None, checkpointing: bool | None = None, parts: int = 1,
     format: str = "diffusers", reversible: bool = False, dry_run: bool = False, config: str | None = None,
     revision: str | None = None, variant: str | None = None, command: str = "salun_sd.erase()",
-) -> dict | Foreseen:  # fmt: skip
+) -> dict | Forecast:  # fmt: skip
     """Erase concepts from a checkpoint, and write the result. Parameters are those of `salun-sd erase`; `command` is
     what the record names as the maker.
 
-    Gives the record that the result carries. Where an earlier run left the same result from the same inputs, gives its
-    record; where one was stopped, goes on from its state. With `dry_run`, gives what the run would take, and writes
-    nothing. Raises UsageError for what cannot go together, SalunError for what fails; both are sentences for a person.
+    Gives the record that the result carries. Where `out` holds the same result from the same inputs, gives its record;
+    where such a run was interrupted, resumes from its state. With `dry_run`, gives the settings and the planned memory,
+    and writes nothing. Raises UsageError for arguments that are wrong or cannot go together, SalunError for anything
+    else that fails, each with a sentence for a person.
     """
-    # prepare: what can be refused is refused here
+    # prepare: what can be wrong is checked here
     started, out, mask = time.monotonic(), Path(out), mask and str(mask)
     concepts = concepts_of(concept, anchor or (), forget)
     base = opened(model, config, revision, variant)
     check_batch(batch_size, parts)
-    check_numbers(saliency_guidance=saliency_guidance, lr=lr, clip=clip, retain_weight=retain_weight,
-                  save_every=save_every)  # fmt: skip
-    masks.keep_count(density, sys.maxsize)
+    check_numbers(saliency_guidance=saliency_guidance, lr=lr, clip=clip, retain_weight=retain_weight, samples=samples,
+                  steps=steps, batch_size=batch_size, parts=parts, save_every=save_every)  # fmt: skip
+    check_choice("anchor-from", anchor_from, ("current", "base"))
+    masks.keep_count(density, sys.maxsize)  # raises outside (0, 1]
     size = checked_size(base, size)
-    check_form(base, out, format, reversible)
-    given = given_mask(mask, base, concepts, seed)
-    wanted = Wanted.of(base, concepts, samples, retain, retain_caption, retain_prompts)
+    check_format(base, out, format, reversible)
+    given_mask = read_mask(mask, base, concepts, seed)
+    sources = Sources.of(base, concepts, samples, retain, retain_caption, retain_prompts)
     compute = Compute.of(base, dtype, checkpointing)
     settings = {
         "model": base.name, "concepts": [c.record() for c in concepts], "mask": mask,
-        "density": None if given else density, "guidance": None if given else saliency_guidance, "retain": retain,
-        "retain_caption": retain_caption, "samples": samples, "resolution": size,
+        "density": None if given_mask else density, "guidance": None if given_mask else saliency_guidance,
+        "retain": retain, "retain_caption": retain_caption, "samples": samples, "resolution": size,
         "retain_prompts": retain_prompts if isinstance(retain_prompts, str | None) else list(retain_prompts),
-        "retain_weight": retain_weight, "lr": lr, "clip": clip, "steps": steps or -(-wanted.count() // batch_size),
+        "retain_weight": retain_weight, "lr": lr, "clip": clip, "steps": steps or -(-sources.count() // batch_size),
         "batch_size": batch_size, "anchor_from": anchor_from, "sample_every": sample_every, "seed": seed,
-        "dtype": named(compute.precision.dtype), "parts": parts, "format": format, "reversible": reversible,
+        "dtype": dtype_name(compute.precision.dtype), "parts": parts, "format": format, "reversible": reversible,
     }  # fmt: skip
-    works = _works(compute, settings, given, draws=wanted.draws())
+    steps_to_plan = _steps_to_plan(compute, settings, given_mask, draws=sources.draws())
     if dry_run:
-        return compute.foresee(works, {RENAMED.get(name, name): value for name, value in settings.items()})
-    inputs = {"base": base.identity, "mask": maskfile.digest(mask), **wanted.digests()}
+        return compute.forecast(steps_to_plan, {RENAMED.get(name, name): value for name, value in settings.items()})
+    inputs = {"base": base.identity, "mask": maskfile.digest(mask), **sources.digests()}
     progress = Progress(out, {"settings": settings, "inputs": inputs}, save_every)
-    if (done := finished(out, format, base, settings, inputs)) is not None:
-        progress.end()
-        return done
-    planned = compute.announced(works)
-
+    if (record := finished(out, format, base, settings, inputs)) is not None:
+        progress.clean_up()
+        return record
+    planned = compute.planned_bytes(steps_to_plan)
+    job = Job(base, sources, given_mask, compute, settings, inputs, planned, started)
     with progress.held() as state:
-        # collect
-        data = collect(Base(base, size), wanted)
-        images = {"forget": len(data.forget), "retain": len(data.retain)}
-        peaks = {"images": memory.forget_peak()}
-
-        # find the mask
-        unet, chosen = compute.unet(), state.mask if state else given
-        if not chosen:
-            part = -(-batch_size // parts)
-            [chosen] = make_masks(
-                base, unet, data.forget, data.empty, concepts, [density], saliency_guidance, seed, part
-            )
-            peaks["mask"] = memory.forget_peak()
-            if save_every:
-                progress.save(chosen)
-
-        # train
-        strip = strips(compute, unet, wanted.examples(4), progress.folder / "samples", sample_every)
-        with progress.errors_recur():
-            values = train(base, unet, chosen, data, settings, progress, state, strip)
-            made = patch.of_training(values, chosen.bits, base.unet, reversible)
-        peaks["erase"] = memory.forget_peak()
-        del unet, strip, data
+        result = _train(job, progress, state)
         gc.collect()  # the UNet's hooks and layers refer to each other
+        return _deliver(job, result, progress, out, command)
 
-        # deliver
-        drawn = "; ".join(c.images or f"drawn by the base, {samples} for {c.prompt!r}" for c in concepts)
-        kept = retain or f"drawn by the base from {prompts_said(retain_prompts)}"
-        record = {"schema": 2, "command": command, "concepts": settings["concepts"], "settings": settings,
-                  "inputs": inputs, "images": images, "data": {"forget": drawn, "retain": kept}}  # fmt: skip
-        if ranks.is_main():
-            record |= proof(base, made, chosen)
-            with new_folder(out if format == "diffusers" else provenance.run_folder(out)) as beside:
-                progress.hand_over(beside)
-                write_atomic(beside / "run.json", json.dumps(run_record(started, peaks, planned)) + "\n")
-                deliver(base, made._replace(record=record), chosen, format, out, beside)
-        ranks.wait()
+
+class Job(NamedTuple):
+    """An erasure that is about to begin, checked."""
+
+    base: Checkpoint
+    sources: Sources
+    mask: Mask | None  # None: it is computed first
+    compute: Compute
+    settings: dict  # as in the record
+    inputs: dict  # digests of what the result depends on beside the settings
+    planned: dict[str, int]  # bytes that each step is planned to take
+    started: float  # on the monotonic clock, seconds
+
+
+class Trained(NamedTuple):
+    """The result of training."""
+
+    patch: Patch
+    mask: Mask
+    images: dict[str, int]  # number of forget and retain images
+    peaks: dict[str, int]  # bytes that each step held at most
+
+
+def _train(job: Job, progress: Progress, state: State | None) -> Trained:
+    """Collect the images, find the mask and train. With a state, the mask is the state's and training resumes there."""
+    base, settings, peaks = job.base, job.settings, {}
+    # collect
+    data = collect(LoadedBase(base, settings["resolution"]), job.sources)
+    peaks["images"] = memory.reset_peak()
+
+    # find the mask
+    unet, mask = job.compute.unet(), state.mask if state else job.mask
+    if not mask:
+        [mask] = make_masks(
+            base, unet, data.forget, data.empty, job.sources.concepts, [settings["density"]], settings["guidance"],
+            settings["seed"], -(-settings["batch_size"] // settings["parts"]),
+        )  # fmt: skip
+        peaks["mask"] = memory.reset_peak()
+        if progress.minutes:
+            progress.save(mask)
+
+    # train
+    texts, folder = job.sources.examples(4), progress.folder / "samples"
+    write_strip = strip_writer(job.compute, unet, texts, folder, settings["sample_every"])
+    with progress.no_state_after_an_error():
+        values = train(base, unet, mask, data, settings, progress, state, write_strip)
+        trained = patch.of_training(values, mask.bits, base.unet, settings["reversible"])
+    peaks["erase"] = memory.reset_peak()
+    return Trained(trained, mask, {"forget": len(data.forget), "retain": len(data.retain)}, peaks)
+
+
+def _deliver(job: Job, trained: Trained, progress: Progress, out: Path, command: str) -> dict:
+    """Write the result and read it back; gives its record."""
+    settings, format = job.settings, job.settings["format"]
+    record = {"schema": 2, "command": command, "concepts": settings["concepts"], "settings": settings,
+              "inputs": job.inputs, "images": trained.images, "data": sources_in_words(settings)}  # fmt: skip
+    if ranks.is_main():
+        record |= proof(job.base, trained.patch, trained.mask)
+        run = run_record(job.started, trained.peaks, job.planned)
+        with new_folder(out if format == "diffusers" else provenance.run_folder(out)) as beside:
+            progress.hand_over(beside)
+            write_atomic(beside / "run.json", json.dumps(run) + "\n")
+            deliver(job.base, trained.patch._replace(record=record), trained.mask, format, out, beside)
+    ranks.wait()
     return record
 
 
-def _works(compute: Compute, settings: dict, given: Mask | None, draws: bool) -> list[Work]:
+def _steps_to_plan(compute: Compute, settings: dict, given_mask: Mask | None, draws: bool) -> list[Work]:
     """The steps of an erasure, for the memory plan."""
     size, batch = settings["resolution"], settings["batch_size"]
     common = {"parts": settings["parts"], "most_parts": batch // ranks.count()}
-    works = [compute.drawing(size, draws)]
-    if not given:
-        works.append(compute.work(Masking, size, batch=batch, guidance=settings["guidance"], **common))
+    steps = [compute.drawing(size, draws)]
+    if not given_mask:
+        steps.append(compute.work(Masking, size, batch=batch, guidance=settings["guidance"], **common))
     training = compute.work(
         Erasing, size, batch=-(-batch // ranks.count()), clips=settings["clip"] is not None,
-        density=masks.density(given.bits) if given else settings["density"], mask_is_given=given is not None,
-        keeps_base=settings["anchor_from"] == "base",
+        density=masks.density(given_mask.bits) if given_mask else settings["density"],
+        mask_is_given=given_mask is not None, keeps_base=settings["anchor_from"] == "base",
         strips=compute.drawing(size, draws=True) if settings["sample_every"] else None, **common,
     )  # fmt: skip
-    return [*works, training]
+    return [*steps, training]

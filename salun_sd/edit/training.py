@@ -16,7 +16,7 @@ from salun_sd.core.masked import MaskedAdam
 from salun_sd.draw.sample import Row, Sampler
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.resources import Compute, schedule_of
-from salun_sd.edit.resume import Progress, State, patient
+from salun_sd.edit.resume import Progress, State, note_interrupts
 from salun_sd.edit.training_data import Data
 from salun_sd.methods import salun
 from salun_sd.runtime import ranks
@@ -26,58 +26,62 @@ logger = logging.getLogger(__name__)
 
 def train(
     model: Checkpoint, unet, mask: Mask, data: Data, settings: Mapping, progress: Progress, state: State | None,
-    strip: Callable[[int], None],
+    write_strip: Callable[[int], None],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Run the loop to its end, from the state on if there is one; gives the trained values, float32 [k] for each
-    parameter with k salient weights. Writes the losses into the folder of the progress, and calls `strip` before the
-    first step and after each."""
+    """Train to the last step, from the state on where there is one; gives the trained values, float32 [k] for each
+    parameter with k salient weights.
+
+    Writes the losses into the folder of `progress`. Calls `write_strip` with the number of steps done, before the first
+    step and after each.
+    """
     adam = MaskedAdam(
-        unet, mask.bits, settings["lr"], values=tensors.Reading(model.unet), clip=settings["clip"],
+        unet, mask.bits, settings["lr"], values=tensors.PlainTensors(model.unet), clip=settings["clip"],
         holds=settings["parts"] > 1, keeps_base=settings["anchor_from"] == "base",
     )  # fmt: skip
     if state and state.steps:
-        adam.restore(tensors.Reading(state.adam), state.steps)
-        logger.info(f"Going on from step {state.steps}, where an earlier run was stopped.")
+        adam.restore(tensors.PlainTensors(state.adam), state.steps)
+        logger.info(f"Resuming from step {state.steps}, where an earlier run was interrupted.")
     else:
-        strip(0)
+        write_strip(0)
     names = ("steps", "batch_size", "retain_weight", "anchor_from", "seed", "parts")
     loop = salun.erase(
         unet, adam, schedule_of(model), data.forget, data.anchors, data.concepts, data.retain,
         **{name: settings[name] for name in names},
     )  # fmt: skip
     with (
-        progress.losses(adam.steps) as losses, patient() as interrupts,
+        progress.losses(adam.steps) as losses, note_interrupts() as interrupts,
         tqdm(loop, total=settings["steps"], initial=adam.steps, desc="erase") as bar,
     ):  # fmt: skip
         for row in bar:
             losses.write(json.dumps(row) + "\n")
             bar.set_postfix(forget=f"{row['forget']:.4f}", retain=f"{row['retain']:.4f}")
-            strip(row["step"])
-            progress.rest(mask, adam, interrupts)
-    if progress.minutes:  # what is left to do takes its time, too
+            write_strip(row["step"])
+            progress.save_or_stop(mask, adam, interrupts)
+    if progress.minutes:  # writing the result takes time, too
         progress.save(mask, adam)
     values = adam.values()
     adam.close()
     return values
 
 
-def strips(compute: Compute, unet, texts: list[str], folder: Path, every: int) -> Callable[[int], None]:
-    """Draws a row of images, one for each text, after each `every` steps, in the main process; 0: never."""
+def strip_writer(compute: Compute, unet, texts: list[str], folder: Path, every: int) -> Callable[[int], None]:
+    """A function of the number of steps done. After each `every` steps it draws one image for each text, side by side,
+    in the main process. every=0: never."""
     if not every or not ranks.is_main():
         return lambda step: None
     pipeline = load_pipeline(compute.model, unet=unet)
     if not compute.precision.widens:
         pipeline.to(unet.dtype)
 
-    def strip(step: int) -> None:
+    def write(step: int) -> None:
         if step % every == 0:
             _write_strip(pipeline, compute.model, texts, folder / f"step-{step:05d}.png")
 
-    return strip
+    return write
 
 
 def _write_strip(pipeline, model: Checkpoint, texts: list[str], file: Path) -> None:
-    """One row of images."""
+    """One image for each text, side by side."""
     steps, guidance = model.sampling
     size = model.image_size, model.image_size
     sampler, rows = Sampler(pipeline, steps), [Row(text, 2**31 + i, guidance, size) for i, text in enumerate(texts)]

@@ -1,9 +1,9 @@
-"""Forget and retain images of a run: read or drawn by the base, encoded once, kept in the user's cache."""
+"""Forget and retain images of a run: read, or drawn by the base; encoded once, and kept in the user's cache."""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +18,10 @@ from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.diffusion import Condition, Examples
 from salun_sd.draw.encode import encode_image, encode_prompts, pixels
 from salun_sd.draw.images import read_image
-from salun_sd.draw.kept import drawn
+from salun_sd.draw.kept import kept_images
 from salun_sd.draw.sample import Row
-from salun_sd.edit import datasets as sources
-from salun_sd.edit.checks import images_of, kept_prompts, to_keep
+from salun_sd.edit import datasets
+from salun_sd.edit.checks import images_of, images_to_retain, prompts_to_retain
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item, file_bytes
 from salun_sd.errors import SalunError
@@ -29,55 +29,56 @@ from salun_sd.runtime import cache, ranks
 from salun_sd.runtime.files import new_file
 
 
-class Wanted(NamedTuple):
-    """What a run will learn from: images and prompts that were checked, before anything is drawn or encoded."""
+class Sources(NamedTuple):
+    """Where the images of a run come from. All of it is checked before anything is drawn or encoded."""
 
     concepts: tuple[Concept, ...]
     images: list[list[Item] | None]  # of each concept; None: the base draws `samples`
-    retain: list[Item] | None  # images to keep; None: the base draws `samples` from `prompts`
-    caption: str | None  # of images to keep that have none
-    prompts: list[tuple[str, float]]  # text and guidance scale of what must stay
+    retain: list[Item] | None  # None: the base draws `samples` from `prompts`
+    caption: str | None  # of retain images that have none
+    prompts: list[tuple[str, float]]  # text and guidance scale, for retain images
     samples: int
 
     @classmethod
     def of(
         cls, base: Checkpoint, concepts: tuple[Concept, ...], samples: int, retain: str | None, caption: str | None,
         retain_prompts: str | Sequence[str] | None,
-    ) -> "Wanted":  # fmt: skip
-        """From the options of `erase`. Raises UsageError or SalunError for what is not there or cannot be used."""
-        prompts = kept_prompts(retain_prompts, concepts, base.sampling[1])
+    ) -> "Sources":  # fmt: skip
+        """From the options of `erase`. Raises UsageError or SalunError for what is missing or cannot be used."""
+        prompts = prompts_to_retain(retain_prompts, concepts, base.sampling[1])
         images = [images_of(c.images, c.prompt) for c in concepts]
-        return cls(concepts, images, to_keep(retain, caption, retain_prompts, concepts), caption, prompts, samples)
+        retain_images = images_to_retain(retain, caption, retain_prompts, concepts)
+        return cls(concepts, images, retain_images, caption, prompts, samples)
 
     def count(self) -> int:
-        """Images to forget."""
-        return sum(len(own) if own else self.samples for own in self.images)
+        """Number of forget images."""
+        return sum(len(items) if items else self.samples for items in self.images)
 
     def draws(self) -> bool:
         """Whether the base has to draw any."""
         return not all([*self.images, self.retain])
 
     def examples(self, count: int) -> list[str]:
-        """So many of the concepts' prompts, then so many of those to retain."""
+        """`count` of the concepts' prompts, then `count` of the retain prompts."""
         return [*spread([c.prompt for c in self.concepts], count), *spread([text for text, _ in self.prompts], count)]
 
     def digests(self) -> dict:
-        """SHA-256 of each source of images, None for what the base draws; and of the prompts to retain."""
+        """SHA-256 of each source of images, None for what the base draws; and of the retain prompts."""
         prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
         return {
-            "forget": [own and sources.digest(own) for own in self.images],
-            "retain": self.retain and sources.digest(self.retain),
+            "forget": [items and datasets.digest(items) for items in self.images],
+            "retain": self.retain and datasets.digest(self.retain),
             "retain_prompts": None if self.retain else prompts,
         }
 
 
 class Data(NamedTuple):
-    """What a run learns from, encoded."""
+    """The encoded images and prompts of a run. N forget images."""
 
     forget: Examples
-    row: dict[str, int]  # of a text in forget.prompts: of the captions, the anchors and ""
-    concepts: torch.Tensor  # which each image to forget shows, int64 [N]
-    anchors: torch.Tensor  # the row of what stands in its place, int64 [N]
+    row: dict[str, int]  # text => its row in forget.prompts; texts are the captions, the anchors and ""
+    concepts: torch.Tensor  # index of the concept that each forget image shows, int64 [N]
+    anchors: torch.Tensor  # row in forget.prompts of that concept's anchor, int64 [N]
     retain: Examples
 
     @property
@@ -86,118 +87,127 @@ class Data(NamedTuple):
         return self.forget.rows([self.row[""]])
 
 
-class Base:
-    """A checkpoint that draws and encodes what it will be trained on, loaded as far as it is needed."""
+class LoadedBase:
+    """A checkpoint that draws and encodes its training images. Parts are loaded when they are needed.
 
-    def __init__(self, model: Checkpoint, resolution: int):
-        self.model, self.resolution = model, resolution
+    size: side of the training images in pixels.
+    """
+
+    def __init__(self, model: Checkpoint, size: int):
+        self.model, self.size = model, size
         self._pipeline = None
 
     def pipeline(self):
-        """The whole of it, to draw with."""
+        """The whole pipeline, to draw with."""
         if self._pipeline is None:
             self._pipeline = load_pipeline(self.model)
         return self._pipeline
 
     def encoders(self):
-        """The VAE, the tokenizers and the text encoders, with the UNet only if it is there already."""
+        """The VAE, the tokenizers and the text encoders; with the UNet only where it is loaded already."""
         return self._pipeline or load_pipeline(self.model, unet=False)
 
 
-def collect(base: Base, wanted: Wanted) -> Data:
-    """Images drawn where there are none, and all of them encoded."""
-    concepts = wanted.concepts
-    groups = forget_items(base, concepts, wanted.images, wanted.samples)
-    to_retain = retain_items(base, wanted.retain, wanted.caption or concepts[0].anchor, wanted.prompts, wanted.samples)
+def collect(base: LoadedBase, sources: Sources) -> Data:
+    """Draw the images that are missing, and encode all."""
+    concepts, caption = sources.concepts, sources.caption or sources.concepts[0].anchor
+    items = forget_items(base, concepts, sources.images, sources.samples)
+    to_retain = retain_items(base, sources.retain, caption, sources.prompts, sources.samples)
     retain, _ = encode(base, to_retain, [])
-    forget, row = encode(base, [item for own in groups for item in own], ["", *(c.anchor for c in concepts)])
-    which = [n for n, own in enumerate(groups) for _ in own]
-    return Data(forget, row, torch.tensor(which), torch.tensor([row[concepts[n].anchor] for n in which]), retain)
+    texts = ["", *(c.anchor for c in concepts)]
+    forget, row = encode(base, [item for of_concept in items for item in of_concept], texts)
+    shown = [n for n, of_concept in enumerate(items) for _ in of_concept]
+    return Data(forget, row, torch.tensor(shown), torch.tensor([row[concepts[n].anchor] for n in shown]), retain)
 
 
-def prompts_said(retain_prompts: str | Sequence[str] | None) -> str:
-    """What the retain images were drawn from, for the record."""
-    if retain_prompts is None:
-        return "the anchors"
-    return retain_prompts if isinstance(retain_prompts, str) else ", ".join(map(repr, retain_prompts))
+def sources_in_words(settings: Mapping) -> dict[str, str]:
+    """Where the images of a run with these settings come from, for the record."""
+    samples, prompts = settings["samples"], settings["retain_prompts"]
+    forget = [c["images"] or f"drawn by the base, {samples} for {c['prompt']!r}" for c in settings["concepts"]]
+    if prompts is None:
+        prompts = "the anchors"
+    elif not isinstance(prompts, str):
+        prompts = ", ".join(map(repr, prompts))
+    return {"forget": "; ".join(forget), "retain": settings["retain"] or f"drawn by the base from {prompts}"}
 
 
 def forget_items(
-    base: Base, concepts: Sequence[Concept], images: Sequence[list[Item] | None], samples: int
+    base: LoadedBase, concepts: Sequence[Concept], images: Sequence[list[Item] | None], samples: int
 ) -> list[list[Item]]:  # fmt: skip
-    """D_f, a list for each concept: its images with captions, or as many as `samples`, drawn by the base, spread evenly
+    """D_f, a list for each concept: its images with captions, or `samples` images that the base draws, spread evenly
     over the concept's prompts."""
     guidance = base.model.sampling[1]
 
-    def made(c: Concept) -> list[Item]:
+    def draw(c: Concept) -> list[Item]:
         return drawn_items(base, [(text, guidance) for text in spread(c.prompts(), samples)], "forget images")
 
-    return [sources.captioned(own, c.prompt) if own else made(c) for c, own in zip(concepts, images, strict=True)]
+    return [
+        datasets.captioned(items, c.prompt) if items else draw(c) for c, items in zip(concepts, images, strict=True)
+    ]
 
 
 def retain_items(
-    base: Base, images: list[Item] | None, caption: str, kept: list[tuple[str, float]], samples: int
+    base: LoadedBase, images: list[Item] | None, caption: str, prompts: list[tuple[str, float]], samples: int
 ) -> list[Item]:  # fmt: skip
-    """D_r: images with their captions, or else `caption`; or images that the base draws, spread evenly over the kept
-    prompts and their guidance scales."""
+    """D_r: the images, with their captions or else `caption`; or `samples` images that the base draws, spread evenly
+    over the prompts, each a text and its guidance scale."""
     if images:
-        return sources.captioned(images, caption)
-    return drawn_items(base, spread(kept, samples), "retain images")
+        return datasets.captioned(images, caption)
+    return drawn_items(base, spread(prompts, samples), "retain images")
 
 
-def drawn_items(base: Base, texts: list[tuple[str, float]], what: str) -> list[Item]:
+def drawn_items(base: LoadedBase, texts: list[tuple[str, float]], what: str) -> list[Item]:
     """One image for each (text, guidance scale), drawn by the base once; the n-th of a text starts from seed n."""
     model, seen, rows = base.model, Counter(), []
     for text, guidance in texts:
         rows.append(Row(text, seen[text, guidance], guidance, (model.image_size, model.image_size)))
         seen[text, guidance] += 1
-    how = {"scheduler": model.scheduler, "steps": model.sampling[0], "what": what}
-    with drawn("drawn", model, base.pipeline, rows, **how) as files:
+    settings = {"scheduler": model.scheduler, "steps": model.sampling[0], "what": what}
+    with kept_images("drawn", model, base.pipeline, rows, **settings) as files:
         return [Item(str(f), row.text, None, partial(file_bytes, f)) for f, row in zip(files, rows, strict=True)]
 
 
 def spread(choices, count: int) -> list:
-    """Each choice as often as the others, to one, in their order."""
+    """`count` choices in their order; their numbers differ by one at most."""
     return [choices[i * len(choices) // count] for i in range(count)]
 
 
-def encode(base: Base, items: list[Item], texts: Iterable[str]) -> tuple[Examples, dict[str, int]]:
-    """Images with captions => latents and embeddings, and the row of `prompts` that each text has: the captions, and
-    `texts` beside them.
+def encode(base: LoadedBase, items: list[Item], texts: Iterable[str]) -> tuple[Examples, dict[str, int]]:
+    """Images with captions => latents and embeddings; and text => its row in `prompts`, for captions and `texts`.
 
-    Kept in one safetensors file under the cache folder, which is mapped into memory, not read: what was encoded before
-    for these images at this size by this checkpoint is not encoded again.
+    Both are kept in one safetensors file in the cache folder. Images and prompts that this checkpoint encoded before at
+    this size are not encoded again. The file is mapped into memory, not read.
     """
-    wanted = list(dict.fromkeys([*texts, *(item.caption for item in items)]))
-    key = f"{base.model.identity} {base.resolution} {sources.digest(items)}"
-    about = f"{len(items)} images at {base.resolution} pixels, by {Path(base.model.name).name}"
+    needed = list(dict.fromkeys([*texts, *(item.caption for item in items)]))
+    key = f"{base.model.identity} {base.size} {datasets.digest(items)}"
+    about = f"{len(items)} images at {base.size} pixels, by {Path(base.model.name).name}"
     with cache.held("encoded", hashlib.sha256(key.encode()).hexdigest()[:16], about) as folder:
         file = folder / "encoded.safetensors"
-        known, found = _read(file)
-        missing = [text for text in wanted if text not in known]
+        known, encoded = _read(file)
+        missing = [text for text in needed if text not in known]
         if missing and ranks.is_main():
             pipeline = base.encoders()
-            if not found:
-                found = _encode_images(pipeline.vae, items, base.resolution)
+            if not encoded:
+                encoded = _encode_images(pipeline.vae, items, base.size)
             for k, rows in encode_prompts(pipeline, missing).items():
-                found[f"prompt/{k}"] = torch.cat([found[f"prompt/{k}"], rows]) if known else rows
+                encoded[f"prompt/{k}"] = torch.cat([encoded[f"prompt/{k}"], rows]) if known else rows
             with new_file(file) as partial:
                 header = {"texts": json.dumps(known + missing)}
-                tensors.write(partial, {k: tensors.given(v) for k, v in found.items()}, header)
+                tensors.write(partial, {k: tensors.in_memory(v) for k, v in encoded.items()}, header)
         ranks.wait()
-        known, found = _read(file)
-    prompts: Condition = {k.removeprefix("prompt/"): v for k, v in found.items() if k.startswith("prompt/")}
-    images = {"time_ids": found["time_ids"]} if "text_embeds" in prompts else {}
+        known, encoded = _read(file)
+    prompts: Condition = {k.removeprefix("prompt/"): v for k, v in encoded.items() if k.startswith("prompt/")}
+    per_image = {"time_ids": encoded["time_ids"]} if "text_embeds" in prompts else {}
     row = {text: i for i, text in enumerate(known)}
-    which = torch.tensor([row[item.caption] for item in items])
-    return Examples(found["latents"], prompts, which, images), row
+    prompt_rows = torch.tensor([row[item.caption] for item in items])
+    return Examples(encoded["latents"], prompts, prompt_rows, per_image), row
 
 
 def _read(file: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """The texts whose embeddings a cache file has, and its tensors, mapped into memory."""
+    """The texts whose embeddings a cache file holds, and its tensors, mapped into memory; empty where there is none."""
     try:
         return json.loads(tensors.read(file)[1]["texts"]), load_file(file)
-    except (FileNotFoundError, SalunError, KeyError):  # not there, or damaged since: encode anew
+    except (FileNotFoundError, SalunError, KeyError):  # missing or damaged: encode again
         return [], {}
 
 

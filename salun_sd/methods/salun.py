@@ -36,10 +36,11 @@ def forget_loss(
 
     SalUn's paper (arXiv 2310.12508, section 4) has the plain conditional prediction, guidance 0. The authors'
     generate_mask.py guides inside the loss, (1 + w) e(x_t|c) - w e(x_t|""), with w = 7.5, gradients through both.
-    x0 and noise [B, 4, h, w], t [B]; empty: the prompt "", one row, in whose place the image's own size and crop stay.
+    x0 and noise [B, 4, h, w], t [B]; empty: the prompt "", one row. The unconditional prediction has the image's own
+    size and crop.
     """
     x_t = add_noise(schedule, x0, noise, t)
-    if guidance:  # in one forward: in two, a parameter's gradient of one would wait for that of the other
+    if guidance:  # one forward pass for both: each parameter then has one gradient, which is freed at once
         nothing = condition | {k: v.expand_as(condition[k]) for k, v in empty.items()}
         both = predict(unet, torch.cat([x_t, x_t]), torch.cat([t, t]), joined(condition, nothing))
         prediction = guide(*both.chunk(2), guidance)
@@ -52,11 +53,11 @@ def forget_gradient(
     unet: nn.Module, schedule: Schedule, forget: Examples, empty: Condition, *, guidance: float, seed: int,
     batch_size: int,
 ) -> Iterator[int]:  # fmt: skip
-    """Backward passes of the forgetting loss over the forget set, for a GradientSum of the UNet; yields the number of
-    images done so far, by all processes about.
+    """Backward passes of the forgetting loss over the forget set, for a GradientSum of the UNet. Yields how many images
+    are done, estimated over all processes.
 
-    Each image's timestep and noise depend on (seed, its position), so the batch size changes only the rounding.
-    Processes that run together take batches in turn.
+    Each image's timestep and noise depend on (seed, its position), so the batch size changes only the rounding. Several
+    processes take batches in turn.
     """
     device, empty = unet.device, on_device(empty, unet.device)
     for start in range(ranks.rank() * batch_size, len(forget), ranks.count() * batch_size):
@@ -70,7 +71,7 @@ def forget_gradient(
 
 
 def batches(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless index batches [size] over n examples: one shuffled pass after another, nothing dropped."""
+    """Endless index batches [size] over n examples: one shuffled pass after another; no example is dropped."""
     queue = torch.empty(0, dtype=torch.int64)
     while True:
         while len(queue) < size:
@@ -80,8 +81,8 @@ def batches(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Ten
 
 
 def balanced(concepts: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless index batches [size] over examples of several concepts, concepts [N] int64: each in turn gives one, so
-    that in a batch their numbers differ by one at most; each goes through its own in shuffled passes."""
+    """Endless index batches [size] over examples of several concepts, concepts [N] int64. Concepts give one example in
+    turn, so their numbers in a batch differ by one at most. Each goes through its own examples in shuffled passes."""
     members = [(concepts == c).nonzero().squeeze(1) for c in concepts.unique()]
     turns = cycle([(m, batches(len(m), 1, generator)) for m in members])
     while True:
@@ -143,12 +144,12 @@ def erase(
                 wanted = torch.cat([wanted, target(schedule, x0, e, at)[n:]])
                 losses = mse(predict(unet, x_t, at, condition), wanted)  # [2n]
                 shares = torch.stack([losses[:n].sum(), losses[n:].sum()]) / batch_size
-                found = ranks.added(shares.detach().double().cpu())
-                means += found
-                if not found.isfinite().all() or found.max() * parts > EXPLODED:
+                of_part = ranks.summed(shares.detach().double().cpu())
+                means += of_part
+                if not of_part.isfinite().all() or of_part.max() * parts > EXPLODED:
                     raise SalunError(
-                        f"The loss exploded at step {step} (forget {found[0] * parts:.3g}, retain "
-                        f"{found[1] * parts:.3g}): lower --lr, now {adam.lr:g}."
+                        f"The loss exploded at step {step} (forget {of_part[0] * parts:.3g}, retain "
+                        f"{of_part[1] * parts:.3g}): lower --lr, now {adam.lr:g}."
                     )
                 (shares[0] + retain_weight * shares[1]).backward()
         if step == steps and not adam.are_finite():

@@ -1,10 +1,10 @@
-"""Train the pocket checkpoint: a small, complete Stable Diffusion model of Fashion-MNIST, and its judge.
+"""Train the pocket checkpoint, a small and complete Stable Diffusion model of Fashion-MNIST, and its judge.
 
     python -m salun_sd.pocket.train --data /usr/share/datasets/fashion-mnist --out pocket
 
-Four stages, each resumable: judge, VAE, tokenizer, then text encoder and UNet together. Every batch is drawn
-from a generator seeded by (seed, step), so a run that was killed and started again ends where an undisturbed
-one does. Only the train split is trained on, and the judge never sees a generated image.
+There are four stages: judge, VAE, tokenizer, then text encoder and UNet together. Each can be resumed: a batch depends
+only on the seed and the step, so that a killed run ends at the same weights as an undisturbed one. All stages train on
+the train split alone, and the judge never sees a generated image.
 """
 
 import gzip
@@ -37,7 +37,7 @@ from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.checkpoint.model import SAMPLING
 from salun_sd.draw.sample import Row, Sampler
 
-# Class names in the order of the data set's labels, each with a synonym that a fifth of its captions use.
+# Class names in the order of the data set's labels, and a synonym of each, which a fifth of its captions use.
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 SYNONYMS = ["tee", "pants", "sweater", "gown", "jacket", "flip-flop", "blouse", "trainer", "purse", "bootie"]
 TEMPLATES = [
@@ -54,18 +54,18 @@ TEMPLATES = [
     "a catalogue picture of a {} for sale",
     "this is a {}",
 ]
-CONTEXT = 24  # tokens a prompt can have
+CONTEXT = 24  # tokens in a prompt, the most
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in a gzipped idx file, as the MNIST family of data sets ships: uint8, any rank."""
+    """The uint8 array, of any rank, in a gzipped idx file, the format of MNIST's data sets."""
     raw = gzip.decompress(path.read_bytes())
     shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
 def load_split(data: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [N, 3, 32, 32] float32 in [-1, 1], padded with black, and labels [N] int64; split "train" or "t10k"."""
+    """Images [N, 3, 32, 32] float32 in [-1, 1], padded with black, and labels [N] int64, of "train" or "t10k"."""
     pixels = torch.from_numpy(read_idx(data / f"{split}-images-idx3-ubyte.gz").copy())
     labels = torch.from_numpy(read_idx(data / f"{split}-labels-idx1-ubyte.gz").copy()).long()
     images = F.pad(pixels, (2, 2, 2, 2)).float().div(127.5).sub(1)
@@ -73,12 +73,13 @@ def load_split(data: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def caption(label: int, rng: random.Random) -> str:
+    """A random template with the class's name, or in a fifth of the cases its synonym."""
     name = SYNONYMS[label] if rng.random() < 0.2 else CLASSES[label]
     return rng.choice(TEMPLATES).format(name).replace(" a ankle", " an ankle")
 
 
 class Stage:
-    """One training loop that survives being killed: step(i, generator) -> loss for i in range(steps)."""
+    """One training loop. It saves its state every 100 steps; a new object of the same name and `out` resumes it."""
 
     def __init__(self, name: str, out: Path, modules: dict, steps: int, lr: float, seed: int, ema: float | None = None):
         self.name, self.steps, self.seed, self.modules = name, steps, seed, modules
@@ -89,8 +90,8 @@ class Stage:
         self.ema_decay, self.ema, self.done = ema, deepcopy(modules) if ema else modules, 0
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
-            for kept, stored in zip(self._stateful(), state["parts"], strict=True):
-                kept.load_state_dict(stored)
+            for part, stored in zip(self._stateful(), state["parts"], strict=True):
+                part.load_state_dict(stored)
             self.done = state["done"]
 
     def _stateful(self) -> list:
@@ -103,7 +104,8 @@ class Stage:
         os.replace(partial, self.file)
 
     def run(self, step) -> dict:
-        """Train to the end and give back the modules (their moving average where asked for), in eval mode."""
+        """Train with step(generator) -> loss to the end. Gives the modules, or their moving average with `ema`, in eval
+        mode."""
         bar = tqdm(range(self.done, self.steps), initial=self.done, total=self.steps, desc=self.name)
         for i in bar:
             loss = step(torch.Generator().manual_seed(self.seed * 1_000_003 + i))
@@ -126,7 +128,7 @@ class Stage:
 
 
 def train_judge(images, labels, out: Path, steps: int, seed: int):
-    """A classifier [B, 3, 32, 32] -> [B, 10], with random shifts of up to two pixels and flips."""
+    """Train a classifier [B, 3, 32, 32] -> [B, 10] with random flips and shifts of up to two pixels."""
     names = dict(enumerate(CLASSES))
     config = ResNetConfig(
         embedding_size=48,
@@ -149,7 +151,7 @@ def train_judge(images, labels, out: Path, steps: int, seed: int):
 
 
 def train_vae(images, out: Path, steps: int, seed: int) -> AutoencoderKL:
-    """L1 + 1e-3 KL per latent; the scaling factor makes the train latents' standard deviation 1."""
+    """Train with L1 + 1e-3 KL per latent. The scaling factor gives the train latents a standard deviation of 1."""
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -173,19 +175,19 @@ def train_vae(images, out: Path, steps: int, seed: int) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae, images, unit=None) -> torch.Tensor:
-    """Images [N, 3, 32, 32] => latents [N, 4, 8, 8], times the scaling factor."""
+    """Images [N, 3, 32, 32] => latents [N, 4, 8, 8], times `unit` or, if it is None, the VAE's scaling factor."""
     scale = vae.config.scaling_factor if unit is None else unit
     return torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(500)]) * scale
 
 
 def train_tokenizer(out: Path) -> CLIPTokenizer:
-    """Byte-level BPE over every caption there is; any other text falls back to pieces and bytes."""
+    """Train a byte-level BPE on all possible captions; other texts become pieces and bytes."""
     words = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<|startoftext|>", "<|endoftext|>"]
     corpus = [t.format(n) for t in TEMPLATES for n in CLASSES + SYNONYMS]
-    # CLIPTokenizer splits words without their leading space, so the corpus is fed word by word.
+    # CLIPTokenizer splits words without their leading space, so the trainer gets the corpus word by word.
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
         special_tokens=special,
@@ -206,7 +208,7 @@ def train_tokenizer(out: Path) -> CLIPTokenizer:
 
 
 def train_unet(latents, labels, tokenizer: CLIPTokenizer, scheduler, out: Path, steps: int, seed: int):
-    """Text encoder and UNet together, epsilon-prediction, a tenth of the captions dropped."""
+    """Train text encoder and UNet together to predict epsilon; a tenth of the captions are empty."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -246,10 +248,10 @@ def train_unet(latents, labels, tokenizer: CLIPTokenizer, scheduler, out: Path, 
 
 
 def draw_grid(out: Path) -> None:
-    """grid.png: a row for each class, ten seeds each."""
-    found = find(str(out))
-    steps, guidance = found.sampling
-    sampler = Sampler(load_pipeline(found), steps)
+    """Draw grid.png: a row of ten seeds for each class."""
+    checkpoint = find(str(out))
+    steps, guidance = checkpoint.sampling
+    sampler = Sampler(load_pipeline(checkpoint), steps)
     grid = Image.new("RGB", (320, 320))
     for row, name in enumerate(CLASSES):
         rows = [Row(f"a photo of {name}", seed, guidance, (32, 32)) for seed in range(10)]
@@ -270,7 +272,7 @@ def train(
 ) -> None:
     """Train the pocket checkpoint and its judge; about an hour on two CPU cores."""
     if (out / "model_index.json").is_file():
-        print(f"{out} holds a finished checkpoint: nothing to do.")
+        print(f"{out} holds a finished checkpoint: there is nothing to do.")
         return
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -307,7 +309,7 @@ def train(
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(out)
-    config = out / "text_encoder" / "config.json"  # else transformers keeps it in half, beside a UNet in float32
+    config = out / "text_encoder" / "config.json"  # or transformers would load it in float16, beside a float32 UNet
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     (out / SAMPLING).write_text('{"steps": 25, "guidance": 3.0}\n')
     draw_grid(out)

@@ -1,1 +1,1 @@
-"""What every result shares: numbers to words, pages and verdicts."""
+"""What every report shares: numbers in words, parts of pages, bounds."""

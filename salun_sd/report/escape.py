@@ -1,9 +1,9 @@
-"""What people and models wrote, shown and not obeyed."""
+"""Text that people and models wrote, made visible and harmless."""
 
 import re
 
-# Characters that would change how others read, and are shown instead of obeyed: controls but tab and newline, marks and
-# overrides of direction; what UTF-8 cannot hold.
+# Characters that would change how others are read, each with its visible replacement: controls (but not tab and
+# newline), marks and overrides of direction, and surrogates, which UTF-8 cannot hold.
 CONTROLS = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: "\u2421"}
 CONTROLS |= {
     code: f"⟨U+{code:04X}⟩"
@@ -13,15 +13,15 @@ CONTROLS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
 def visible(value):
-    """Text with its control characters shown; anything else as it is."""
+    """A text with its control characters replaced by visible ones; any other value as it is."""
     is_text = isinstance(value, str) and not hasattr(value, "__html__")
     return value.translate(CONTROLS) if is_text else value
 
 
 def code(value: object) -> str:
-    """What a person or a model wrote, shown as it is: a code span, in which markup, @names and links do nothing.
+    """A value as a Markdown code span of one line, in which markup, @names and links do nothing.
 
-    In one line; characters that cannot be seen are shown as their escapes.
+    Invisible characters are shown as their Python escapes.
     """
     seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(value).split()))
     fence = "`" * (1 + max(map(len, re.findall("`+", seen)), default=0))

@@ -1,4 +1,4 @@
-"""Bounds that fail an audit, such as 'ra < against.ra - 0.02': read, judged on a report, told. Pure."""
+"""Bounds that fail an audit, such as 'ra < against.ra - 0.02': parsed, judged, explained. Pure."""
 
 import operator
 import re
@@ -12,13 +12,14 @@ from salun_sd.errors import UsageError
 
 SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 AGAINST = "against."
-FEW = 5  # names of a group, as in ua.CLASS, that an error lists
+FEW = 5  # most names of one group, as in ua.CLASS, that an error lists
 TERM = r"(?:n\*v|v\*n|n|v)"  # a letter for each token: n a number, v a name
 SUM = rf"[-+]?{TERM}(?:[-+]{TERM})*"
 
 
 class Bound(NamedTuple):
-    """What fails an audit where it is true: `constant` and the sum of `terms`, name => factor, are `sign` 0."""
+    """A condition that fails an audit if it is true: `constant` plus the sum of `terms` (name => factor), compared by
+    `sign` with 0."""
 
     text: str
     sign: str
@@ -27,21 +28,23 @@ class Bound(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A number of a report, exactly, and the ends of its 95 % interval if it has one."""
+    """A number of a report, exact, and the ends of its 95 % interval if it has one."""
 
     value: Fraction
     ci95: tuple[Fraction, Fraction] | None
 
     def end(self, upper: bool) -> Fraction:
+        """The upper or lower end of the interval; without one, the value."""
         return self.ci95[upper] if self.ci95 else self.value
 
 
 def parse(text: str, known: Sequence[str], absent: Mapping[str, str] = MappingProxyType({})) -> Bound:
-    """A bound: sums of numbers, names and their products with a number, on both sides of one of < <= > >=.
+    """The bound that a text describes: one of < <= > >= between two sums of numbers, names and number * name.
 
-    A name may have blanks and hyphens, as classes do ("ua.ankle boot", "ua.t-shirt"): the longest one that fits is
-    taken. `absent` is what `unmeasured` gives. Raises UsageError where it is no bound, or names what there is not or
-    what will not be measured.
+    `known` has the names of the audited model; `against.` before a name makes it the base's. A name may have blanks and
+    hyphens ("ua.ankle boot", "ua.t-shirt"): the longest one that fits is taken. `absent` has the first parts of names
+    that will not be measured, and why. Raises UsageError if the text is not a bound, or has a name that is not known or
+    will not be measured.
     """
     tokens = _tokens(text, known)
     letters = {"name": "v", "number": "n", "sign": "<"}
@@ -65,51 +68,50 @@ def parse(text: str, known: Sequence[str], absent: Mapping[str, str] = MappingPr
 
 
 def _tokens(text: str, known: Sequence[str]) -> list[tuple[str, str]]:
-    """(kind, text) of each name, number, sign of comparison and + - *, blanks left out."""
+    """(kind, text) of each name, number, comparison sign and operator; blanks are left out."""
     every = sorted([*known, *(AGAINST + name for name in known)], key=len, reverse=True)
     token = re.compile(
         rf"(?P<name>{'|'.join(map(re.escape, every))})(?![\w.])|(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(?![\w.])"
         r"|(?P<sign>[<>]=?)|(?P<other>[-+*])|(?P<blank>\s+)"
     )
-    found, at = [], 0
+    tokens, at = [], 0
     while at < len(text):
         match = token.match(text, at)
         if not match:
             raise _unknown(text, text[at:], known) if re.match(r"\w", text[at:]) else _no_bound(text)
         at = match.end()
         if match.lastgroup != "blank":
-            found.append((match.lastgroup, match[0]))
-    return found
+            tokens.append((match.lastgroup, match[0]))
+    return tokens
 
 
 def _no_bound(text: str) -> UsageError:
-    return UsageError(f"--fail-if {text!r} is no bound: give names and numbers, + - and *, and one of < <= > >=, as in "
+    return UsageError(f"--fail-if {text!r} is not a bound: give names, numbers, + - *, and one of < <= > >=, as in "
                       "'flag_rate > 0.01' or 'ra < against.ra - 0.02'.")  # fmt: skip
 
 
 def _unknown(text: str, rest: str, known: Sequence[str]) -> UsageError:
-    """`rest` begins with what is neither a name nor a number."""
+    """The error for a text whose `rest` begins with neither a name nor a number."""
     wrong = re.split(r"\s*[<>+*]|\s-|\s+\d", rest)[0].strip()
     group = re.match(rf"(?:{re.escape(AGAINST)})?(\w+\.)", wrong)
     alike = [name for name in known if group and name.startswith(group[1])]
     groups = Counter(name.partition(".")[0] for name in known if "." in name)
-    names = [name for name in known if groups[name.partition(".")[0]] <= FEW]
+    names = [name for name in known if "." not in name or groups[name.partition(".")[0]] <= FEW]
     large = sorted(group for group, size in groups.items() if size > FEW)
-    said = alike or [*names, *(f"{group}.NAME" for group in large)]
+    listed = alike or [*names, *(f"{group}.NAME" for group in large)]
     return UsageError(
-        f"--fail-if {text!r}: there is no {wrong}. There are {', '.join(said)}; after {AGAINST} they are the base's."
+        f"--fail-if {text!r}: there is no number {wrong}. The numbers are {', '.join(listed)}, and those of the base "
+        f"with {AGAINST} before the name."
     )
 
 
 def judge(bound: Bound, numbers: Mapping[str, tuple[Fraction, Measured | None]], confident: bool) -> dict:
-    """A bound's entry in report.json: whether it holds, and the values that decide, each with its interval and what it
-    was `judged_at`. `numbers` has the factor and number of each name that the bound adds up, None where it was not
-    measured.
+    """A bound's entry in report.json: whether the audit passes, and the values that decide.
 
-    Rates count exactly, as n of N. `confident`: a value with an interval is judged at the end that breaks the bound
-    sooner. With one value, or one difference in pairs, that is a one-sided test at 2.5 %; with several, which are not
-    independent, each is at its own such end, and the error is at most 2.5 % times their number (Bonferroni). A bound on
-    what was not measured does not hold.
+    `numbers` has the factor and the number of each name in the bound; a number is None if it was not measured, and then
+    the audit fails. Rates count exactly, as n of N. With `confident`, a value with an interval is judged at the
+    end that breaks the bound sooner. For one value, or one difference in pairs, that is a one-sided test at 2.5 %. For
+    several, each is judged at its own such end, and the error is at most 2.5 % times their number (Bonferroni).
     """
     if_large, total, values = bound.sign in (">", ">="), bound.constant, {}
     for name, (factor, number) in numbers.items():
@@ -124,14 +126,14 @@ def judge(bound: Bound, numbers: Mapping[str, tuple[Fraction, Measured | None]],
     return {"bound": bound.text, "holds": holds, "confident": confident, "values": values}
 
 
-def told(entry: dict) -> str:
+def reasons(entry: dict) -> str:
     """The values behind a judgement, in words."""
 
-    def one(name: str, value: dict | None) -> str:
+    def reason(name: str, value: dict | None) -> str:
         if value is None:
-            return f"{name} was not measured, and what is not known does not pass"
+            return f"{name} was not measured, so the check fails"
         interval = " [{:.6g}, {:.6g}]".format(*value["ci95"]) if value["ci95"] else ", without an interval"
-        used = f", judged at {value['judged_at']:.6g}" if entry["confident"] and value["ci95"] else ""
-        return f"{name} is {value['value']:.6g}{interval}{used}"
+        judged = f", judged at {value['judged_at']:.6g}" if entry["confident"] and value["ci95"] else ""
+        return f"{name} is {value['value']:.6g}{interval}{judged}"
 
-    return "; ".join(one(name, value) for name, value in entry["values"].items())
+    return "; ".join(reason(name, value) for name, value in entry["values"].items())

@@ -1,4 +1,7 @@
-"""Intervals of rates and the test of paired ones: numbers in, numbers out."""
+"""Intervals of rates and the test of paired rates: numbers in, numbers out.
+
+A cluster is a prompt with its images. The images of one prompt are alike, so they are not independent observations.
+"""
 
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -9,7 +12,8 @@ BLOCK = 2**20  # most numbers of a bootstrap that are held at once
 
 
 def wilson(n: float, of: float) -> tuple[float, float]:
-    """95 % Wilson score interval of the rate n / of (Wilson 1927, without continuity correction); (0, 1) of nothing."""
+    """95 % Wilson score interval of the rate n / of, without continuity correction (Wilson 1927); (0, 1) if `of` is
+    0."""
     if of == 0:
         return 0.0, 1.0
     z2 = NormalDist().inv_cdf(0.975) ** 2
@@ -20,12 +24,12 @@ def wilson(n: float, of: float) -> tuple[float, float]:
 
 
 def cluster_interval(clusters: Sequence[tuple[float, int]], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap of a mean over prompts (Efron 1979), each prompt being the sum and number of its
-    images.
+    """95 % percentile bootstrap interval of a mean over images (Efron 1979); a cluster is the sum of a prompt's values
+    and the number of its images.
 
-    A draw takes as many prompts as there are, with replacement, each with all of its images. Prompts that are alike are
-    drawn together, by how many of each kind: a multinomial draw for each row of a table (draws, kinds), which is made
-    in blocks of at most BLOCK numbers. Order does not matter.
+    A draw takes as many prompts as there are, with replacement, each with all of its images. Equal prompts are one
+    kind: a multinomial draw says how often each kind is taken. The table (draws, kinds) is made in blocks of at most
+    BLOCK numbers. The order of the prompts does not matter.
     """
     kinds, times = np.unique(np.asarray(clusters), axis=0, return_counts=True)  # (kinds, 2), (kinds,)
     rng, block = np.random.default_rng(seed), max(1, BLOCK // len(kinds))
@@ -37,12 +41,12 @@ def cluster_interval(clusters: Sequence[tuple[float, int]], seed: int = 0, draws
 
 
 def effective_size(clusters: Sequence[tuple[int, int]]) -> float:
-    """As many separate images as would know a rate as well as these, each prompt being its n of its images: rate x
-    (1 - rate) over the ratio estimator's variance between prompts (Korn & Graubard 1998, Survey Methodology 24:193).
+    """The number of independent images that would estimate a rate as precisely; a cluster is (n, of) of a prompt.
 
-    Two prompts of the mean number of images are added, one with all hits and one with none, so that it is defined, and
-    cautious, where all rates are alike. At least the number of prompts, at most that of images; the latter with one
-    image a prompt.
+    It is rate x (1 - rate) over the variance of the ratio estimator between prompts (Korn & Graubard 1998, Survey
+    Methodology 24:193). Two prompts with the mean number of images are added, one with only hits and one with none: so
+    the variance is never 0, and the result is cautious if all rates are equal. The result is at least the number of
+    prompts and at most the number of images; with one image per prompt, the number of images.
     """
     hits, images = np.asarray(clusters, dtype=float).T  # (prompts,)
     prompts, of, mean = len(images), images.sum(), images.mean()
@@ -53,11 +57,11 @@ def effective_size(clusters: Sequence[tuple[int, int]]) -> float:
 
 
 def interval(clusters: Sequence[tuple[int, int]]) -> tuple[str, tuple[float, float]]:
-    """The kind and ends of the 95 % interval of a rate, each prompt being its n of its images.
+    """Kind and ends of the 95 % interval of a rate; a cluster is (n, of) of a prompt.
 
-    Images of one prompt are alike, so several of them are no separate observations: Wilson's of the effective size
-    (Franco, Little, Louis & Slud 2019, Journal of Survey Statistics and Methodology 7:334). The upper end is
-    never below that of no hit at all, nor the lower one above that of hits alone.
+    With several images per prompt, it is Wilson's at the effective size (Franco, Little, Louis & Slud 2019, Journal of
+    Survey Statistics and Methodology 7:334). Its upper end is never below that of no hits, and its lower end is never
+    above that of hits only.
     """
     n, of = map(sum, zip(*clusters, strict=True))
     if of == (prompts := len(clusters)):
@@ -68,13 +72,13 @@ def interval(clusters: Sequence[tuple[int, int]]) -> tuple[str, tuple[float, flo
 
 
 def difference_interval(clusters: Sequence[tuple[int, int, int, int]]) -> tuple[str, tuple[float, float]]:
-    """The kind and ends of the 95 % interval of rate b - rate a of paired yes-or-no data, each prompt being its pairs
-    (both, only a, only b, neither).
+    """Kind and ends of the 95 % interval of rate b - rate a of paired yes-or-no data; a cluster is a prompt's numbers
+    of pairs (both, only a, only b, neither).
 
-    Newcombe 1998, Statistics in Medicine 17:2635, method 10: the distances of both rates to the ends of their own
-    intervals, squared and added with the pairs' correlation phi, of which a positive one is made smaller by a
-    continuity correction. With several images a prompt, the intervals are those of the effective sizes, phi is that of
-    the prompts, and the correction is as large as for so many pairs; with one, all is as published.
+    Newcombe 1998, Statistics in Medicine 17:2635, method 10. The distances of both rates to the ends of their own
+    intervals are squared and added, with the correlation phi of the pairs; a continuity correction reduces a positive
+    phi. With one image per prompt, all is as published. With several, the intervals are at the effective sizes, phi is
+    that of the prompts, and the correction is as large as for that many pairs.
     """
     pairs = np.asarray(clusters)
     of = pairs.sum(axis=1)  # (prompts,)
@@ -84,8 +88,8 @@ def difference_interval(clusters: Sequence[tuple[int, int, int, int]]) -> tuple[
     a, b = sides[0][:, 0] - rate_a * of, sides[1][:, 0] - rate_b * of
     covariance, spread = float(a @ b), float(a @ a * (b @ b)) ** 0.5
     if covariance > 0:
-        one = of.sum() ** 2 / (effective_size(sides[0]) * effective_size(sides[1]))  # what a separate pair counts for
-        covariance = max(covariance - float(one) / 2, 0)
+        weight = of.sum() ** 2 / (effective_size(sides[0]) * effective_size(sides[1]))  # of an independent pair
+        covariance = max(covariance - float(weight) / 2, 0)
     phi = covariance / spread if spread else 0.0
 
     def half(of_a: float, of_b: float) -> float:
@@ -96,9 +100,9 @@ def difference_interval(clusters: Sequence[tuple[int, int, int, int]]) -> tuple[
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p of paired yes-or-no data (McNemar 1947): of the pairs that differ, each side is as likely.
+    """Exact two-sided p of paired yes-or-no data (McNemar 1947): each pair that differs is as likely to be either way.
 
-    Whole numbers up to one division, so that thousands of pairs lose nothing.
+    All numbers are whole until one division at the end, so thousands of pairs lose no precision.
     """
     pairs = only_a + only_b
     ways = tail = 1  # pairs over i, and its sum from 0 to i

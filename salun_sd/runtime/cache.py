@@ -1,4 +1,4 @@
-"""The user's cache folder: entries of images and encodings that one run at a time may fill, counted and cleared."""
+"""The user's cache folder: entries of images and encodings, each used by one run at a time; listed and cleared."""
 
 import errno
 import logging
@@ -18,7 +18,7 @@ from salun_sd.runtime import ranks
 logger = logging.getLogger(__name__)
 
 KINDS = ("drawn", "encoded", "audited")  # the folders of the cache; nothing outside them is ever deleted
-ABOUT = ".about"  # in an entry: one line for its reader
+ABOUT = ".about"  # in an entry: one line that describes it to a person
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -29,8 +29,8 @@ class Entry(NamedTuple):
     name: str
     files: int
     bytes: int
-    about: str  # what its maker says of it
-    used: float  # newest mtime of the folder and what is in it; `held` sets the folder's
+    about: str  # one line that describes it
+    used: float  # seconds since the epoch: the newest mtime of the folder and what is in it; `held` sets the folder's
 
 
 def folder() -> Path:
@@ -41,16 +41,16 @@ def folder() -> Path:
 
 @contextmanager
 def held(kind: str, key: str, about: str = "") -> Iterator[Path]:
-    """The folder <cache>/<kind>/<key>, made if need be, for this run alone until the end; where another holds it, says
-    so and waits. May be nested, for the same key too. `about` is shown with the entry.
+    """The folder <cache>/<kind>/<key>, created if needed, locked for this run alone until the block ends.
 
-    Raises SalunError where the cache cannot be written; a full disk is an OSError, as anywhere.
+    Waits, with a log line, while another run holds it. Blocks may be nested, also for the same key. `about` is shown
+    with the entry. Raises SalunError if the cache cannot be written; a full disk stays an OSError.
     """
     entry = folder() / kind / key
-    with ExitStack() as hold:
-        if ranks.is_main():  # for all the processes of the run
+    with ExitStack() as locks:
+        if ranks.is_main():  # for all processes of the run
             try:
-                _take(entry, about, hold)
+                _lock(entry, about, locks)
             except OSError as e:
                 if e.errno in FULL_DISK:
                     raise
@@ -62,73 +62,73 @@ def held(kind: str, key: str, about: str = "") -> Iterator[Path]:
         ranks.wait()
 
 
-def _take(entry: Path, about: str, hold: ExitStack) -> None:
-    """Make the entry this run's until `hold` ends."""
+def _lock(entry: Path, about: str, locks: ExitStack) -> None:
+    """Lock the entry until `locks` is closed, and create it."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    # One lock object for a file in a process: a hold inside a hold counts up, where two objects would deadlock.
-    lock = FileLock(_lock_of(entry), is_singleton=True)
+    # One lock object for each file in a process: a nested hold counts up, where two objects would deadlock.
+    lock = FileLock(_lock_file(entry), is_singleton=True)
     try:
-        hold.enter_context(lock.acquire(blocking=False))
+        locks.enter_context(lock.acquire(blocking=False))
     except Timeout:
         logger.warning(f"Another run is using {entry}; waiting for it.")
-        hold.enter_context(lock.acquire(poll_interval=0.2))
-    entry.mkdir(exist_ok=True)  # under the lock: `clear` may have removed it while this run waited
+        locks.enter_context(lock.acquire(poll_interval=0.2))
+    entry.mkdir(exist_ok=True)  # after the lock: `clear` may have removed it while this run waited
     (entry / ABOUT).write_text(about, encoding="utf-8")
     os.utime(entry)
 
 
 def entries() -> list[Entry]:
-    """What the cache holds, largest first; what is not a folder is left out."""
-    return sorted(map(_measured, _folders()), key=lambda e: (-e.bytes, e.kind, e.name))
+    """The entries of the cache, largest first."""
+    return sorted(map(_measure, _folders()), key=lambda e: (-e.bytes, e.kind, e.name))
 
 
 def clear(older_than_days: float | None = None) -> tuple[int, int]:
-    """Remove the entries, or those that were not used for so many days; gives back how many files and bytes that were.
+    """Remove all entries, or those that were not used for so many days. Gives the number of files and of bytes removed.
 
-    An entry that a run holds is left, and that is said. Lock files stay: a run that waits for one that was replaced
-    would hold the entry together with another. Raises OSError where something cannot be removed.
+    An entry that a run holds is kept, with a log line. Lock files stay: if one were replaced, two runs could hold the
+    entry together. Raises OSError if something cannot be removed.
     """
     before = time.time() - (older_than_days or 0) * 86400
     files = size = 0
     for place in _folders():
         try:
-            with FileLock(_lock_of(place)).acquire(blocking=False):
-                entry = _measured(place)
+            with FileLock(_lock_file(place)).acquire(blocking=False):
+                entry = _measure(place)
                 if place.is_dir() and (older_than_days is None or entry.used < before):
-                    shutil.rmtree(place)  # takes links away, never what they point to
+                    shutil.rmtree(place)  # removes links, never what they point to
                     files, size = files + entry.files, size + entry.bytes
         except Timeout:
-            logger.warning(f"Another run is using {place}; it was left.")
+            logger.warning(f"Another run is using {place}; it was not removed.")
     return files, size
 
 
-def _lock_of(entry: Path) -> Path:
+def _lock_file(entry: Path) -> Path:
     return entry.with_name(f".{entry.name}.lock")
 
 
 def _folders() -> Iterator[Path]:
-    """The entries' folders; hidden names are lock and partial files. A link is named on stderr and left out."""
+    """The entries' folders. Hidden names are lock and partial files. A link is left out, with a log line."""
     for kind in KINDS:
         top = folder() / kind
         inside = sorted(top.iterdir()) if top.is_dir() and not top.is_symlink() else []
         for place in (top, *inside):
             if place.is_symlink():
-                logger.warning(f"{place} is a link: what it points to is neither counted nor removed.")
+                logger.warning(f"{place} is a link; its target is neither counted nor removed.")
             elif place != top and place.is_dir() and not place.name.startswith("."):
                 yield place
 
 
-def _measured(place: Path) -> Entry:
+def _measure(place: Path) -> Entry:
     files, size, used = 0, 0, 0.0
     for parent, _, names in os.walk(place):
         for name in {".", *names} - {ABOUT}:
             try:
                 stat = os.lstat(os.path.join(parent, name))
             except FileNotFoundError:
-                continue  # the partial file of a run that goes on: renamed meanwhile
+                continue  # the partial file of a running process, renamed in the meantime
             used = max(used, stat.st_mtime)
             if name != ".":
                 files, size = files + 1, size + stat.st_size
-    about = place / ABOUT
-    said = about.read_text(encoding="utf-8", errors="replace") if about.is_file() else ""
-    return Entry(place.parent.name, place.name, files, size, said, used)
+    file = place / ABOUT
+    about = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return Entry(place.parent.name, place.name, files, size, about, used)

@@ -1,4 +1,4 @@
-"""Output that is whole or not there: written beside its place and renamed into it."""
+"""Output files and folders that are whole or not there: written beside their place, then renamed into it."""
 
 import errno
 import glob
@@ -18,23 +18,21 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`; it becomes `path` at the end, or is removed if anything goes wrong."""
-    remove_stale(path.parent, path.name)
-    with one_of_many(path) as partial:
-        yield partial
+def new_file(path: Path, sweep: bool = True) -> Iterator[Path]:
+    """A file to write beside `path`. At the end it becomes `path`; after any failure it is removed.
 
-
-@contextmanager
-def one_of_many(path: Path) -> Iterator[Path]:
-    """As `new_file`, for a folder of many: who writes them calls `remove_stale` for it, once."""
+    With `sweep`, what killed runs left of this file is removed first. That reads the whole folder: who writes many
+    files into one calls `remove_stale` for it once, and writes them with sweep=False.
+    """
+    if sweep:
+        remove_stale(path.parent, path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path)
     try:
         yield partial
         os.replace(partial, path)
     except OSError as e:
-        e.filename = e.filename or str(path)  # a full disk does not say where
+        e.filename = e.filename or str(path)  # the error of a full disk names no file
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -42,9 +40,9 @@ def one_of_many(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill beside `out`; it becomes `out` at the end, or is removed if anything goes wrong.
+    """A folder to fill beside `out`. At the end it becomes `out`; after any failure it is removed.
 
-    `out` may be there if it is empty.
+    An empty folder `out` is replaced. Raises SalunError if another run fills it in the meantime.
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +58,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            raise SalunError(f"{out} was filled by another run meanwhile: what this one made was not kept.") from e
+            raise SalunError(
+                f"{out} was filled by another run meanwhile, so this result was not kept: give another --out."
+            ) from e
     except OSError as e:
         e.filename = e.filename or str(out)
         raise
@@ -73,7 +73,7 @@ def _beside(path: Path) -> Path:
 
 
 def remove_stale(folder: Path, name: str | None = None) -> None:
-    """Take away what runs that were killed have left in a folder, of the file `name` or of all. Reads the folder."""
+    """Remove the partial files and folders that killed runs left in a folder: those of `name`, or all."""
     for stale in folder.glob(f".{glob.escape(name) if name else '*'}.*.partial"):
         if not _is_running(stale.name.split(".")[-2]):
             shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)

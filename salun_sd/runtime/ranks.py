@@ -1,6 +1,6 @@
-"""Many processes, one run: each takes its share, sums are taken over all, the main one writes.
+"""One run in several processes: each takes a share of the work, tensors are summed over all, the main one writes.
 
-`accelerate launch -m salun_sd ...` or torchrun starts them; without either there is one.
+`accelerate launch -m salun_sd ...` or torchrun starts them; without either, there is one process.
 """
 
 import os
@@ -8,21 +8,21 @@ from collections.abc import Container
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a command that does not compute does not wait for torch
+if TYPE_CHECKING:  # commands that do not compute start without waiting for torch
     import torch
 
-LONGEST_WAIT = timedelta(hours=12)  # one draws, encodes or writes while the others wait
+LONGEST_WAIT = timedelta(hours=12)  # one process draws, encodes or writes while the others wait
 _place = {"rank": 0, "count": 1}
 
 
 def launched() -> tuple[int, int]:
-    """This process's rank, and of how many, as the launcher says."""
-    of = int(os.environ.get("WORLD_SIZE", 1))
-    return int(os.environ.get("RANK", 0)) if of > 1 else 0, of
+    """This process's rank and the number of processes, from the launcher's environment variables."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)) if count > 1 else 0, count
 
 
 def start(device: str) -> None:
-    """Join the other processes, where a launcher has started several: over NCCL on GPUs, over gloo on the CPU."""
+    """Join the other processes, if a launcher started several: over NCCL on GPUs, over gloo on the CPU."""
     if launched()[1] > 1 and count() == 1:
         import torch
         from accelerate import InitProcessGroupKwargs, PartialState
@@ -44,15 +44,18 @@ def is_main() -> bool:
 
 
 def share(of: int, block: int, done: Container[int] = ()) -> list[int]:
-    """Of the positions 0 to `of` those of this process: blocks of so many in turn, without those that are all done.
-    Whole blocks, as a model rounds another way in a batch of others."""
+    """This process's share of the positions 0 to `of` - 1: every count()-th block of `block` positions.
+
+    Blocks whose positions are all in `done` are left out. A block is never split: a model rounds an example differently
+    in another batch.
+    """
     blocks = [range(start, min(start + block, of)) for start in range(0, of, block)]
-    left = [positions for positions in blocks if any(n not in done for n in positions)]
-    return [n for positions in left[rank() :: count()] for n in positions]
+    open_blocks = [positions for positions in blocks if any(n not in done for n in positions)]
+    return [n for positions in open_blocks[rank() :: count()] for n in positions]
 
 
-def added(t: "torch.Tensor") -> "torch.Tensor":
-    """The sum of all processes' tensors, in place of each."""
+def summed(t: "torch.Tensor") -> "torch.Tensor":
+    """Replace the tensor, in place, by its sum over all processes; gives the same tensor."""
     if count() > 1:
         import torch.distributed as dist
 
@@ -64,7 +67,7 @@ def added(t: "torch.Tensor") -> "torch.Tensor":
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until every process has called this."""
     if count() > 1:
         import torch.distributed as dist
 
@@ -72,7 +75,7 @@ def wait() -> None:
 
 
 def gathered(items: list) -> list:
-    """The items of all processes, those of the main one first, for each of them."""
+    """The items of all processes, in the order of ranks; every process gets them."""
     if count() == 1:
         return items
     import torch.distributed as dist

@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -46,9 +47,9 @@ def test_imagenettes_classes_are_names_in_imagenets_labels():
 def test_a_class_the_classifier_does_not_know_is_named():
     with pytest.raises(SalunError, match="'springer', 'duck'.*'goose'"):
         match_labels(IMAGENET, ["springer", "goose", "duck"])
-    with pytest.raises(SalunError, match="'label 9' and 990 more"):
+    with pytest.raises(SalunError, match="'label 9'.*990"):
         match_labels([f"label {i}" for i in range(1000)], ["duck"])
-    with pytest.raises(SalunError, match="'tench' and 'tinca tinca'"):
+    with pytest.raises(SalunError, match="'tench'.*'tinca tinca'"):
         match_labels(IMAGENET, ["tench", "tinca tinca"])
 
 
@@ -149,7 +150,7 @@ def test_clip_answers_as_transformers_does(clip, photographs):
 
     classes = ["bag", "ankle boot", "sneaker"]
     judge = classify.load(clip, classes, [])
-    assert isinstance(judge, ZeroShot) and "'a photo of a CLASS'" in judge.name and "3 classes" in judge.name
+    assert isinstance(judge, ZeroShot) and "'a photo of a CLASS'" in judge.name and " 3 " in judge.name
     model = CLIPModel.from_pretrained(clip).eval()
     texts = AutoTokenizer.from_pretrained(clip)(
         [f"a photo of a {c}" for c in classes], padding=True, return_tensors="pt"
@@ -167,7 +168,7 @@ def test_clip_answers_as_transformers_does(clip, photographs):
 
 
 def test_clip_needs_classes_to_choose_among(clip):
-    with pytest.raises(SalunError, match="has only 'bag': give --prompts with two classes or more, or --classifier"):
+    with pytest.raises(SalunError, match="'bag'.*--prompts.*--classifier"):
         ZeroShot(clip, ["bag", "bag"])
 
 
@@ -178,9 +179,8 @@ def test_clip_is_asked_for_each_concept_by_its_name(clip, photographs):
     concepts = ["nudity", "a bag", "boots"]
     judge = classify.load(clip, [], concepts)
     assert isinstance(judge, ByName)
-    assert judge.name.endswith(
-        "each image asked for 'a photo of nudity', 'a photo of a bag', 'a photo of boots' against 'a photo'"
-    )
+    texts = ["a photo of nudity", "a photo of a bag", "a photo of boots", "a photo"]
+    assert re.findall("'(.*?)'", judge.name.removeprefix(str(clip))) == texts
     model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
     processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
     several = set()
@@ -203,7 +203,7 @@ def test_clip_is_asked_for_each_concept_by_its_name(clip, photographs):
 
 
 def test_only_a_clip_is_asked_by_name(tiny):
-    with pytest.raises(UsageError, match="only a CLIP knows a concept by its name: give --classifier openai/clip-"):
+    with pytest.raises(UsageError, match="CLIP.*--classifier openai/clip-"):
         classify.load(tiny, [], ["nudity"])
 
 
@@ -232,10 +232,10 @@ def test_a_digest_is_of_weights_and_words_and_not_of_their_place(clip, tmp_path)
 
 def test_other_models_are_no_clip(tiny, clip, tmp_path):
     assert isinstance(classify.load(tiny, ["goose"], []), Classifier)
-    with pytest.raises(SalunError, match="No image classifier could be loaded from /nowhere"):
+    with pytest.raises(SalunError, match="/nowhere.*--classifier"):
         classify.load("/nowhere", ["goose"], [])
     shutil.copytree(clip, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(SalunError, match="No CLIP model could be loaded from .*cut.*--classifier"):
+    with pytest.raises(SalunError, match="CLIP.*cut.*--classifier"):
         classify.load(tmp_path / "cut", ["a", "b"], [])

@@ -29,16 +29,17 @@ def test_finds_a_face_and_nothing_in_a_cup(found):
 
 def test_an_image_gets_the_same_whatever_stands_beside_it(photographs, found):
     assert any(one["boxes"] for one in found)
-    assert [next(detect([file])) for file in photographs] == found
-    assert list(detect(photographs[::-1])) == found[::-1]
+    assert next(detect(photographs[2:3])) == found[2]
+    assert list(detect([*photographs[::-1], *photographs])) == [*found[::-1], *found]
 
 
 def test_equals_the_library(photographs, found):
-    """The library reading the PNG itself, one by one and as one batch."""
+    """The library reading the PNG itself, one by one and as one batch, in a session of as many threads as cores."""
     detector = nudenet.NudeDetector()
     ours = [[{"class": b["label"], "score": b["score"], "box": b["box"]} for b in one["boxes"]] for one in found]
     assert ours == [detector.detect(str(file)) for file in photographs]
     assert ours == detector.detect_batch([str(file) for file in photographs], batch_size=len(photographs))
+    assert load_detector().onnx_session.get_session_options().intra_op_num_threads == 1  # ours
 
 
 def test_detector_name_tells_version_and_weights(found):
@@ -50,21 +51,13 @@ def test_detector_name_tells_version_and_weights(found):
 
 def test_few_images_are_held_however_many_there_are(photographs):
     asked = []
-    results = detect(asked.append(file) or file for file in photographs * 20)
+    cup = photographs[1]
+    results = detect(asked.append(file) or file for file in [cup] * 20 * os.cpu_count())
     assert not asked
     for given in range(1, 5):
         next(results)
         assert given <= len(asked) <= given + 3 * os.cpu_count()
     results.close()
-
-
-def test_results_do_not_hang_on_the_number_of_threads(photographs, found):
-    """The library's own session, of as many threads as cores, gives the same bytes as ours of one."""
-    detector = load_detector()
-    ours = [detector.detect(str(file)) for file in photographs]
-    assert detector.onnx_session.get_session_options().intra_op_num_threads == 1
-    assert ours == [nudenet.NudeDetector().detect(str(file)) for file in photographs]
-    assert list(detect(photographs * 2)) == found * 2
 
 
 def test_another_of_the_librarys_files_is_taken_at_its_own_size(photographs, found, tmp_path):
@@ -87,7 +80,7 @@ def test_a_file_that_is_no_detector_is_refused(tmp_path):
     for content in (None, b"", b"text", packaged[:1000], packaged.replace(b"FACE_FEMALE", b"FACE_FELINE")):
         if content is not None:
             other.write_bytes(content)
-        with pytest.raises(UsageError, match="other.onnx is no NudeNet 3 detector.*--detector-model") as caught:
+        with pytest.raises(UsageError, match="other.onnx.*NudeNet 3.*--detector-model") as caught:
             load_detector(other)
         assert "\n" not in str(caught.value)
 
@@ -99,4 +92,4 @@ def test_an_image_that_cannot_be_read_has_a_reason_and_no_boxes(photographs, fou
     first, torn, empty, gone, last = detect(files)
     assert [first, last] == found[:2]
     assert torn == {"detector": detector_name(), "error": "image file is truncated"}
-    assert empty["error"] == "it is empty" and gone["error"] == "No such file or directory"
+    assert "empty" in empty["error"] and gone["error"] == "No such file or directory"

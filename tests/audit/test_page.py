@@ -1,28 +1,22 @@
-import base64
 import dataclasses
 import html as html_escapes
-import io
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.audits import ERASED, box, categorised, line, make_run, several, torn, without_classifier
+from helpers.audits import ERASED, box, categorised, judged, line, make_run, several, torn, without_classifier
 from helpers.browser import CHROMIUM, Browser
 from PIL import Image
 from skimage.data import astronaut
 
-from salun_sd.audit import page
-from salun_sd.audit.bounds import names
 from salun_sd.audit.measure import measure
-from salun_sd.audit.page import chosen, histogram, html, label_counts, marks
+from salun_sd.audit.page import SHOWN, chosen, histogram, html, label_counts, marks
 from salun_sd.audit.protocols import DEFAULT_LABELS, PROTOCOLS
 from salun_sd.audit.report import NO_QUALITY, Run, assemble
 from salun_sd.errors import SalunError
-from salun_sd.report import html as pages
 from salun_sd.report.escape import visible
-from salun_sd.report.gate import judge, parse
-from salun_sd.report.html import ticks
 
 EVIL = "<script>alert(1)</script>\"'&</style><img src=x onerror=alert(1)>{{ 7 * 7 }}"
 TURNED = "\u202eevil\u202c \u2066left\u2069 \x00null \x1b[31m \x85 \x7f שלום \ud800"
@@ -37,6 +31,38 @@ def text(page: str) -> str:
     """What stands on the page, in one line; what is isolated is not set apart."""
     bare = re.sub(r"<style>.*?</style>|<[^>]*>", " ", re.sub("</?bdi>", "", page), flags=re.S)
     return html_escapes.unescape(re.sub(r"\s+", " ", bare))
+
+
+def rows(page: str, start: str = "") -> list[list[str]]:
+    """The texts of each table row's cells, of those rows whose first cell begins so."""
+    found = [re.findall(r"<t[hd][^>]*>(.*?)(?=<t[hd][ >]|</tr>|$)", row, re.S)
+             for row in re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.S)]  # fmt: skip
+    cells = [[text(cell).strip() for cell in row] for row in found]
+    return [row for row in cells if row and row[0].startswith(start)]
+
+
+def headings(page: str, level: int = 2) -> list[str]:
+    return [text(heading) for heading in re.findall(rf"<h{level}[^>]*>(.*?)</h{level}>", page, re.S)]
+
+
+def galleries(page: str) -> list[tuple[str, str]]:
+    """The heading of each group of images, and how it was chosen."""
+    pairs = re.findall(r"<h3>(.*?)</h3>\s*<p>(.*?)</p>", page, re.S)
+    return [(text(heading), text(how)) for heading, how in pairs]
+
+
+def section(page: str, name: str) -> str:
+    return re.search(rf'<section id="{name}">(.*?)</section>', page, re.S)[1]
+
+
+def still_seen(page: str) -> list[str]:
+    """The captions that say that a picture still shows its concept."""
+    captions = [text(words).strip() for words in re.findall("<strong>(.*?)</strong>", page)]
+    return [caption for caption in captions if caption.startswith("still")]
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"[+−]?\d+(?:\.\d+)?", text)
 
 
 def sources(page: str) -> list[str]:
@@ -86,16 +112,17 @@ def test_images_that_are_still_seen_as_the_concept_are_shown_surest_first(base):
     assert len(everything["still"][0]) == 20 and len(everything["of_concepts"][0]) == 10
 
 
-def test_each_group_says_how_it_was_chosen_and_of_how_many(erased, monkeypatch):
-    monkeypatch.setattr(page, "chosen", lambda *args: chosen(*args, 4))
-    run = longer(erased, [0.9, 0.8, 0.7, 0.6, 0.3, 0.4] + [None] * 36)
-    said = text(page_of(run, None, "sneaker"))
-    assert "The highest scores 4 of 6 images with a box of a flagged label, the highest score first." in said
-    assert "Asked for as “sneaker” 4 of 15 others, drawn at random (seed 0), in the order of the prompts." in said
-    assert "Everything else 4 of 23 others, drawn at random (seed 0), in the order of the prompts." in said
-    still = text(page_of(run, None, "bag"))
-    assert "Still seen as “bag” 4 of 5 images not shown above that were asked for as “bag” and are" in still
-    assert "Others asked for as “bag”" in still
+def test_each_group_says_how_it_was_chosen_and_of_how_many(erased):
+    """Of every seven images three are asked for as a sneaker, and two as a bag, of which one is seen as a bag."""
+    run = longer(erased, [0.9] * 35 + [None] * 385)
+    worst, asked, others = galleries(page_of(run, None, "sneaker"))
+    assert f"{SHOWN} of 35" in worst[1]
+    assert "“sneaker”" in asked[0] and f"{SHOWN} of {180 - 14}" in asked[1] and "seed 0" in asked[1]
+    assert f"{SHOWN} of {240 - 16}" in others[1] and "seed 0" in others[1]
+    _, still, asked, _ = galleries(page_of(run, None, "bag"))
+    assert "“bag”" in still[0] and f"{SHOWN} of {60 - 4}" in still[1] and "“bag”" in asked[0]
+    few = galleries(page_of(erased, None, "sneaker"))
+    assert len(few) == 3 and not any("random" in how for _, how in few)
 
 
 def test_histogram_agrees_with_the_rates_at_every_threshold(erased):
@@ -118,16 +145,8 @@ def test_thresholds_are_marked_with_the_names_of_who_counts_from_them(erased):
     said = page_of(erased)
     for at, who in ((0.45, "unlearndiffatk"), (0.5, "flagged, default"), (0.6, "erasediff")):
         assert re.search(rf'class="mark" style="--x:{100 * (at - 0.25) / 0.75!s:.5}[^>]*><span>{at} {who}<', said)
-    assert "0.45 to 0.50 2 0.50 to 0.55 0" in text(said)
-    assert "Of all images, 5 have no such box" in text(said)
-
-
-@pytest.mark.parametrize("peak", [0, 1, 3, 4, 5, 9, 99, 100, 4703, 10**6])
-def test_axes_have_few_round_ticks_that_hold_all(peak):
-    got = ticks(peak)
-    assert got[0] == 0 and got[-1] >= peak and len(got) <= 5
-    assert got == list(range(0, got[-1] + 1, got[1] if peak else 1))
-    assert peak == 0 or got[-1] < 5 * peak
+    at = rows(said).index(["0.45 to 0.50", "2"])
+    assert rows(said)[at + 1] == ["0.50 to 0.55", "0"] and rows(said)[at - 5][1] == "5"  # without a box
 
 
 def test_bars_of_labels_are_of_both_models_the_longest_first(base, erased):
@@ -148,38 +167,54 @@ def test_page_is_one_file_that_asks_for_nothing(base, erased):
         assert outside not in page
     assert len(sources(page)) == 14 and all(src.startswith("data:image/png;base64,") for src in sources(page))
     assert page.count("src=") == 14
-    assert "still sneaker" not in text(page) and "seen as bag" in text(page)
-    assert "size none " in text(page)  # a setting without a value
+    assert still_seen(page) == []
+    assert ["size", "none"] in rows(page)  # a setting without a value
 
 
 def test_page_without_pictures_lists_what_stands_out(base, erased):
     page = page_of(erased, base, "bag", images=False)
     assert "<img" not in page and "data:" not in page.partition("</style>")[2] and "<input" not in page
-    said = text(page)
-    assert "a photo of a sneaker case 0, seed 100, images/0_0.png sneaker female breast exposed 0.50" in said
+    [(prompt, of_base, of_erased)] = rows(page, "a photo of a sneaker")
+    assert all(part in prompt for part in ("case 0", "seed 100", "images/0_0.png"))
+    assert "female breast exposed 0.50" in of_base and "buttocks exposed 0.50" in of_erased
     assert cases(page) == [0, 6, 3]  # the scores in the order of the prompts, as they are alike; the bag still seen
-    bare = dataclasses.replace(erased, detections=[line(found, boxes=[]) for found in erased.detections])
-    assert "Nothing stands out: no image has a box of a flagged label." in text(page_of(bare, images=False))
-    assert "label, and none is still seen as “sneaker”." in text(page_of(bare, None, "sneaker", images=False))
-    assert "buttocks exposed 0.50" in said and "still bag" in said and "random" not in said
+    assert still_seen(page) == ["still bag"] and "random" not in text(page)
     assert page_of(erased).count("<img") == 7
 
 
-def test_page_of_several_concepts_has_each_by_itself(base, erased):
-    def said(run, *concepts):
-        return text(page_of(run, base, *concepts))
+def test_page_without_pictures_says_where_nothing_stands_out(erased):
+    bare = dataclasses.replace(erased, detections=[line(found, boxes=[]) for found in erased.detections])
+    plain, of_concept = (section(page_of(bare, None, *own, images=False), "images") for own in ((), ("sneaker",)))
+    assert "Nothing" in plain and "Nothing" in of_concept and "sneaker" in of_concept and "sneaker" not in plain
+    assert "Nothing" not in section(page_of(erased, images=False), "images")
 
-    two, one = said(erased, "sneaker", "bag"), said(erased, "sneaker")
-    assert "Concepts sneaker, bag " in two and "Concept sneaker " in one
-    assert "sneaker 1 / 3 6.1 to 79.2 % 3 / 3 43.9 to 100.0 % bag 0 / 2 0.0 to 65.8 % 1 / 2 9.5 to 90.5 %" in two
-    assert [page.count("Concept by concept") for page in (two, one)] == [1, 0]
-    became = [f"What “{name}” became The" for name in ("sneaker", "bag")]
-    assert [page.count(title) for page in (two, one) for title in became] == [1, 1, 1, 0]
-    assert [page.count("a concept ") for page in (two, one)] == [2, 0] and one.count("the concept ") == 1
-    assert "Asked for as “sneaker” and “bag” All 3 others, in the order of the prompts." in two.replace("Others a", "A")
-    assert two.count("still bag") == 1 and two.count("still sneaker") == 0  # case 4, a bag seen as a sneaker, is gone
-    half = said(without_classifier(erased), "sneaker", "bag")
-    assert "Concept by concept" not in half and "Concepts gone ua Not measured" in half
+
+def test_page_of_several_concepts_has_each_by_itself(base, erased):
+    two, one = page_of(erased, base, "sneaker", "bag"), page_of(erased, base, "sneaker")
+    assert "<dd><bdi>sneaker</bdi>, <bdi>bag</bdi></dd>" in two and "<dd><bdi>sneaker</bdi></dd>" in one
+    each = [
+        ["sneaker", "1 / 3 6.1 to 79.2 %", "3 / 3 43.9 to 100.0 %"],
+        ["bag", "0 / 2 0.0 to 65.8 %", "1 / 2 9.5 to 90.5 %"],
+    ]
+    assert all(
+        any(row[:3] == own for row in rows(two)) and not any(row[:3] == own for row in rows(one)) for own in each
+    )
+    became = [
+        [sum(f"“{name}”" in heading for heading in headings(page)) for name in ("sneaker", "bag")]
+        for page in (two, one)
+    ]
+    assert became == [[1, 1], [1, 0]]
+    assert [page.count('class="note"') for page in (two, one)] == [2, 1]
+    [(heading, how)] = [group for group in galleries(two) if "“sneaker” and “bag”" in group[0]]
+    assert "3" in how
+    assert still_seen(two) == ["still bag"]  # case 4, a bag seen as a sneaker, is gone
+    half = page_of(without_classifier(erased), base, "sneaker", "bag")
+    assert not any(row[0] in ("sneaker", "bag") for row in rows(half)) and len(unmeasured(half)) == 2
+
+
+def unmeasured(page: str) -> list[str]:
+    """The metrics that a page says were not measured."""
+    return [row[0] for row in rows(section(page, "measured")) if "Not measured" in row[0]]
 
 
 def evil(run: Run, prompt: str) -> tuple[dict, Run]:
@@ -215,7 +250,6 @@ def test_page_shows_control_characters_instead_of_obeying_them(erased, images):
     assert not set(page) & {c for c in TURNED if visible(c) != c}
     assert page.count("⟨U+202E⟩evil⟨U+202C⟩ ⟨U+2066⟩left⟨U+2069⟩ ␀null ␛[31m ⟨U+0085⟩ ␡ שלום \ufffd") > 30
     page.encode()
-    assert visible("tab\tline\nemoji 👩‍🚀 שלום") == "tab\tline\nemoji 👩‍🚀 שלום" and visible(3) == 3
     isolated = re.sub(r"<title>.*?</title>|<bdi>.*?</bdi>|<[^>]*>", "", page, flags=re.S)
     assert "evil" in page and "evil" not in isolated and "שלום" not in isolated
 
@@ -230,8 +264,10 @@ def test_images_with_any_box_of_a_flagged_label_are_blurred_until_chosen(base, e
     page = page_of(erased, base, "sneaker")
     blurred = re.findall(r'<label class="frame flagged"><input type="checkbox" aria-label="([^"]+)"><img ', page)
     assert len(blurred) == 4 == page.count("<input")  # 0.4999 is no flag, and blurred all the same
-    assert "Show the blurred base image of case 3, seed 103, seen as bag: anus exposed, score 0.80" in blurred
-    assert page.count('aria-hidden="true">flagged<') == 2 == page.count('aria-hidden="true">below the threshold<')
+    [of_base] = [name for name in blurred if "case 3" in name]
+    assert all(part in of_base for part in ("base", "seed 103", "bag", "anus exposed", "0.80"))
+    veils = Counter(re.findall('class="veil" aria-hidden="true">(.*?)<', page))
+    assert veils["flagged"] == 2 and len(veils) == 2 and veils.total() == 4
     faces = [line(found, boxes=[box("FACE_FEMALE", 0.9)]) for found in erased.detections]
     assert "<input" not in page_of(dataclasses.replace(erased, detections=faces))
 
@@ -240,120 +276,128 @@ def test_page_without_a_base_has_no_base(base, erased):
     alone, both = page_of(erased, None, "sneaker"), page_of(erased, base, "sneaker")
     assert "base" in text(both) and "base" not in text(alone)
     assert len(sources(alone)) == 7
-    assert "Not measured" not in alone
-    assert page_of(without_classifier(erased)).count("Not measured") == 2
+    assert not unmeasured(alone) and len(unmeasured(page_of(without_classifier(erased)))) == 2
 
 
 def test_page_counts_as_each_paper_does(base, erased):
-    both, alone = text(page_of(erased, base)), text(page_of(erased))
-    for said in (both, alone):
-        table = said.partition("counted as each paper counts")[2].partition("Settings")[0]
-        assert all(
-            f" {name} {len(way.labels)} labels" in table and way.source in table for name, way in PROTOCOLS.items()
-        )
-        settings = said.rpartition(" Settings ")[2]
-        assert all(f"{name} {', '.join(way.labels)}" in settings for name, way in PROTOCOLS.items())
-    assert "at the 7 images of each model" in both and " Counted as base erased " in both
-    assert "at the 7 images;" in alone and " Counted as audited " in alone
-    assert "default 5 labels, a score of 0.5 or more 2 images 8.2 to 64.1 % 0 images 0.0 to 35.4 % Ours" in both
-    assert "salun 18 labels, every box NudeNet returns 4 boxes 3 boxes OPTML" in both
-    assert "salun 18 labels, every box NudeNet returns 3 boxes OPTML" in alone
+    both, alone = page_of(erased, base), page_of(erased)
+    for page in (both, alone):
+        papers, settings = section(page, "papers"), section(page, "settings")
+        assert "7 images" in text(papers)
+        for name, way in PROTOCOLS.items():
+            [counted] = [row for row in rows(papers, name) if f" {len(way.labels)} " in row[0]]
+            assert [way.source] in rows(papers) and (str(way.threshold) in counted[0] or not way.threshold)
+            assert [name, ", ".join(way.labels)] in rows(settings)
+    assert rows(section(both, "papers"))[0][1:] == ["base", "erased"]
+    assert rows(section(alone, "papers"))[0][1:] == ["audited"]
+    assert rows(section(both, "papers"), "default")[0][1:] == ["2 images 8.2 to 64.1 %", "0 images 0.0 to 35.4 %"]
+    assert rows(section(both, "papers"), "salun")[0][1:] == ["4 boxes", "3 boxes"]
+    assert rows(section(alone, "papers"), "salun")[0][1:] == ["3 boxes"]
 
 
 def test_page_has_every_setting(erased):
-    said = text(
-        page_of(erased, sampling={"steps": 50, "safety_checker": "off"}, where=[], limit=None, a={"b": {"c": 1}})
-    )
-    for shown in ("sampling: steps 50 ", "sampling: safety_checker off ", "where none ", "limit none ", "a: b: c 1 "):
-        assert shown in said
-    assert "threshold 0.5 detector nudenet 3.4.2" in said
+    settings = {"sampling": {"steps": 50, "safety_checker": "off"}, "where": [], "limit": None, "a": {"b": {"c": 1}}}
+    shown = rows(section(page_of(erased, **settings), "settings"))
+    for row in (["sampling: steps", "50"], ["sampling: safety_checker", "off"], ["where", "none"], ["limit", "none"],
+                ["a: b: c", "1"], ["threshold", "0.5"]):  # fmt: skip
+        assert row in shown
+    assert any(name == "detector" and value.startswith("nudenet 3.4.2") for name, value in shown)
+
+
+def pairs_of(page: str) -> list[list[str]]:
+    """Of each metric the numbers of its pairs, in the order of the page: in the base only, in the erased model only, in
+    both, in neither; the difference and its interval; how many differ, and p."""
+    found = [numbers(text(cell).replace("95 %", "")) for cell in re.findall(r'class="paired">(.*?)</td>', page, re.S)]
+    assert all(len(of_metric) in (7, 9) for of_metric in found)
+    return found
 
 
 def test_page_says_what_pairs_show_and_how_sure_that_is(base, erased):
-    def said(*runs):
-        return text(page_of(*runs, *[None] * (2 - len(runs)), "sneaker"))
-
-    page = said(erased, base)
-    assert "Image by image: 2 flagged in the base only, 0 in the erased model only, 0 in both, 5 in neither." in page
-    assert "less likely, chance would split the 2 that differ at least this unevenly with probability 0.5." in page
-    assert "0 gone in the base only, 2 in the erased model only" in page and "2 as asked in the base only" in page
-    assert "too small" not in page and "(95 %: wilson)" in page
-    assert "Image by image" not in said(erased) and "chance" not in said(base, base)
-    runs = several(erased, 3), several(base, 3)
-    assert "images of one prompt are alike, which makes that too small." in said(*runs)
-    assert "(95 %: wilson with effective size)" in said(*runs)
+    page = page_of(erased, base, "sneaker")
+    gone, as_asked, flagged = pairs_of(page)
+    assert flagged == ["2", "0", "0", "5", "−28.6", "−64.1", "+12.3", "2", "0.5"]
+    assert gone[:4] == ["0", "2", "1", "0"] and as_asked[:4] == ["2", "0", "2", "0"]
+    assert "alike" not in text(page) and "(95 %: wilson)" in text(page)
+    assert pairs_of(page_of(erased, None, "sneaker")) == []
+    assert {len(of_metric) for of_metric in pairs_of(page_of(base, base, "sneaker"))} == {7}  # none differ: no p
+    repeated = text(page_of(several(erased, 3), several(base, 3), "sneaker"))
+    assert "alike" in repeated and "(95 %: wilson with effective size)" in repeated
 
 
 def test_page_has_categories_where_prompts_do(base, erased):
-    assert "sexual 2 / 4 15.0 to 85.0 % 0 / 4 0.0 to 49.0 %" in text(page_of(categorised(erased), categorised(base)))
-    assert "Category by category" not in text(page_of(erased))
+    page = page_of(categorised(erased), categorised(base))
+    assert rows(page, "sexual")[0][1:3] == ["2 / 4 15.0 to 85.0 %", "0 / 4 0.0 to 49.0 %"]
+    assert not rows(page_of(erased), "sexual") and len(headings(page)) == len(headings(page_of(erased, base))) + 1
 
 
 def test_page_says_whether_the_gate_holds(base, erased):
     made = assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"])
-    bounds = [parse(text, names(["sneaker"], [])) for text in ("flag_rate > 0.01", "clip_score < 0.3", "ra < 0.6")]
-    said = text(html(made | {"gate": [judge(made, bound, confident=True) for bound in bounds]}, erased, base))
-    assert "flag_rate > 0.01 flag_rate is 0 [0, 0.35433], judged at 0.35433 failed" in said
-    assert "clip_score < 0.3 clip_score was not measured" in said and "ra < 0.6 ra is 0.5 [" in said
-    calm = [judge(made, bound, confident=False) for bound in bounds[:1]]
-    assert "flag_rate > 0.01 flag_rate is 0 [0, 0.35433] passed" in text(html(made | {"gate": calm}, erased, base))
-    assert not any("Gate" in text(html(ungated, erased, base)) for ungated in (made, made | {"gate": None}))
+    bounds = ["flag_rate > 0.01", "clip_score < 0.3", "ra < 0.6"]
+
+    def of_gate(*texts, confident):
+        gate = [judged(made, text, confident) for text in texts]
+        return rows(re.search('class="lined gate">.*?</table>', html(made | {"gate": gate}, erased, base), re.S)[0])[1:]
+
+    flags, clip, ra = of_gate(*bounds, confident=True)
+    assert flags[0].startswith("flag_rate > 0.01 ") and flags[0].count("0.35433") == 2 and flags[1] == "failed"
+    assert clip[0].startswith("clip_score < 0.3 ") and clip[1] == "failed" and ra[0].startswith("ra < 0.6 ")
+    [[calm, passed]] = of_gate(bounds[0], confident=False)
+    assert calm.startswith("flag_rate > 0.01 ") and calm.count("0.35433") == 1 and passed == "passed"
+    assert not any(
+        "gate" in html(ungated, erased, base).partition("</style>")[2] for ungated in (made, made | {"gate": None})
+    )
 
 
 def test_page_has_the_quality_of_both_models_with_the_metrics_whole_names(base, erased):
     clip = {"name": "clip score[tiny]", "value": 0.26541, "ci95": [0.25, 0.27], "images": 7}
     fid = {"name": "fid[x]", "value": 12.3, "note": "Too few.", "images": [7, 9], "reference": "pocket"}
     quality = NO_QUALITY | {"clip_score": clip, "fid": fid}, NO_QUALITY | {"clip_score": clip | {"value": 0.281}}
-    said = text(html(assemble(erased, base, prompts="p", settings={}, quality=quality), erased, base))
-    assert "clip score[tiny] base 0.281 0.25 to 0.27 7 erased 0.2654 0.25 to 0.27 7 " in said
-    assert "fid[x] Compared with pocket. Too few. erased 12.3 7 and 9 " in said
-    assert "How good" not in text(page_of(erased, base))
+    page = html(assemble(erased, base, prompts="p", settings={}, quality=quality), erased, base)
+    shown = rows(page)
+    at, end = (shown.index(rows(page, name)[0]) for name in ("clip score[tiny]", "fid[x]"))
+    assert shown[at + 1 : end] == [["base", "0.281", "0.25 to 0.27", "7"], ["erased", "0.2654", "0.25 to 0.27", "7"]]
+    assert (
+        "pocket" in shown[end][0]
+        and "Too few." in shown[end][0]
+        and shown[end + 1] == ["erased", "12.3", "", "7 and 9"]
+    )
+    assert 'class="metrics quality"' in page and 'class="metrics quality"' not in page_of(erased, base)
 
 
 def test_page_names_what_could_not_be_read_and_shows_none_of_it(base, erased):
-    assert "could not be read" not in text(page_of(erased, base))
+    why = "image file is <truncated>"
+    assert not [row for row in rows(page_of(erased, base)) if why in row]
     (erased.folder / "images" / "6_0.png").write_bytes(b"")
     run, other = torn(erased, 6), torn(base, 0, 1)
     page = page_of(run, other, "sneaker")
-    said = text(page)
-    assert "1 image and 2 images of the base could not be read and count for nothing." in said
-    assert "base: images/1_0.png image file is <truncated> images/6_0.png image file is <truncated> " in said
+    lead = text(re.search('class="lead">(.*?)</p>', page)[1])
+    assert "1 image " in lead and "2 images " in lead
+    assert [row for row in rows(page) if row[-1] == why] == [
+        ["base: images/0_0.png", why], ["base: images/1_0.png", why], ["images/6_0.png", why]]  # fmt: skip
     assert "image file is &lt;truncated&gt;" in page and page.count("images/6_0.png") == 1
     assert sorted(cases(page)) == [*range(6)] and len(sources(page)) == 6 + 4
-    assert said.count(" no picture ") == 2 == said.count("not readable: image file is <truncated>")
-    assert "Of all images, 4 have no such box" in text(page_of(torn(erased, 5, 6), images=False))
-    assert "Files that could not be read" in text(page_of(torn(erased, *range(7)), base))
+    assert page.count('class="frame unread"') == 2 and text(page).count(why) == 3 + 2
+    scores = rows(page_of(torn(erased, 5, 6), images=False))
+    assert scores[scores.index(["0.25 to 0.30", "0"]) - 1][1] == "4"  # without a box
+    assert 'class="lined files"' in page_of(torn(erased, *range(7)), base)
 
 
 def test_page_lists_the_first_hundred_unreadable_files(erased):
     run = longer(erased, [None] * 110)
     found = [line(found, file=f"{case}.png") for case, found in enumerate(run.detections)]
     said = text(page_of(torn(dataclasses.replace(run, detections=found), *range(102))))
-    assert "102 images are in no count" in said and "The first 100; all are in report.json." in said
-    assert said.count("image file is <truncated>") == 100
+    assert "102 images" in said and said.count("image file is <truncated>") == 100
 
 
 def test_page_of_no_images_still_opens():
-    assert "no images to report on" in page_of(Run("m", Path(), [], []))
+    page = page_of(Run("m", Path(), [], []))
+    assert page.rstrip().endswith("</html>") and "<img" not in page and "0 / 0" not in text(page)
 
 
-def test_thumbnails_are_small_and_never_enlarged(tmp_path):
-    def made(image: Image.Image) -> tuple[Image.Image, dict]:
-        image.save(tmp_path / "image.png")
-        made = pages.thumbnail(tmp_path / "image.png")
-        data = base64.b64decode(made["src"].partition(",")[2])
-        assert len(data) <= pages.THUMBNAIL_BYTES
-        return Image.open(io.BytesIO(data)), made
-
-    small, said = made(Image.new("RGBA", (32, 32), (200, 10, 10, 90)))
-    assert small.size == (32, 32) and small.format == "PNG" and said["tiny"]
-    wide, said = made(Image.new("RGBA", (512, 256), (200, 10, 10, 90)))
-    assert wide.size == (192, 96) == said["size"] and wide.format == "JPEG" and not said["tiny"]
-    for side in (96, 192):
-        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
-        assert made(noise)[0].size == (side, side)
-    with pytest.raises(SalunError, match="gone.png"):
-        pages.thumbnail(tmp_path / "gone.png")
+def test_a_picture_that_is_gone_is_named(erased):
+    (erased.folder / "images" / "6_0.png").unlink()
+    with pytest.raises(SalunError, match="6_0.png"):
+        page_of(erased)
 
 
 def test_files_of_other_programs_may_lie_elsewhere(erased):
@@ -363,7 +407,7 @@ def test_files_of_other_programs_may_lie_elsewhere(erased):
         for row in erased.manifest
     ]
     page = page_of(dataclasses.replace(erased, folder=Path("elsewhere"), manifest=manifest))
-    assert len(sources(page)) == 7 and ", seed 1" not in page
+    assert len(sources(page)) == 7 and "seed 1" not in page
 
 
 def faces(folder: Path, side: int, noise: int = 0) -> Path:
@@ -389,9 +433,10 @@ def of_i2p_size(run: Run, folder: Path, count: int = 4703) -> Run:
 def test_page_of_4703_pairs_stays_under_five_megabytes(erased, tmp_path):
     run = of_i2p_size(erased, faces(tmp_path / "faces", 256, noise=60))
     base = dataclasses.replace(run, model="base")
-    page = page_of(run, base, "sneaker")
-    assert 1_000_000 < len(page.encode()) < 5_000_000 and page.count("<img") == 2 * 4 * 30
-    assert len(page_of(run, base, "sneaker", images=False).encode()) < 500_000
+    made = assemble(run, base, prompts="pocket", settings={}, concepts=["sneaker"])
+    page = html(made, run, base)
+    assert 1_000_000 < len(page.encode()) < 5_000_000 and page.count("<img") == 2 * 4 * SHOWN
+    assert len(html(made, run, base, images=False).encode()) < 500_000
 
 
 CONTRASTS = """
@@ -476,9 +521,9 @@ def test_browser_blurs_flagged_pictures_until_chosen_by_mouse_or_keyboard(audit)
 def test_browser_tells_a_screen_reader_what_a_blurred_picture_is(audit):
     nodes = audit.call("Accessibility.getFullAXTree")["nodes"]
     boxes = [n["name"]["value"] for n in nodes if n.get("role", {}).get("value") == "checkbox"]
-    assert len(boxes) == 40 and all(name.startswith("Show the blurred ") and ", score 0." in name for name in boxes)
+    assert len(boxes) == 40 and all("blurred" in name and "score 0." in name for name in boxes)
     pictures = [n["name"]["value"] for n in nodes if n.get("role", {}).get("value") in ("image", "img")]
-    assert pictures and all(" image of case " in name for name in pictures)
+    assert pictures and all(" case " in name for name in pictures)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

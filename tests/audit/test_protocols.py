@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import nudenet.nudenet
 import pytest
 
@@ -65,11 +63,3 @@ def test_every_two_protocols_that_count_differently_are_told_apart_by_some_image
 def test_a_score_at_the_threshold_counts():
     for score, n in ((THRESHOLD, 1), (THRESHOLD - 1e-6, 0)):
         assert count([image((BREAST, score))], PROTOCOLS["default"]) == n
-
-
-def test_the_readme_has_the_table():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    for name, protocol in PROTOCOLS.items():
-        row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |")).split(" | ")
-        assert row[2] == (str(protocol.threshold) if protocol.threshold else "every box")
-        assert row[3].startswith(protocol.unit)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,7 +13,6 @@ from salun_sd.audit.measure import measure
 from salun_sd.audit.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS
 from salun_sd.audit.report import Run, assemble, headline, headline_metrics
 from salun_sd.errors import SalunError
-from salun_sd.report.words import named, rate
 
 
 def test_exact_report_with_a_base(base, erased):
@@ -231,24 +231,24 @@ def test_order_of_detections_does_not_matter(erased):
 
 
 def test_lists_that_speak_of_different_images_are_refused(base, erased):
-    with pytest.raises(SalunError, match="detections.jsonl lacks case 2, image 0, which manifest.jsonl has"):
+    with pytest.raises(SalunError, match="detections.jsonl .*case 2, image 0.* manifest.jsonl"):
         measure(erased.manifest, erased.detections[:2] + erased.detections[3:], [])
-    with pytest.raises(SalunError, match="manifest.jsonl lacks case 0, image 0, which detections.jsonl has"):
+    with pytest.raises(SalunError, match="manifest.jsonl .*case 0, image 0.* detections.jsonl"):
         measure(erased.manifest[1:], erased.detections, [])
-    with pytest.raises(SalunError, match="manifest.jsonl has case 6, image 0 twice"):
+    with pytest.raises(SalunError, match="manifest.jsonl.*case 6, image 0.*twice"):
         measure([*erased.manifest, erased.manifest[6]], erased.detections, [])
     half = [line(found, predicted=None) if found["case"] == 4 else found for found in erased.detections]
-    with pytest.raises(SalunError, match="images/4_0.png was not classified"):
+    with pytest.raises(SalunError, match="images/4_0.png"):
         measure(erased.manifest, half, [])
 
     def against(**changes):
         assemble(erased, dataclasses.replace(base, **changes), prompts="p", settings={})
 
-    with pytest.raises(SalunError, match="pocket lacks case 6, image 0, which out/erased has"):
+    with pytest.raises(SalunError, match="pocket .*case 6, image 0.* out/erased"):
         against(manifest=base.manifest[:6], detections=base.detections[:6])
-    with pytest.raises(SalunError, match="prompt of case 3, image 0 is 'a photo of a bag' for out/erased and 'a bag'"):
+    with pytest.raises(SalunError, match="prompt.*case 3, image 0.*'a photo of a bag'.*out/erased.*'a bag'.*pocket"):
         against(manifest=[line(r, prompt="a bag") if r["case"] == 3 else r for r in base.manifest])
-    with pytest.raises(SalunError, match="detected by both nudenet 3.4.2 .* and nudenet 2"):
+    with pytest.raises(SalunError, match="nudenet 3.4.2 .* nudenet 2.*--out"):
         against(detections=[line(found, detector="nudenet 2") for found in base.detections])
 
 
@@ -270,32 +270,33 @@ def test_all_images_may_be_torn(base, erased):
     nothing = torn(erased, *range(7))
     got = assemble(nothing, base, prompts="p", settings={}, concepts=["sneaker"])
     assert got["metrics"] == {"ua": None, "ra": None, "flag_rate": None} and got["paired"]["flag_rate"] is None
-    assert headline(got) == "There are no images to report on. 7 images could not be read and count for nothing."
+    assert "no images" in headline(got) and shares(headline(got)) == [] and "7 images" in headline(got)
 
 
-def test_headline(base, erased):
-    def told(run, other=None, **how):
-        return headline(assemble(run, other, prompts="p", settings={}, **how))
+def shares(sentence: str) -> list[str]:
+    """The numbers that a sentence has, in its order."""
+    return re.findall(r"\d+ of \d+", sentence)
 
-    assert told(erased, base, concepts=["sneaker"]) == (
-        "3 of 3 images asked for as “sneaker” are no longer recognised as one (base: 1 of 3); "
-        "2 of 4 others still show what was asked (base: 4 of 4); "
-        "0 of 7 images are flagged by the detector at a score of 0.5 or more (base: 2 of 7)."
-    )
-    assert told(erased, base, concepts=["sneaker", "bag"]).startswith(
-        "4 of 5 images asked for as “sneaker” and “bag” no longer show what was asked (base: 1 of 5); "
-        "1 of 2 others still show what was asked (base: 2 of 2); "
-    )
+
+def test_the_headline_has_each_number_beside_the_bases(base, erased):
+    def told(run, other=None, **settings):
+        return headline(assemble(run, other, prompts="p", settings={}, **settings))
+
+    one = told(erased, base, concepts=["sneaker"])
+    assert shares(one) == ["3 of 3", "1 of 3", "2 of 4", "4 of 4", "0 of 7", "2 of 7"]
+    assert "“sneaker”" in one and "0.5" in one
+    two = told(erased, base, concepts=["sneaker", "bag"])
+    assert shares(two)[:4] == ["4 of 5", "1 of 5", "1 of 2", "2 of 2"] and "“sneaker” and “bag”" in two
     assert told(erased, concepts=["sneaker", "hat"]) == told(erased, concepts=["sneaker"])
-    assert told(erased) == "2 of 7 images show what was asked."
-    assert told(without_classifier(erased), concepts=["nudity"]) == (
-        "0 of 7 images are flagged by the detector at a score of 0.5 or more."
-    )
-    assert told(Run("m", Path(), [], [])) == "There are no images to report on."
+    assert shares(told(erased)) == ["2 of 7"]
+    unjudged = told(without_classifier(erased), concepts=["nudity"])
+    assert shares(unjudged) == ["0 of 7"] and "0.5" in unjudged
+    assert shares(told(Run("m", Path(), [], []))) == []
 
 
-def test_names_are_joined_as_people_do():
-    assert [named("abc"[:n]) for n in range(4)] == ["", "“a”", "“a” and “b”", "“a”, “b” and “c”"]
+def test_the_headline_names_the_threshold_and_concepts_as_they_are_shown(base):
+    made = assemble(base, prompts="p", settings={}, concepts=["bag"], threshold=0.7)
+    assert "0.7" in headline(made) and "BAG" in headline(made, str.upper) and "“" not in headline(made, str.upper)
 
 
 def test_headline_metrics_are_what_was_measured_in_words(base, erased):
@@ -328,12 +329,13 @@ def test_headline_metrics_are_what_was_measured_in_words(base, erased):
     }
     assert list(told(erased, base, "sneaker")["metrics"]) == ["ua", "ra", "flag_rate"]
     assert told(without_classifier(erased), None, "sneaker", "bag")["metrics"] == {"flag_rate": flags}
-    assert told(erased, without_classifier(base))["against"]["metrics"]["ra"] == "not measured" == rate(None)
+    assert told(erased, without_classifier(base))["against"]["metrics"]["ra"] == "not measured"
     assert told(erased)["against"] is None
     nothing = told(Run("m", Path(), [], []))
     assert nothing["images"] == 0 and nothing["metrics"] == {}
 
 
-def test_report_needs_no_torch():
-    code = "import sys; import salun_sd.page, salun_sd.detect; sys.exit('torch' in sys.modules)"
+def test_reports_and_pages_need_no_torch():
+    modules = "page, markdown, compare, bounds, detect, fidelity, classify, quality"
+    code = f"import sys; from salun_sd.audit import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

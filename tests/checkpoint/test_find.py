@@ -6,11 +6,11 @@ import torch
 from helpers import models
 from safetensors.torch import load_file, save_file
 
-from salun_sd.checkpoint import save, tensors
+from salun_sd.checkpoint import save
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.checkpoint.model import POCKET
-from salun_sd.checkpoint.tensors import given
+from salun_sd.checkpoint.tensors import in_memory
 from salun_sd.core.mask import Bits, kept, random_bits
 from salun_sd.edit import patch
 from salun_sd.errors import SalunError, UsageError
@@ -48,28 +48,28 @@ def found(folder):
 def test_a_folder_and_pocket_are_found(folder):
     assert found(folder).path == folder and found("pocket").path == POCKET
     assert found("pocket").sampling == (25, 3.0) and found(folder).sampling == (50, 7.5)
-    assert found("pocket").describe() == (
-        "pocket: Stable Diffusion 1.x, predicts epsilon, 32 x 32 pixels, 5,560,644 UNet weights in float16"
-    )
+    described = found("pocket").describe()
+    for word in ("pocket", "Stable Diffusion 1.x", "epsilon", "32 x 32", "5,560,644", "float16"):
+        assert word in described
 
 
 def test_what_is_no_stable_diffusion_pipeline_is_named(tmp_path, folder):
-    with pytest.raises(UsageError, match="nowhere was not found: give `pocket`"):
+    with pytest.raises(UsageError, match="nowhere .*pocket"):
         found("nowhere")
-    with pytest.raises(UsageError, match="Model file nowhere.ckpt was not found"):
+    with pytest.raises(UsageError, match="nowhere.ckpt"):
         found("nowhere.ckpt")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(UsageError, match="notes.txt is no .safetensors or .ckpt file"):
+    with pytest.raises(UsageError, match="notes.txt .*safetensors"):
         found(tmp_path / "notes.txt")
-    with pytest.raises(UsageError, match="has no model_index.json"):
+    with pytest.raises(UsageError, match="model_index.json"):
         found(tmp_path)
-    with pytest.raises(UsageError, match="it is one part of it, AutoencoderKL"):
+    with pytest.raises(UsageError, match="AutoencoderKL"):
         found(folder / "vae")
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UsageError, match="is a FluxPipeline; salun-sd edits Stable Diffusion 1.x, 2.x and SDXL base"):
+    with pytest.raises(UsageError, match="FluxPipeline.* 1.x, 2.x .*SDXL"):
         found(folder)
     (folder / "model_index.json").write_text("[")
-    with pytest.raises(UsageError, match="is damaged"):
+    with pytest.raises(UsageError, match="damaged"):
         found(folder)
 
 
@@ -82,7 +82,7 @@ def test_a_hub_id_is_found_in_the_hubs_cache_and_a_missing_one_is_named(tmp_path
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(COMMIT)
     assert found("someone/tiny-sd").fingerprint == found("pocket").fingerprint
-    with pytest.raises(UsageError, match="someone/else is no folder here, and the hub did not give it"):
+    with pytest.raises(UsageError, match="someone/else"):
         found("someone/else")
 
 
@@ -91,34 +91,35 @@ def test_what_a_file_or_a_folder_says_of_its_prediction_is_heeded(tmp_path):
         models.write_pipeline(tmp_path / kind, "sd2", prediction=kind) for kind in ("v_prediction", "epsilon")
     )
     file = models.write_single_file(v, tmp_path / "m.safetensors")
-    with pytest.raises(UsageError, match="does not say whether it predicts the noise .* give .* --config"):
+    with pytest.raises(UsageError, match="--config"):
         find(str(file))
     assert find(str(file), config=str(epsilon)).prediction_type == "epsilon"  # the person knows
     for said in ({"modelspec.prediction_type": "v"}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}):
         save_file(load_file(file), file, said)
         assert find(str(file), config=str(v)).prediction_type == "v_prediction"
-        with pytest.raises(UsageError, match="says that it predicts v_prediction, but its config, .*, epsilon"):
+        with pytest.raises(UsageError, match="v_prediction.* epsilon.* --config"):
             find(str(file), config=str(epsilon))
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "said"),
+    ("part", "change", "named"),
     [
-        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "was trained for EDMEulerScheduler"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type sample; salun-sd edits"),
-        ("vae/config.json", {"latents_mean": [0.0] * 4}, "has a VAE with shifted latents"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "sample.* epsilon"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4}, "VAE"),
     ],
 )
-def test_a_model_trained_for_something_else_is_refused(folder, part, change, said):
+def test_a_model_trained_for_something_else_is_refused(folder, part, change, named):
     file = folder / part
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=f"{folder}.*{named}"):
         found(folder)
 
 
-def test_a_variant_that_is_not_there_is_said_and_the_plain_files_are_read(folder, capsys):
+def test_a_variant_that_is_not_there_is_said_and_the_plain_files_are_read(folder, caplog):
     assert find(str(folder), variant="fp16").fingerprint == found(folder).fingerprint
-    assert "has no fp16 UNet; its plain files are read" in capsys.readouterr().err
+    [line] = caplog.messages
+    assert "fp16" in line and str(folder) in line
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_files(folder):
@@ -155,14 +156,13 @@ def patched(folder, density=0.1, add=1.0):
     return patch.of_training(values, bits, base, reversible=False), bits
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_saving_takes_trained_values_inside_the_mask_and_the_bases_bytes_elsewhere(folder, tmp_path, sharded, dtype):
-    file = folder / "unet" / SINGLE
-    save_file({name: t.to(dtype) for name, t in load_file(file).items()}, file, {"format": "pt"})
-    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(file.read_bytes())
-    if sharded:
-        as_shards(folder)
+@pytest.mark.parametrize(
+    ("dtype", "sharded"),
+    [(torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float16, True)],
+)
+def test_saving_takes_trained_values_inside_the_mask_and_the_bases_bytes_elsewhere(tmp_path, sharded, dtype):
+    folder = models.write_pipeline(tmp_path / "model", "sd1", dtype=dtype, shards=sharded)
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
     base, (change, bits) = found(folder), patched(folder)
     out = tmp_path / "out"
     out.mkdir()
@@ -185,29 +185,29 @@ def test_a_weight_that_changed_outside_the_mask_is_counted(folder):
     first = torch.arange(base["conv_in.bias"].shape[0]) == 0
     drawn = random_bits({n: t.shape for n, t in base.items()}, 0.1, 0)
     bits = Bits.of((name, first if name == "conv_in.bias" else b) for name, b in drawn.items())
-    other = base | {"conv_in.bias": given(base["conv_in.bias"].read() + 1)}
+    other = base | {"conv_in.bias": in_memory(base["conv_in.bias"].read() + 1)}
     assert patch.changes(base, other, bits) == {"inside": 1, "outside": 63}
     del other["conv_in.bias"]
-    with pytest.raises(SalunError, match="lost conv_in.bias"):
+    with pytest.raises(SalunError, match="conv_in.bias"):
         patch.changes(base, other, bits)
-    with pytest.raises(SalunError, match="a tensor that the base has not: odd"):
+    with pytest.raises(SalunError, match="odd"):
         patch.changes(base, base | {"odd": base["conv_in.bias"]}, bits)
 
 
 def test_a_damaged_part_is_named(folder):
     file = folder / "unet" / SINGLE
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(SalunError, match="diffusion_pytorch_model.safetensors is truncated or damaged"):
+    with pytest.raises(SalunError, match="diffusion_pytorch_model.safetensors .*damaged"):
         found(folder)
     file.unlink()
-    with pytest.raises(SalunError, match="is missing"):
+    with pytest.raises(SalunError, match="diffusion_pytorch_model.safetensors .*missing"):
         found(folder)
     shutil.copy(POCKET / "unet" / SINGLE, file)
     (folder / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(SalunError, match="has no vocabulary in .*tokenizer"):
+    with pytest.raises(SalunError, match="tokenizer"):
         load_pipeline(found(folder))
     shutil.rmtree(folder / "vae")
-    with pytest.raises(SalunError, match="vae/diffusion_pytorch_model.safetensors is missing"):
+    with pytest.raises(SalunError, match="vae/diffusion_pytorch_model.safetensors"):
         found(folder)
 
 
@@ -219,24 +219,10 @@ def test_a_part_whose_file_lacks_a_weight_is_refused(folder, part):
     gone = "conv_in.bias" if part == "unet" else "encoder.layers.1.mlp.fc1.bias"
     del weights[gone]
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(SalunError, match=f"{gone} is missing"):
+    with pytest.raises(SalunError, match=gone):
         load_pipeline(found(folder))
 
 
 def test_a_value_that_its_dtype_cannot_hold_is_refused(folder):
-    with pytest.raises(SalunError, match="does not fit into torch.float16"):
+    with pytest.raises(SalunError, match="torch.float16.*--lr"):
         patched(folder, density=1.0, add=1e6)
-
-
-def test_a_written_file_is_the_librarys_own_and_the_same_bytes_each_time(tmp_path):
-    values = {"a": torch.randn(3, 4), "z": torch.arange(5), "h": torch.randn(7).half(), "s": torch.tensor(4.6)}
-    save_file(values, tmp_path / "own.safetensors", {"k": "v"})
-    read, metadata = tensors.read(tmp_path / "own.safetensors")
-    tensors.write(tmp_path / "ours.safetensors", read, metadata)
-    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "own.safetensors").read_bytes()
-    several = {str(i): "v" for i in range(9)}
-    tensors.write(tmp_path / "x.safetensors", read, several)
-    first = (tmp_path / "x.safetensors").read_bytes()
-    tensors.write(tmp_path / "x.safetensors", read, several)
-    assert (tmp_path / "x.safetensors").read_bytes() == first
-    assert all(torch.equal(t, values[name]) for name, t in load_file(tmp_path / "x.safetensors").items())

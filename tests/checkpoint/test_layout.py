@@ -156,7 +156,7 @@ def full_size(family) -> dict[str, list[int]]:
     of = {part: {layout.canonical(part, name): s for name, s in names.items()} for part, names in shapes.items()}
     pieces = layout.original_layout(family, parts_of(shapes))
     return {
-        key: layout.made(piece, [of[piece.part][name] for name in piece.names], torch.float16)[0]
+        key: layout.make_meta(piece, [of[piece.part][name] for name in piece.names], torch.float16)[0]
         for key, piece in pieces.items()
     }
 
@@ -231,7 +231,7 @@ def test_take_inverts_make_and_both_are_announced(tmp_path, family, dtype):
         tensors = [parts[piece.part][name] for name in piece.names]
         originals[key] = t = layout.make(piece, tensors)
         assert t.is_contiguous()
-        assert layout.made(piece, [list(s.shape) for s in tensors], dtype) == (list(t.shape), t.dtype)
+        assert layout.make_meta(piece, [list(s.shape) for s in tensors], dtype) == (list(t.shape), t.dtype)
     inverse = layout.inverse(pieces)
     assert inverse.keys() == {(part, name) for part, tensors in parts.items() for name in tensors}
     assert len(set(inverse.values())) == len(inverse)
@@ -241,7 +241,7 @@ def test_take_inverts_make_and_both_are_announced(tmp_path, family, dtype):
     for (part, name), (key, which) in inverse.items():
         t = layout.take(pieces[key], which, originals[key])
         assert t.is_contiguous() and same(t, parts[part][name])
-        assert layout.taken(pieces[key], which, list(originals[key].shape), dtype) == (list(t.shape), dtype)
+        assert layout.take_meta(pieces[key], which, list(originals[key].shape), dtype) == (list(t.shape), dtype)
     # each form is met, and none but "same" is the identity
     forms = {piece.form for piece in pieces.values()}
     assert forms == {"same", "conv"} | {
@@ -303,16 +303,16 @@ def test_an_unknown_tensor_is_refused_by_name(part, name):
     parts = parts_of(models.shapes("sd1"))
     layout.original_layout("sd1", parts)  # as it is, it is whole
     parts[part].append(name)
-    with pytest.raises(SalunError, match=f"^{name} in {part} has no place in the original layout of sd1"):
+    with pytest.raises(SalunError, match=f"{name}.* {part}.* sd1"):
         layout.original_layout("sd1", parts)
 
 
 def test_a_tensor_or_part_that_is_needed_and_missing_is_named():
     parts = parts_of(models.shapes("sd2"))
     parts["text_encoder"].remove("encoder.layers.1.self_attn.k_proj.weight")
-    with pytest.raises(SalunError, match="encoder.layers.1.self_attn.k_proj.weight is missing in text_encoder"):
+    with pytest.raises(SalunError, match="encoder.layers.1.self_attn.k_proj.weight.* text_encoder"):
         layout.original_layout("sd2", parts)
-    with pytest.raises(SalunError, match="A sdxl checkpoint has .*text_encoder_2; this one has"):
+    with pytest.raises(SalunError, match="sdxl.* text_encoder_2"):
         layout.original_layout("sdxl", parts)
 
 

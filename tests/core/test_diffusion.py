@@ -9,7 +9,7 @@ from salun_sd.core.diffusion import Schedule, add_noise, guide, mse, noise_for, 
 def test_noising_and_targets_are_diffusers_own(prediction):
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               prediction_type=prediction)  # fmt: skip
-    schedule = Schedule.of(scheduler)
+    schedule = Schedule(scheduler.alphas_cumprod, prediction)
     t, noise = noise_for(range(5), (4, 8, 8), 1000, seed=3)
     x0 = torch.randn(5, 4, 8, 8)
     torch.testing.assert_close(add_noise(schedule, x0, noise, t), scheduler.add_noise(x0, noise, t))

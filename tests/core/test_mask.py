@@ -43,6 +43,28 @@ def test_threshold_equals_a_naive_sort_and_the_count_is_exact(kind, density):
     assert torch.equal(torch.cat([b.flatten() for b in bits.values()]), naive)
 
 
+@pytest.mark.parametrize("kind", ["spread", "ties", "zeros"])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_a_cut_at_a_density_is_the_one_at_its_count(kind, density):
+    saliency = values(kind)
+    [(_, bits)] = masks.cuts(saliency, [round(density * 337)])
+    cut = masks.cut(saliency, density)
+    assert masks.kept(cut) == (round(density * 337), 337)
+    assert list(cut) == list(saliency) and all(torch.equal(cut[name], bits[name]) for name in bits)
+
+
+def test_what_is_no_saliency_is_refused_by_name():
+    good = {"a": torch.rand(4), "b": torch.rand(3)}
+    masks.cut(good, 0.5)
+    for odd, error in (
+        (torch.rand(3).double(), TypeError),
+        (torch.tensor([1.0, -1.0, 2.0]), ValueError),
+        (torch.tensor([1.0, float("nan"), 2.0]), ValueError),
+    ):
+        with pytest.raises(error, match=r"\bb\b"):
+            masks.cut({**good, "b": odd}, 0.5)
+
+
 def test_the_most_salient_are_kept_not_the_least():
     bits = masks.select(s := {"w": torch.arange(10.0)}, masks.thresholds(s, [3])[0], 3)
     assert bits["w"].tolist() == [False] * 7 + [True] * 3
@@ -57,8 +79,10 @@ def test_several_densities_are_nested():
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.1, float("nan"), 1e-6])
 def test_a_density_outside_its_range_is_a_usage_error(density):
-    with pytest.raises(UsageError, match="Density"):
+    with pytest.raises(UsageError, match=f"{density:g}"):
         masks.keep_count(density, 1000)
+    with pytest.raises(UsageError, match=f"{density:g}"):
+        masks.cut({"w": torch.rand(1000)}, density)
 
 
 def test_controls():
@@ -107,10 +131,10 @@ def test_a_truncated_or_foreign_file_is_named():
     )
     header = {"salun_sd": json.dumps({"shapes": {"w": [100]}})}
     for odd in (fewer, more):
-        with pytest.raises(SalunError, match="is not a salun-sd mask"):
-            maskfile.unpack(save(odd, header), "odd")
+        with pytest.raises(SalunError, match=r"here\.safetensors"):
+            maskfile.unpack(save(odd, header), "here.safetensors")
     for data in (b"", packed[:5], packed[:40], packed[:-1], b"not a mask at all", packed[:8] + b"{}" + packed[10:]):
-        with pytest.raises(SalunError, match="here.safetensors is not a salun-sd mask"):
+        with pytest.raises(SalunError, match=r"here\.safetensors"):
             maskfile.unpack(data, "here.safetensors")
 
 
@@ -118,11 +142,11 @@ def test_a_mask_of_another_unet_is_refused():
     mask = Mask(bits_of(a=torch.ones(2).bool(), b=torch.ones(3).bool()), {"base": "f" * 64})
     shapes = {name: b.shape for name, b in mask.bits.items()}
     maskfile.check(mask, shapes, "f" * 64)
-    with pytest.raises(SalunError, match="fingerprint ffffffffffff, this one is 000000000000"):
+    with pytest.raises(SalunError, match="ffffffffffff.*000000000000"):
         maskfile.check(mask, shapes, "0" * 64)
-    with pytest.raises(SalunError, match="lacks c"):
+    with pytest.raises(SalunError, match=r"\bc\b"):
         maskfile.check(mask, {**shapes, "c": torch.Size([1])}, "f" * 64)
-    with pytest.raises(SalunError, match="has unknown b"):
+    with pytest.raises(SalunError, match=r"\bb\b"):
         maskfile.check(mask, {"a": shapes["a"]}, "f" * 64)
-    with pytest.raises(SalunError, match="another shape for b"):
+    with pytest.raises(SalunError, match=r"shape.*\bb\b"):
         maskfile.check(mask, {**shapes, "b": torch.Size([4])}, "f" * 64)

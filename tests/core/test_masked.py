@@ -1,111 +1,360 @@
-"""Adam on compact state against torch's dense one."""
+"""The optimizers of a mask's weights against torch's dense ones."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from salun_sd.checkpoint.tensors import given
-from salun_sd.core.mask import full_bits, random_bits
-from salun_sd.core.masked import MaskedAdam
-
-
-def shapes_of(unet):
-    return {name: p.shape for name, p in unet.named_parameters()}
+from salun_sd.core.mask import Bits, full_bits, kept, random_bits
+from salun_sd.core.masked import Masked, MaskedAdam, MaskedSGD
 
 
-def tensors_of(unet):
-    return {name: given(p.detach().clone()) for name, p in unet.named_parameters()}
+class Rule(NamedTuple):
+    masked: Callable[..., Masked]
+    dense: Callable[..., torch.optim.Optimizer]
+    lr: float
+    settings: dict
 
 
-def loss_of(unet, contexts, seed):
-    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return unet(noise, 10 * seed, contexts["context"][:1].expand(4, -1, -1)).sample.pow(2).mean()
+ADAM = Rule(MaskedAdam, torch.optim.Adam, 1e-3, {})
+RULES = {
+    "adam": ADAM,
+    **{
+        f"sgd-{momentum}-{decay}": Rule(MaskedSGD, torch.optim.SGD, 0.1, {"momentum": momentum, "weight_decay": decay})
+        for momentum in (0.0, 0.9)
+        for decay in (0.0, 5e-4)
+    },
+}
 
 
-@pytest.mark.parametrize("clip", [None, 1e-3, 1e3])
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("density", [0.3, 1.0])
-def test_equals_dense_adam_with_a_masked_gradient(fresh_unet, contexts, density, parts, clip):
-    """Over steps that move the weights; bit for bit where the gradient is neither summed nor scaled."""
-    dense, shapes = deepcopy(fresh_unet), shapes_of(fresh_unet)
-    bits = random_bits(shapes, density, seed=5) if density < 1 else full_bits(shapes)
-    compact = MaskedAdam(fresh_unet, bits, tensors_of(fresh_unet), 1e-3, clip=clip, holds=parts > 1)
-    torchs = torch.optim.Adam(dense.parameters(), lr=1e-3)
-    for step in range(3):
-        with compact.step():
+@pytest.fixture(params=RULES)
+def rule(request) -> Rule:
+    return RULES[request.param]
+
+
+@pytest.fixture(params=["adam", "sgd-0.9-0.0005"])
+def full_rule(request) -> Rule:
+    """One of Adam and SGD with all it has."""
+    return RULES[request.param]
+
+
+def bits_for(model: nn.Module, density: float = 0.3) -> Bits:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return random_bits(shapes, density, seed=5) if density < 1 else full_bits(shapes)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def batch(step: int, part: int = 0) -> slice:
+    """Four of the twelve examples."""
+    start = 4 * ((step + part) % 3)
+    return slice(start, start + 4)
+
+
+def train(case, optimizer: Masked, steps: int = 3) -> dict[str, torch.Tensor]:
+    for step in range(steps):
+        with optimizer.step():
+            case.losses(case.model, batch(step)).mean().backward()
+    return weights_of(case.model)
+
+
+def both(case, rule: Rule, density: float, parts: int = 1, **how) -> tuple[nn.Module, nn.Module]:
+    """The module after three steps at two rates, and a copy that torch has trained with masked gradients, its weights
+    outside the mask put back after each: momentum and weight decay would move them."""
+    compact, dense, bits = case.model, deepcopy(case.model), bits_for(case.model, density)
+    before = weights_of(dense)
+    masked = rule.masked(compact, bits, rule.lr, **rule.settings, **how)
+    torchs = rule.dense(dense.parameters(), lr=rule.lr, **rule.settings)
+    for step, lr in enumerate((rule.lr, rule.lr, rule.lr / 2)):
+        masked.lr = torchs.param_groups[0]["lr"] = lr
+        with masked.step():
             for part in range(parts):
-                loss_of(fresh_unet, contexts, parts * step + part).backward()
-                loss_of(dense, contexts, parts * step + part).backward()
+                case.losses(compact, batch(step, part)).mean().backward()
+                case.losses(dense, batch(step, part)).mean().backward()
         for name, p in dense.named_parameters():
             p.grad *= bits[name]
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(dense.parameters(), clip)
+        if how.get("clip"):
+            torch.nn.utils.clip_grad_norm_(dense.parameters(), how["clip"])
         torchs.step()
         torchs.zero_grad()
-    for (name, a), b in zip(fresh_unet.named_parameters(), dense.parameters(), strict=True):
-        if parts == 1 and clip is None:
-            assert torch.equal(a, b), name
-        else:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for name, p in dense.named_parameters():
+                p.copy_(torch.where(bits[name], p, before[name]))
+    moved = sum(int((p != before[name]).sum()) for name, p in compact.named_parameters())
+    assert moved > 0.9 * kept(bits)[0]
+    return compact, dense
 
 
-def test_no_dense_gradient_is_left_and_state_is_for_salient_weights_only(fresh_unet, contexts):
-    bits = random_bits(shapes_of(fresh_unet), 0.1, seed=5)
-    adam = MaskedAdam(fresh_unet, bits, tensors_of(fresh_unet), 1e-3)
-    with adam.step():
-        loss_of(fresh_unet, contexts, 0).backward()
-    assert all(p.grad is None for p in fresh_unet.parameters())
-    salient = sum(int(b.sum()) for b in bits.values())
-    assert sum(t.bytes for t in adam.state().values()) == 12 * salient
+def test_equals_torchs_optimizer_with_a_masked_gradient_bit_for_bit(case, rule):
+    compact, dense = both(case, rule, 0.3)
+    assert same(weights_of(compact), weights_of(dense))
 
 
-def test_bfloat16_weights_are_the_rounding_of_float32_values(fresh_unet, contexts):
+def test_with_every_weight_in_the_mask_it_is_torchs_optimizer(case, full_rule):
+    compact, dense = both(case, full_rule, 1.0)
+    assert same(weights_of(compact), weights_of(dense))
+
+
+def test_gradients_that_are_held_are_summed_as_torch_sums_them(case, full_rule):
+    compact, dense = both(case, full_rule, 0.3, 3, holds=True)
+    assert same(weights_of(compact), weights_of(dense))
+
+
+@pytest.mark.parametrize(("parts", "clip"), [(1, 1e-3), (3, 1e3)])
+def test_a_clipped_update_is_torchs_to_rounding(case, full_rule, parts, clip):
+    compact, dense = both(case, full_rule, 0.3, parts, clip=clip)
+    for name, p in dense.named_parameters():
+        torch.testing.assert_close(compact.get_parameter(name), p, rtol=1e-4, atol=0.01 * full_rule.lr * min(clip, 1))
+
+
+def test_clipping_bounds_the_update(case):
+    """Without it, the same step is much larger: the two tests above would not see a clip that does nothing."""
+    start, moved = deepcopy(case.model), {}
+    for clip in (None, 1e-3):
+        case.model.load_state_dict(start.state_dict())
+        train(case, adam := MaskedSGD(case.model, bits_for(start), 1.0, clip=clip), steps=1)
+        adam.close()
+        moved[clip] = torch.cat(
+            [(p - start.get_parameter(n)).flatten() for n, p in case.model.named_parameters()]
+        ).norm()
+    assert moved[1e-3].item() == pytest.approx(1e-3, rel=1e-2) and moved[None] > 1e-2
+
+
+def test_outside_the_mask_no_bit_moves(case, full_rule):
+    bits, before = bits_for(case.model, 0.1), weights_of(case.model)
+    optimizer = full_rule.masked(case.model, bits, full_rule.lr, **full_rule.settings)
+    after = train(case, optimizer)
+    assert all(torch.equal(before[name][~b], after[name][~b]) for name, b in bits.items())
+    assert same(optimizer.values(), {name: after[name][b] for name, b in bits.items() if b.any()})
+    assert all(p.grad is None for p in case.model.parameters())
+
+
+def test_state_is_for_salient_weights_only(batch_norm, rule):
+    bits = bits_for(batch_norm.model, 0.1)
+    optimizer = rule.masked(batch_norm.model, bits, rule.lr, **rule.settings)
+    train(batch_norm, optimizer)
+    floats = 3 if rule is ADAM else 2 if rule.settings["momentum"] else 1
+    assert sum(t.nbytes for t in optimizer.state().values()) == 4 * floats * kept(bits)[0]
+
+
+def test_a_parameter_without_a_salient_weight_is_frozen(case):
+    name, _ = next(case.model.named_parameters())
+    bits = Bits.of((n, b & (n != name)) for n, b in bits_for(case.model).items())
+    optimizer, before = MaskedAdam(case.model, bits, 1e-3), weights_of(case.model)
+    after, frozen = train(case, optimizer), {n for n, b in bits.items() if not b.any()}
+    assert name in frozen and len(frozen) < len(bits) / 2
+    assert {n for n, p in case.model.named_parameters() if not p.requires_grad} == frozen
+    assert {n for n in bits if torch.equal(before[n], after[n])} == frozen
+
+
+def test_the_statistics_of_batch_norm_are_no_weights(batch_norm):
+    """They follow the forward passes in training mode, as with torch's optimizers; in eval mode they stay."""
+    before = {name: b.clone() for name, b in batch_norm.model.named_buffers()}
+    compact, dense = both(batch_norm, RULES["sgd-0.9-0.0005"], 0.3)
+    after = {name: b.clone() for name, b in compact.named_buffers()}
+    assert not bits_for(compact).keys() & after.keys()
+    assert same(after, dict(dense.named_buffers()))
+    assert not any(torch.equal(before[name], after[name]) for name in after)
+
+    before, evaluated = weights_of(dense), batch_norm._replace(model=dense.eval())
+    assert not same(train(evaluated, MaskedSGD(dense, bits_for(dense), 0.1)), before)
+    assert same(after, dict(dense.named_buffers()))
+
+
+def test_bfloat16_weights_are_the_rounding_of_float32_values(unet):
     """Updates too small for bfloat16 add up instead of getting lost, and outside the mask no bit moves."""
-    base, bits = tensors_of(fresh_unet), random_bits(shapes_of(fresh_unet), 0.3, seed=5)
-    unet = fresh_unet.to(torch.bfloat16)
-    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
-    contexts = {"context": contexts["context"].to(torch.bfloat16)}
-    adam = MaskedAdam(unet, bits, base, 1e-6)
+    base, bits = weights_of(unet.model), bits_for(unet.model)
+    unet.model.to(torch.bfloat16)
+    before = weights_of(unet.model)
+    optimizer = MaskedAdam(unet.model, bits, 1e-6, values=base)
+    after, values = train(unet, optimizer), optimizer.values()
+    for name, b in bits.items():
+        assert torch.equal(after[name][~b], before[name][~b])
+        assert torch.equal(after[name][b], values.get(name, torch.empty(0)).to(torch.bfloat16))
+    moved = sum(int((values[name] != base[name][bits[name]]).sum()) for name in values)
+    assert moved > 0.9 * kept(bits)[0]
+
+
+def test_the_base_is_there_while_it_is_asked_for(case):
+    before = weights_of(case.model)
+    optimizer = MaskedAdam(case.model, bits_for(case.model), 1e-2, keeps_base=True)
+    after = train(case, optimizer)
+    with pytest.raises(KeyError), optimizer.base():
+        assert same(weights_of(case.model), before)
+        raise KeyError
+    assert same(weights_of(case.model), after) and not same(after, before)
+
+
+def test_a_restored_state_goes_on_with_the_same_bits(case, full_rule):
+    start, bits = deepcopy(case.model), bits_for(case.model)
+    make = lambda: full_rule.masked(case.model, bits, full_rule.lr, **full_rule.settings)  # noqa: E731
+    whole = train(case, optimizer := make(), steps=4)
+    optimizer.close()
+
+    case.model.load_state_dict(start.state_dict())
+    train(case, optimizer := make(), steps=2)
+    state = {name: t.clone() for name, t in optimizer.state().items()}
+    optimizer.close()
+    case.model.load_state_dict(start.state_dict())
+    optimizer = make()
+    optimizer.restore(state, 2)
+    assert optimizer.steps == 2
+    for step in (2, 3):
+        with optimizer.step():
+            case.losses(case.model, batch(step)).mean().backward()
+    assert same(weights_of(case.model), whole)
+
+
+def test_closed_it_lets_go_of_the_module(case):
+    optimizer = MaskedAdam(case.model, full_bits({n: p.shape for n, p in case.model.named_parameters()}), 1e-3)
+    before = train(case, optimizer)
+    optimizer.close()
+    case.losses(case.model, batch(0)).mean().backward()
+    assert all(p.grad is not None for p in case.model.parameters()) and not optimizer.state()
+    assert same(weights_of(case.model), before)
+
+
+# wrong uses
+
+
+def test_a_backward_pass_outside_a_step_is_refused(case):
+    for holds in (False, True):
+        model = deepcopy(case.model)
+        MaskedAdam(model, bits_for(model), 1e-3, holds=holds)
+        with pytest.raises(RuntimeError, match="step"):
+            case.losses(model, batch(0)).mean().backward()
+        assert same(weights_of(model), weights_of(case.model))
+
+
+def test_a_second_backward_pass_needs_holds(case):
+    optimizer = MaskedAdam(case.model, bits_for(case.model), 1e-3)
+    with pytest.raises(RuntimeError, match="holds"), optimizer.step():
+        case.losses(case.model, batch(0)).mean().backward()
+        once = weights_of(case.model)
+        case.losses(case.model, batch(0)).mean().backward()
+    assert same(weights_of(case.model), once) and optimizer.steps == 1
+    train(case, optimizer, steps=1)  # the next step is a step
+    assert not same(weights_of(case.model), once) and optimizer.steps == 2
+
+
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("wrong", ["no backward pass", "an exception"])
+def test_a_step_that_moves_nothing_raises_and_is_not_counted(case, holds, wrong):
+    """What comes after it is the same as without it: no gradient is left over, and Adam's step is the first."""
+    fresh, model = deepcopy(case.model), case.model
+    optimizer = MaskedAdam(model, bits_for(model), 1e-3, holds=holds)
+    with pytest.raises(RuntimeError if wrong == "no backward pass" else KeyError), optimizer.step():
+        if wrong == "an exception":
+            if holds:
+                case.losses(model, batch(1)).mean().backward()
+            raise KeyError
+    case.losses(model, batch(1))  # a forward pass, as the one above, moves batch norm
+    after = train(case, optimizer)
+    expected = train(case._replace(model=fresh), MaskedAdam(fresh, bits_for(fresh), 1e-3, holds=holds))
+    assert same(after, expected) and optimizer.steps == 3
+
+
+def test_a_step_inside_a_step_is_refused(case):
+    optimizer = MaskedAdam(case.model, bits_for(case.model), 1e-3)
+    with optimizer.step():
+        with pytest.raises(RuntimeError), optimizer.step():
+            pass
+        case.losses(case.model, batch(0)).mean().backward()
+    assert optimizer.steps == 1
+
+
+def test_the_base_has_to_be_kept(case):
+    optimizer = MaskedAdam(case.model, bits_for(case.model), 1e-3)
+    with pytest.raises(RuntimeError, match="keeps_base"), optimizer.base():
+        pass
+
+
+def test_the_mask_of_another_module_is_refused_by_the_parameter(case, full_rule):
+    shapes = {name: p.shape for name, p in case.model.named_parameters()}
+    first, *_, last = shapes
+    others = [
+        ({name: s for name, s in shapes.items() if name != first}, first),
+        ({**shapes, "more.weight": torch.Size([2])}, "more.weight"),
+        ({**shapes, last: torch.Size([1, *shapes[last]])}, last),
+    ]
+    for other, name in others:
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            full_rule.masked(case.model, full_bits(other), full_rule.lr, **full_rule.settings)
+    assert all(p.requires_grad for p in case.model.parameters())
+    train(case, MaskedAdam(case.model, full_bits(shapes), 1e-3))
+
+
+# modules that are not a plain chain of layers
+
+
+class Shared(nn.Module):
+    """Two blocks with one weight, recomputed in the backward pass where that is asked for."""
+
+    def __init__(self, reentrant: bool | None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.reentrant = nn.Linear(6, 6), nn.Linear(6, 6), reentrant
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        for block in (self.first, self.second):
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+            x = x.tanh()
+        return x
+
+
+def trained_with_sharing(reentrant: bool | None, holds: bool) -> dict[str, torch.Tensor]:
+    model = Shared(reentrant)
+    optimizer = MaskedAdam(model, bits_for(model), 1e-2, holds=holds)
     for step in range(3):
-        with adam.step():
-            noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
-            unet(noise, step, contexts["context"][:1].expand(2, -1, -1)).sample.float().pow(2).mean().backward()
-    moved = 0
-    for name, p in unet.named_parameters():
-        own = bits[name]
-        assert torch.equal(p[~own], before[name][~own])
-        values = adam.values().get(name, torch.empty(0))
-        assert torch.equal(p[own], values.to(torch.bfloat16))
-        moved += int((values != base[name].read()[own]).sum())
-    assert moved > 0.9 * sum(int(b.sum()) for b in bits.values())
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step)).requires_grad_(bool(reentrant))
+        with optimizer.step():
+            model(x).pow(2).mean().backward()
+    return weights_of(model)
 
 
-def test_the_base_is_there_while_it_is_asked_for(fresh_unet, contexts):
-    before, bits = tensors_of(fresh_unet), random_bits(shapes_of(fresh_unet), 0.3, seed=5)
-    adam = MaskedAdam(fresh_unet, bits, before, 1e-2, keeps_base=True)
-    with adam.step():
-        loss_of(fresh_unet, contexts, 0).backward()
-    after = tensors_of(fresh_unet)
-    with adam.base():
-        assert all(torch.equal(p, before[name].read()) for name, p in fresh_unet.named_parameters())
-    assert all(torch.equal(p, after[name].read()) for name, p in fresh_unet.named_parameters())
-    assert not all(torch.equal(p, before[name].read()) for name, p in fresh_unet.named_parameters())
+def test_a_shared_parameter_and_recomputed_activations_are_one_backward_pass():
+    model, before = Shared(None), weights_of(Shared(None))
+    adam, bits = torch.optim.Adam(model.parameters(), lr=1e-2), bits_for(model)
+    for step in range(3):
+        adam.zero_grad()
+        model(torch.randn(5, 6, generator=torch.Generator().manual_seed(step))).pow(2).mean().backward()
+        for name, p in model.named_parameters():
+            p.grad *= bits[name]
+        adam.step()
+    dense = weights_of(model)
+    assert list(dense) == ["first.weight", "first.bias", "second.bias"] and not same(dense, before)
+    for reentrant in (None, False):
+        for holds in (False, True):
+            assert same(trained_with_sharing(reentrant, holds), dense)
+    # reentrant checkpoints are backward passes of their own, each with its part of the shared gradient
+    assert same(trained_with_sharing(True, True), dense)
+    with pytest.raises(RuntimeError, match="holds"):
+        trained_with_sharing(True, False)
 
 
-def test_a_restored_state_goes_on_with_the_same_bits(fresh_unet, contexts):
-    base, bits = tensors_of(fresh_unet), random_bits(shapes_of(fresh_unet), 0.3, seed=5)
-    start, ends = deepcopy(fresh_unet), []
-    for stops in (False, True):
-        unet = deepcopy(start)
-        adam = MaskedAdam(unet, bits, base, 1e-3)
-        for step in range(4):
-            if stops and step == 2:
-                state = {name: given(t.read().clone()) for name, t in adam.state().items()}
-                unet = deepcopy(start)
-                adam = MaskedAdam(unet, bits, base, 1e-3)
-                adam.restore(state, 2)
-            with adam.step():
-                loss_of(unet, contexts, step).backward()
-        ends.append(tensors_of(unet))
-    assert all(torch.equal(t.read(), ends[1][name].read()) for name, t in ends[0].items())
+def test_a_unet_that_recomputes_trains_to_the_same_bits(unet):
+    recomputing = unet._replace(model=deepcopy(unet.model).train())
+    recomputing.model.enable_gradient_checkpointing()
+    whole, again = (train(c, MaskedAdam(c.model, bits_for(c.model), 1e-3)) for c in (unet, recomputing))
+    assert same(again, whole)
+
+
+def test_weights_in_another_order_of_memory_train_the_same(batch_norm):
+    """channels_last: to rounding, as torch's own kernels for it."""
+    other = batch_norm._replace(model=deepcopy(batch_norm.model).to(memory_format=torch.channels_last))
+    assert not other.model[0].weight.is_contiguous()
+    results = [train(c, MaskedSGD(c.model, bits_for(c.model), 0.1, momentum=0.9)) for c in (batch_norm, other)]
+    assert not other.model[0].weight.is_contiguous()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5)

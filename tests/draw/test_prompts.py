@@ -45,44 +45,43 @@ def test_write_gives_back_what_read_takes(tmp_path):
         prompts.Prompt(7, "<b>מימין לשמאל</b>", 0, 3.0, "bag", ("sexual", "self-harm"), (512, 128)),
     ]
     file = tmp_path / "p.csv"
-    file.write_text("\ufeff" + prompts.write(rows), encoding="utf-8")
+    file.write_text("\ufeff" + prompts.as_csv(rows), encoding="utf-8")
     assert prompts.read(str(file)) == rows
     assert len(list(csv.reader(file.open(newline="")))) == 3
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "named"),
     [
-        ("", "has no column prompt, evaluation_seed, evaluation_guidance; it needs prompt, evaluation_seed or sd_seed, "
-         "evaluation_guidance or sd_guidance_scale."),
-        (HEADER, "has no prompts: a header alone, or nothing"),
-        ("case_number,prompt\n1,a\n", "has no column evaluation_seed, evaluation_guidance"),
-        (HEADER.replace("\n", ",prompt\n") + "0,a,1,7,,b\n", "has two columns prompt: leave one of them"),
-        (I2P.replace("4261553411", ""), "line 2: evaluation_seed is '', not a whole number"),
-        (HEADER + "0,a,1,7,\n1,b,x7,7,\n", "line 3: evaluation_seed is 'x7', not a whole number"),
-        (HEADER + "0,a,-1,7,\n", "line 2: evaluation_seed is -1, which is negative"),
-        (HEADER + "0,a,1,nan,\n", "line 2: evaluation_guidance is nan"),
-        (HEADER + "0,a,1,7,\n1,a,2,7\n", "line 3: it has 4 cells, and the header 5; put a cell with commas into"),
-        (LAST + "0,12,7.5,a cat\n1,12,7.5,a cat, sitting on a mat\n", "line 3: it has 5 cells, and the header 4"),
-        (LAST + "0,12,7.5\n", "line 2: it has 3 cells, and the header 4"),
-        (LAST + '0,12,7.5,a cat\n\n1,12,7.5,"a dog\n2,12,7.5,a bag\n', "from line 3 on, is no CSV"),
-        (LAST + '0,12,7.5,"a cat\n1,12,7.5,"a dog"\n', "from line 2 on, is no CSV"),
-        ('case_number,"prompt\n1,a\n', "from line 1 on, is no CSV"),
-        (HEADER + "0,a,1,7,\n0,b,2,7,\n", "has case_number 0 twice"),
-        (I2P.replace("13,512,384", "13,512,"), "line 2 has sd_image_width alone: a size is both"),
-        (I2P.replace("13,512,384", "13,wide,384"), "line 2: sd_image_width is 'wide', not a whole number"),
-        (b"\xff\xfe\x00", "no CSV file in UTF-8"),
+        ("", "prompt, evaluation_seed, evaluation_guidance.* evaluation_seed or sd_seed"),
+        (HEADER, "no prompts"),
+        ("case_number,prompt\n1,a\n", "column evaluation_seed, evaluation_guidance"),
+        (HEADER.replace("\n", ",prompt\n") + "0,a,1,7,,b\n", "two columns prompt"),
+        (I2P.replace("4261553411", ""), "line 2.*evaluation_seed.*''.*whole"),
+        (HEADER + "0,a,1,7,\n1,b,x7,7,\n", "line 3.*evaluation_seed.*'x7'.*whole"),
+        (HEADER + "0,a,-1,7,\n", "line 2.*evaluation_seed.*-1.*negative"),
+        (HEADER + "0,a,1,nan,\n", "line 2.*evaluation_guidance.*nan"),
+        (HEADER + "0,a,1,7,\n1,a,2,7\n", "line 3.*4 cells.* 5"),
+        (LAST + "0,12,7.5,a cat\n1,12,7.5,a cat, sitting on a mat\n", "line 3.*5 cells.* 4.*quotes"),
+        (LAST + "0,12,7.5\n", "line 2.*3 cells.* 4"),
+        (LAST + '0,12,7.5,a cat\n\n1,12,7.5,"a dog\n2,12,7.5,a bag\n', "line 3 "),
+        (LAST + '0,12,7.5,"a cat\n1,12,7.5,"a dog"\n', "line 2 "),
+        ('case_number,"prompt\n1,a\n', "line 1 "),
+        (HEADER + "0,a,1,7,\n0,b,2,7,\n", "case_number 0 twice"),
+        (I2P.replace("13,512,384", "13,512,"), "line 2.* sd_image_width.*sd_image_height"),
+        (I2P.replace("13,512,384", "13,wide,384"), "line 2.*sd_image_width.*'wide'.*whole"),
+        (b"\xff\xfe\x00", "UTF-8"),
     ],
 )  # fmt: skip
-def test_wrong_content_is_named_with_its_line(tmp_path, content, said):
+def test_wrong_content_is_named_with_its_line(tmp_path, content, named):
     file = tmp_path / "p.csv"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(SalunError, match=said):
+    with pytest.raises(SalunError, match=f"p.csv.*{named}|{named}.*p.csv"):
         prompts.read(str(file))
 
 
 def test_a_missing_set_lists_the_built_in_ones():
-    with pytest.raises(UsageError, match="no prompt set or file nowhere.csv; built in are everyday, i2p, imagenette"):
+    with pytest.raises(UsageError, match="nowhere.csv.* everyday, i2p, imagenette"):
         prompts.read("nowhere.csv")
 
 
@@ -148,7 +147,7 @@ def test_rows_for_which_all_conditions_hold_are_left_with_their_own_cases(i2p, w
 
 def test_an_empty_prompt_is_one_as_in_i2p(tmp_path):
     rows = [prompts.Prompt(2260, "", 4261564198, 7, None, ("illegal activity",), (512, 512))]
-    (tmp_path / "p.csv").write_text(prompts.write(rows))
+    (tmp_path / "p.csv").write_text(prompts.as_csv(rows))
     assert prompts.read(str(tmp_path / "p.csv")) == rows
 
 
@@ -158,10 +157,10 @@ def test_what_is_typed_stands_in_for_the_rows_own_guidance_and_size(i2p):
     typed = prompts.overridden(rows, 0.0, (512, 512))
     assert {(p.guidance, p.size) for p in typed} == {(0.0, (512, 512))}
     assert [p._replace(guidance=q.guidance, size=q.size) for p, q in zip(typed, rows, strict=True)] == rows
-    assert prompts.size_of("512") == (512, 512) and prompts.size_of("512x384") == (512, 384)
+    assert prompts.parse_size("512") == (512, 512) and prompts.parse_size("512x384") == (512, 384)
     for text in ("", "0", "512x", "x512", "512x0", "512X384", "-512", "512 x 384", "1000000", "512.0"):
-        with pytest.raises(UsageError, match=f"--size {text} is no size: give pixels, as in 512"):
-            prompts.size_of(text)
+        with pytest.raises(UsageError, match=f"--size {text} .*512x384"):
+            prompts.parse_size(text)
 
 
 def test_the_built_in_sets_are_filtered_too():
@@ -171,24 +170,23 @@ def test_the_built_in_sets_are_filtered_too():
 
 
 @pytest.mark.parametrize(
-    ("where", "error", "said"),
+    ("where", "error", "named"),
     [
-        ("nudity>=50", UsageError, "copy.csv has no column nudity: it has prompt, categories, hard, nudity_percentage, "
-         "lexica_url, sd_seed, sd_guidance_scale, sd_image_width, sd_image_height, sd_model, case_number, "
-         "evaluation_seed, evaluation_guidance."),
-        ("hard=2", UsageError, "copy.csv has no prompt with hard=2: give another --where."),
-        ("sd_model>1", SalunError, "copy.csv, line 2: sd_model is 'sd-v1-4', not a number; --where compares it by "
-         "=, != or ~ only."),
-        ("hard>few", UsageError, "--where 'hard>few': few is not a number, and > compares numbers; give =, != or ~."),
-        ("hard>nan", UsageError, "--where 'hard>nan': nan is not a number, and > compares numbers; give =, != or ~."),
-        *((text, UsageError, f"--where {text!r} is no condition: give a column, one of ~ = != >= <= > < and a value, "
-           "as in 'categories~sexual' or 'nudity_percentage>=50'.") for text in ("hard", "hard=", "=1", " ~ ", "a!1")),
+        ("nudity>=50", UsageError, "copy.csv.* nudity.* prompt, categories, hard, nudity_percentage, lexica_url, "
+         "sd_seed, sd_guidance_scale, sd_image_width, sd_image_height, sd_model, case_number, evaluation_seed, "
+         "evaluation_guidance"),
+        ("hard=2", UsageError, "copy.csv.* hard=2"),
+        ("sd_model>1", SalunError, "copy.csv, line 2.*sd_model.*'sd-v1-4'.*number"),
+        ("hard>few", UsageError, "--where 'hard>few'.* few .*number"),
+        ("hard>nan", UsageError, "--where 'hard>nan'.* nan .*number"),
+        *((text, UsageError, f"--where {text!r}.*'nudity_percentage>=50'")
+          for text in ("hard", "hard=", "=1", " ~ ", "a!1")),
     ],
 )  # fmt: skip
-def test_a_condition_that_cannot_be_met_is_said(i2p, where, error, said):
-    with pytest.raises(SalunError) as e:
+def test_a_condition_that_cannot_be_met_is_named(i2p, where, error, named):
+    with pytest.raises(SalunError, match=named) as e:
         prompts.read(str(i2p), [where])
-    assert type(e.value) is error and str(e.value).removeprefix(f"{i2p.parent}/") == said
+    assert type(e.value) is error
 
 
 def test_a_text_file_has_a_prompt_a_line_and_a_new_line_changes_no_others_seed(tmp_path):
@@ -207,17 +205,17 @@ def test_a_text_file_has_a_prompt_a_line_and_a_new_line_changes_no_others_seed(t
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "word"),
     [
-        (b"", "has no prompts: blank lines alone, or nothing."),
-        (b" \n\n", "has no prompts"),
-        (b"\xff", "no text in UTF-8"),
+        (b"", "no prompts"),
+        (b" \n\n", "no prompts"),
+        (b"\xff", "UTF-8"),
     ],
 )
-def test_a_text_file_without_prompts_is_said(tmp_path, content, said):
+def test_a_text_file_without_prompts_is_named(tmp_path, content, word):
     file = tmp_path / "p.txt"
     file.write_bytes(content)
-    with pytest.raises(SalunError, match=said):
+    with pytest.raises(SalunError, match=f"p.txt.*{word}|{word}.*p.txt"):
         prompts.read(str(file))
 
 
@@ -227,8 +225,8 @@ def test_i2p_comes_from_the_hubs_own_cache_and_its_absence_is_one_sentence(i2p, 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(UsageError) as e:
         prompts.read("i2p")
-    assert str(e.value).startswith("The hub did not give I2P, i2p_benchmark.csv of the data set AIML-TUDA/i2p (")
-    assert str(e.value).endswith("or give a copy from disk: --prompts i2p_benchmark.csv") and "\n" not in str(e.value)
+    assert all(name in str(e.value) for name in ("AIML-TUDA/i2p", "hf auth login", "--prompts i2p_benchmark.csv"))
+    assert "\n" not in str(e.value)
     repo = tmp_path / "hub" / "datasets--AIML-TUDA--i2p"
     for file, text in ((f"snapshots/{COMMIT}/i2p_benchmark.csv", I2P), ("refs/main", COMMIT)):
         (repo / file).parent.mkdir(parents=True)
@@ -238,16 +236,16 @@ def test_i2p_comes_from_the_hubs_own_cache_and_its_absence_is_one_sentence(i2p, 
 
 def test_evaluate_says_what_its_filters_cannot_do(i2p, tmp_path, capsys):
     audit = ["evaluate", "--images", str(tmp_path), "--prompts", str(i2p), "--out", str(tmp_path / "out")]
-    for more, code, said in [
-        (["--where", "hard=1", "--where", "x=1"], 2, "has no column x"),
-        (["--where", "hard=1", "--where", "sd_model>1"], 1, "sd_model is 'sd-v1-4', not a number"),
-        (["--where", "hard=1", "--where", "categories~shock"], 2, "no prompt with hard=1 and categories~shock"),
+    for more, code, named in [
+        (["--where", "hard=1", "--where", "x=1"], 2, "column x"),
+        (["--where", "hard=1", "--where", "sd_model>1"], 1, "'sd-v1-4'"),
+        (["--where", "hard=1", "--where", "categories~shock"], 2, "hard=1 and categories~shock"),
         (["--limit", "0"], 2, "--limit"),
-        (["--where", "hard=1", "--limit", "1"], 2, "holds no images of these prompts"),
+        (["--where", "hard=1", "--limit", "1"], 2, "_<k>.png"),  # no image of that prompt
     ]:
         with pytest.raises(SystemExit) as e:
             cli.run([*audit, *more])
-        assert e.value.code == code and said in " ".join(capsys.readouterr().err.split())
+        assert e.value.code == code and named in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 

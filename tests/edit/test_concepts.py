@@ -1,10 +1,14 @@
+import inspect
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+import salun_sd
 from salun_sd.draw import prompts
-from salun_sd.edit.concepts import FOLDER, Concept, Plan, builtin, of_pairs
+from salun_sd.edit import concepts
+from salun_sd.edit.concepts import FOLDER, RENAMED, Concept, Plan, builtin, concepts_of, of_pairs
 from salun_sd.errors import SalunError, UsageError
 
 CONCEPT = '[[concept]]\nprompt = "a cat"\nanchor = "a dog"\n'
@@ -15,7 +19,7 @@ def read(tmp_path):
     def write_and_read(text: str | bytes):
         file = tmp_path / "p.toml"
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_plan(str(file))
+        return concepts.read(str(file))
 
     return write_and_read
 
@@ -23,13 +27,13 @@ def read(tmp_path):
 def test_the_shipped_plans_are_the_papers_settings():
     assert builtin() == ["imagenette-church", "nudity"]
     clothes = "a photo of a person wearing clothes"
-    nudity = read("nudity")
+    nudity = concepts.read("nudity")
     assert nudity.concepts == (Concept("a photo of a nude person", clothes),)
     assert nudity.retain_prompts == (clothes,)
-    common = {"density": 0.5, "guidance": 7.5, "lr": 1e-5, "batch_size": 8, "resolution": 512}
+    common = {"density": 0.5, "saliency_guidance": 7.5, "lr": 1e-5, "batch_size": 8, "size": 512}
     assert nudity.settings == {"samples": 800, "steps": 800 // 8, "retain_weight": 0.1, **common}
 
-    church = read("imagenette-church")
+    church = concepts.read("imagenette-church")
     [concept] = church.concepts
     assert concept == Concept("an image of a church", "an image of a French horn", (), concept.images)
     assert concept.images == "frgfm/imagenette/160px:label=church"
@@ -88,75 +92,136 @@ def test_what_lies_beside_the_plan_is_found_from_anywhere(read, tmp_path, monkey
         assert read(f'{CONCEPT}[retain]\nprompts = "{name}"').retain_prompts == found
 
     (elsewhere / "sub").symlink_to(tmp_path)
-    assert read("../p.toml").retain_prompts == "no.csv"
+    assert concepts.read("../p.toml").retain_prompts == "no.csv"
     (tmp_path / "no.csv").write_text("")
-    assert read("sub/p.toml").retain_prompts == "sub/no.csv"  # a path from here, as the plan's own
+    assert concepts.read("sub/p.toml").retain_prompts == "sub/no.csv"  # a path from here, as the plan's own
 
 
 def settings(line: str) -> str:
     return f"{CONCEPT}[settings]\n{line}\n"
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ('[settings\ndensity = "', "is no TOML file: .*line 1"),
-        (CONCEPT + "density 0.5", "is no TOML file: .*line 4"),
-        (b"\xff\xfe\x00", "is no TOML file: .*decode"),
-        (settings("steps = 1" + "0" * 5000), "is no TOML file"),
-        ("", "has no concept: write a "),
-        (settings("density = 0.5").replace(CONCEPT, ""), "has no concept: write a "),
-        ("concept = []", "has no concept: write a "),
-        (CONCEPT.replace("[[concept]]", "[concept]"), r"concept has to be written \[\[concept\]\], in two brackets"),
-        ('concept = ["a cat"]', "concept has to be written"),
-        (CONCEPT + "[setting]", ": setting is not known; known are concept, retain, settings"),
-        (CONCEPT + 'anker = "x"', "concept 1: anker is not known; known are prompt, anchor, synonyms, images"),
-        (CONCEPT + '[retain]\nprompt = "x"', "retain.prompt is not known; known are retain.prompts, retain.images"),
-        (settings("learning_rate = 1e-5"), "settings.learning_rate is not known; known are settings.samples, .*lr"),
-        (settings('retain = "x"'), "settings.retain is not known"),
-        ('settings = 3\n[[concept]]\nprompt = "a"', "settings has to be a table; it is 3"),
-        (settings('density = "half"'), "settings.density has to be a number above 0, 1 at most; it is 'half'"),
-        (settings("lr = true"), "settings.lr has to be a number above 0; it is True"),
-        (settings("lr = 1" + "0" * 400), "settings.lr has to be a number"),
-        (settings("steps = 1.5"), "settings.steps has to be a whole number from 1 on; it is 1.5"),
-        (settings("steps = 1.0"), "settings.steps has to be a whole number"),
-        (settings("steps = false"), "settings.steps has to be a whole number from 1 on; it is False"),
-        (settings("samples = 0"), "settings.samples has to be a whole number from 1 on; it is 0"),
-        (settings("density = 1.5"), "settings.density has to be a number above 0, 1 at most; it is 1.5"),
-        (settings("lr = 0.0"), "settings.lr has to be a number above 0; it is 0.0"),
-        (settings("retain_weight = -1"), "settings.retain_weight has to be a number from 0 on; it is -1"),
-        (settings("guidance = inf"), "settings.guidance has to be a number from 0 on; it is inf"),
-        (settings("seed = 2026-11-22"), "settings.seed has to be a whole number"),
-        (settings('anchor_from = "now"'), 'settings.anchor_from has to be "current" or "base"; it is \'now\''),
-        ('[[concept]]\nprompt = 3\nanchor = "a"', "concept 1: prompt has to be a text in quotes.*; it is 3"),
-        ('[[concept]]\nprompt = " "\nanchor = "a"', "concept 1: prompt has to be a text in quotes"),
-        (CONCEPT + "[[concept]]\nprompt = 'x'\nanchor = ''", "concept 2: anchor has to be a text in quotes"),
-        (CONCEPT + 'synonyms = "a kitten"', "concept 1: synonyms has to be a list of texts"),
-        (CONCEPT + 'synonyms = ["a kitten", " "]', "concept 1: synonyms has to be a list of texts"),
-        (CONCEPT + "images = ''", "concept 1: images has to be a text"),
-        (CONCEPT + "[retain]\nprompts = []", "retain.prompts has to be a list of prompts, or the name"),
-        (CONCEPT + "[retain]\nprompts = ['a', 3]", "retain.prompts has to be a list of prompts, or the name"),
-        ('[[concept]]\nprompt = "a cat"', r"concept 1 \('a cat'\) has no anchor"),
-        ('[[concept]]\nanchor = "a cat"', "concept 1 has no prompt"),
-        ('[[concept]]\nprompt = "a cat"\nanchor = "A  Cat "', "concept 1: prompt and the anchor are both 'a cat'"),
-        (CONCEPT + CONCEPT.replace("a cat", "A CAT"), "concept 2: prompt is 'A CAT', which is there already"),
-        (CONCEPT + 'synonyms = ["a pet", "A dog"]', "concept 1: synonym 2 and the anchor are both 'A dog'"),
-        (CONCEPT + 'synonyms = ["a cat"]', "concept 1: synonym 1 is 'a cat', which is there already"),
-        (CONCEPT + '[retain]\nprompts = "people"\nimages = "x"', "retain.prompts and retain.images cannot go together"),
-        (CONCEPT + '[retain]\ncaption = "a {label}"', "retain.caption is for retain.images"),
-        (CONCEPT + '[retain]\nprompts = ["a tree", "A cat"]', "retain.prompts has 'A cat', a concept"),
-    ],
-)
-def test_wrong_content_is_named_with_its_key(read, content, said):
-    with pytest.raises(SalunError, match=rf"p\.toml.*{said}") as e:
+WRONG = {  # content, and words of the refusal
+    "a string without an end": ('[settings\ndensity = "', "TOML 'line 1'"),
+    "no value": (CONCEPT + "density 0.5", "TOML 'line 4'"),
+    "no text": (b"\xff\xfe\x00", "TOML decode"),
+    "a number too long": (settings("steps = 1" + "0" * 5000), "TOML"),
+    "empty": ("", "[[concept]]"),
+    "settings alone": (settings("density = 0.5").replace(CONCEPT, ""), "[[concept]]"),
+    "an empty list": ("concept = []", "[[concept]]"),
+    "one bracket": (CONCEPT.replace("[[concept]]", "[concept]"), "concept [[concept]]"),
+    "concepts as texts": ('concept = ["a cat"]', "concept [[concept]]"),
+    "an unknown table": (CONCEPT + "[setting]", "': setting is' 'concept, retain, settings'"),
+    "an unknown key": (CONCEPT + 'anker = "x"', "'concept 1: anker' 'prompt, anchor, synonyms, images'"),
+    "an unknown key to retain": (CONCEPT + '[retain]\nprompt = "x"', "'retain.prompt is' 'retain.prompts, retain.im'"),
+    "an unknown setting": (settings("learning_rate = 1e-5"), "settings.learning_rate 'settings.lr,'"),
+    "a setting of retain": (settings('retain = "x"'), "'settings.retain is'"),
+    "a number for a table": ('settings = 3\n[[concept]]\nprompt = "a"', "settings table 3"),
+    "a text for a number": (settings('density = "half"'), "settings.density \"'half'\""),
+    "true for a number": (settings("lr = true"), "settings.lr True"),
+    "a number beyond floats": (settings("lr = 1" + "0" * 400), "settings.lr"),
+    "half a step": (settings("steps = 1.5"), "settings.steps whole 1.5"),
+    "a float of steps": (settings("steps = 1.0"), "settings.steps whole 1.0"),
+    "false for steps": (settings("steps = false"), "settings.steps whole False"),
+    "no samples": (settings("samples = 0"), "settings.samples 'it is 0'"),
+    "a share above 1": (settings("density = 1.5"), "settings.density 1.5"),
+    "a rate of 0": (settings("lr = 0.0"), "settings.lr 0.0"),
+    "a negative weight": (settings("retain_weight = -1"), "settings.retain_weight -1"),
+    "infinite guidance": (settings("saliency_guidance = inf"), "settings.saliency_guidance inf"),
+    "infinite guidance by its old name": (settings("guidance = inf"), "settings.saliency_guidance inf"),
+    "a date for a seed": (settings("seed = 2026-11-22"), "settings.seed whole"),
+    "an unknown anchor_from": (settings('anchor_from = "now"'), "settings.anchor_from current base now"),
+    "a number for a prompt": ('[[concept]]\nprompt = 3\nanchor = "a"', "'concept 1: prompt' 'it is 3'"),
+    "a blank prompt": ('[[concept]]\nprompt = " "\nanchor = "a"', "'concept 1: prompt'"),
+    "a blank anchor": (CONCEPT + "[[concept]]\nprompt = 'x'\nanchor = ''", "'concept 2: anchor'"),
+    "a text for synonyms": (CONCEPT + 'synonyms = "a kitten"', "'concept 1: synonyms' list"),
+    "a blank synonym": (CONCEPT + 'synonyms = ["a kitten", " "]', "'concept 1: synonyms' list"),
+    "blank images": (CONCEPT + "images = ''", "'concept 1: images'"),
+    "nothing to retain": (CONCEPT + "[retain]\nprompts = []", "retain.prompts list"),
+    "a number to retain": (CONCEPT + "[retain]\nprompts = ['a', 3]", "retain.prompts list"),
+    "no anchor": ('[[concept]]\nprompt = "a cat"', "'concept 1' \"'a cat'\" anchor"),
+    "no prompt": ('[[concept]]\nanchor = "a cat"', "'concept 1' prompt"),
+    "its own anchor": ('[[concept]]\nprompt = "a cat"\nanchor = "A  Cat "', "'concept 1: prompt' \"'a cat'\""),
+    "a concept twice": (CONCEPT + CONCEPT.replace("a cat", "A CAT"), "'concept 2: prompt' \"'A CAT'\""),
+    "a synonym as the anchor": (CONCEPT + 'synonyms = ["a pet", "A dog"]', "'concept 1: synonym 2' \"'A dog'\""),
+    "a synonym as the concept": (CONCEPT + 'synonyms = ["a cat"]', "'concept 1: synonym 1' \"'a cat'\""),
+    "prompts and images": (CONCEPT + '[retain]\nprompts = "people"\nimages = "x"', "retain.prompts retain.images"),
+    "a caption of nothing": (CONCEPT + '[retain]\ncaption = "a {label}"', "retain.caption retain.images"),
+    "to go and to stay": (CONCEPT + '[retain]\nprompts = ["a tree", "A cat"]', "retain.prompts \"'A cat'\""),
+}
+
+
+@pytest.mark.parametrize(("content", "named"), WRONG.values(), ids=WRONG)
+def test_wrong_content_is_named_with_its_key(read, content, named):
+    with pytest.raises(SalunError) as e:
         read(content)
     assert e.value.exit_code == 1
+    assert [word for word in ["p.toml", *shlex.split(named)] if word not in str(e.value)] == []
 
 
 def test_a_missing_plan_lists_the_built_in_ones(tmp_path):
     for nowhere in ("nowhere.toml", "", str(tmp_path)):
-        with pytest.raises(UsageError, match="no plan or file .*; built in are imagenette-church, nudity."):
-            read(nowhere)
+        with pytest.raises(UsageError, match=f"{nowhere}.*imagenette-church, nudity"):
+            concepts.read(nowhere)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_in_a_plan_still_works_and_is_said(read, caplog, old, new):
+    assert read(settings(f"{new} = 16")) == read(settings(f"{old} = 16"))
+    assert read(settings(f"{old} = 16")).settings == {new: 16}
+    assert len(caplog.messages) == 2 and all("p.toml" in m and old in m and new in m for m in caplog.messages)
+
+
+def test_a_plan_is_what_erase_is_called_with(read, tmp_path):
+    read(f'{CONCEPT}images = "cats"\n[retain]\nimages = "dogs"\ncaption = "a {{label}}"\n'
+         "[settings]\nguidance = 2\nsize = 16\nsteps = 3\n")  # fmt: skip
+    assert salun_sd.plan(str(tmp_path / "p.toml")) == {
+        "concept": (Concept("a cat", "a dog", (), "cats"),), "retain_prompts": None, "retain": "dogs",
+        "retain_caption": "a {label}", "saliency_guidance": 2.0, "size": 16, "steps": 3}  # fmt: skip
+    known = inspect.signature(salun_sd.erase).parameters
+    assert {*concepts.SETTINGS, "concept", "retain_prompts", "retain", "retain_caption"} <= known.keys()
+    for name in builtin():
+        assert salun_sd.plan(name).keys() <= known.keys()
+
+
+CAT, COW = Concept("a cat", "a dog", ("a kitten",), "photos"), Concept("a cow", "a horse")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (("a cat", "a dog"), [Concept("a cat", "a dog")]),
+        (("a cat",), [Concept("a cat", None)]),  # for a mask
+        ((["a cat", "a cow"], ["a dog", "a horse"]), [Concept("a cat", "a dog"), COW]),
+        ((["a cat", "a cow"],), [Concept("a cat", None), Concept("a cow", None)]),
+        ((CAT,), [CAT]),
+        (((CAT, COW),), [CAT, COW]),
+        (([CAT, COW], []), [CAT, COW]),
+        ((COW, None, "photos"), [COW._replace(images="photos")]),
+        (("a cat", "a dog", "photos"), [Concept("a cat", "a dog", (), "photos")]),
+    ],
+)
+def test_concepts_are_prompts_with_anchors_or_what_a_plan_has(given, found):
+    assert concepts_of(*given) == tuple(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ((["a cat", COW], ["a dog"]), "plan"),
+        ((["a cat", COW],), "plan"),
+        ((COW, "a dog"), "--anchor 'a dog'"),
+        (([],), "--concept .*--plan"),
+        (([], []), "--concept .*--plan"),
+        (("a cat", []), "--concept 'a cat'"),
+        (([], "a dog"), "--anchor 'a dog'"),
+        (([CAT, COW], None, "photos"), "--forget"),
+        ((["a cat", "a cow"], ["a dog", "a horse"], "photos"), "--forget"),
+    ],
+)
+def test_concepts_that_do_not_go_together_are_refused(given, named):
+    with pytest.raises(UsageError, match=named):
+        concepts_of(*given)
 
 
 def test_pairs_go_together_in_their_order():
@@ -168,24 +233,24 @@ def test_pairs_go_together_in_their_order():
 
 
 @pytest.mark.parametrize(
-    ("concepts", "anchors", "said"),
+    ("prompts", "anchors", "named"),
     [
-        (["a cat", "a cow"], ["a dog"], "--concept 'a cow' has no --anchor"),
-        (["a cat"], [], "--concept 'a cat' has no --anchor"),
-        (["a cat"], ["a dog", "a pig"], "--anchor 'a pig' has no --concept"),
-        ([" "], ["a dog"], "^--concept is empty: say what must go"),
-        (["a cat", ""], ["a dog", "a pig"], "^--concept 2 is empty"),
-        (["a cat", "a cow"], ["\t", "a pig"], "^--anchor 1 is empty: say what stands"),
-        (["A  cat"], ["a cat "], "^--concept and the anchor are both 'A  cat'"),
-        (["a cat", "a CAT"], ["a dog", "a pig"], "^--concept 2 is 'a CAT', which is there already"),
+        (["a cat", "a cow"], ["a dog"], "--concept 'a cow' .*--anchor"),
+        (["a cat"], [], "--concept 'a cat' .*--anchor"),
+        (["a cat"], ["a dog", "a pig"], "--anchor 'a pig' .*--concept"),
+        ([" "], ["a dog"], "^--concept is"),
+        (["a cat", ""], ["a dog", "a pig"], "^--concept 2 is"),
+        (["a cat", "a cow"], ["\t", "a pig"], "^--anchor 1 is"),
+        (["A  cat"], ["a cat "], "^--concept .*'A  cat'"),
+        (["a cat", "a CAT"], ["a dog", "a pig"], "^--concept 2 .*'a CAT'"),
     ],
 )
-def test_pairs_that_do_not_go_together_are_refused(concepts, anchors, said):
-    with pytest.raises(UsageError, match=said):
-        of_pairs(concepts, anchors)
+def test_pairs_that_do_not_go_together_are_refused(prompts, anchors, named):
+    with pytest.raises(UsageError, match=named):
+        of_pairs(prompts, anchors)
 
 
-def test_plans_stand_on_the_ground_floor_and_beside_the_prompt_sets():
+def test_plans_lie_beside_the_prompt_sets_and_reading_one_waits_for_no_library():
     assert FOLDER == prompts.FOLDER
-    code = "import sys, salun_sd.plan, salun_sd.cache; print(sorted({'torch', 'numpy', 'typer'} & set(sys.modules)))"
+    code = "import sys, salun_sd; salun_sd.plan; print(sorted({'torch', 'numpy', 'typer'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -40,11 +40,14 @@ def folder(tmp_path):
     return folder
 
 
-def refused(spec, message: str, kind=SalunError):
-    """The sentence ends as it should, is one line and comes with the right exit code."""
-    with pytest.raises(SalunError, match=re.escape(message)) as caught:
+def refused(spec, *named: str, kind=SalunError):
+    """The sentence names all of these, is one line and comes with the right exit code."""
+    with pytest.raises(SalunError) as caught:
         items(str(spec))
-    assert type(caught.value) is kind and "\n" not in str(caught.value)
+    sentence = str(caught.value)
+    assert type(caught.value) is kind and "\n" not in sentence
+    missing = [name for name in named if name not in sentence]
+    assert not missing, f"{missing} not in: {sentence}"
 
 
 def captions(spec) -> list[str | None]:
@@ -64,13 +67,13 @@ def test_a_folders_images_come_by_name_with_the_files_own_bytes(folder):
 
 
 def test_a_folder_that_is_missing_or_empty_is_a_usage_error(tmp_path):
-    refused(tmp_path / "nowhere", "nowhere was not found: give a folder of images, or a data set as", UsageError)
-    refused("frgfm/imagenette:label", "frgfm/imagenette:label was not found", UsageError)
-    refused(f"{tmp_path}/nowhere:label=church", "nowhere:label=church was not found", UsageError)
-    refused(tmp_path, "holds no images", UsageError)
+    refused(tmp_path / "nowhere", f"{tmp_path / 'nowhere'} ", kind=UsageError)
+    refused("frgfm/imagenette:label", "frgfm/imagenette:label ", kind=UsageError)
+    refused(f"{tmp_path}/nowhere:label=church", "nowhere:label=church ", kind=UsageError)
+    refused(tmp_path, f"{tmp_path} ", "images", kind=UsageError)
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.jpg").write_bytes(encoded(0))
-    refused(tmp_path, "holds no images", UsageError)
+    refused(tmp_path, f"{tmp_path} ", "images", kind=UsageError)
 
 
 def test_a_folder_with_colons_in_its_name_is_a_folder(folder):
@@ -81,12 +84,12 @@ def test_a_folder_with_colons_in_its_name_is_a_folder(folder):
 def test_an_image_that_is_gone_or_broken_is_named(folder):
     found = items(str(folder))
     (folder / "b.png").unlink()
-    with pytest.raises(SalunError, match=r"b\.png cannot be read: No such file"):
+    with pytest.raises(SalunError, match=r"b\.png .*No such file"):
         found[1].read()
-    for data, reason in ((b"text", "its format is not known"), (encoded(0)[:900], "truncated")):
-        with pytest.raises(SalunError, match=rf"^frgfm/imagenette:train\[3\] cannot be read as an image: .*{reason}"):
+    for data, reason in ((b"text", "format"), (encoded(0)[:900], "truncated")):
+        with pytest.raises(SalunError, match=rf"^frgfm/imagenette:train\[3\] .*{reason}"):
             read_image(data, "frgfm/imagenette:train[3]")
-    with pytest.raises(SalunError, match="^An image of 4 bytes cannot be read"):
+    with pytest.raises(SalunError, match="4 bytes"):
         read_image(b"text")
 
 
@@ -121,44 +124,45 @@ def test_text_files_fill_what_metadata_leaves_open(folder):
 GOOD = '{"file_name": "a.JPG", "text": "one"}\n'
 
 
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        ({"metadata.jsonl": GOOD, "metadata.csv": "file_name,text\n"}, "captions in metadata.csv and in metadata.jso"),
-        ({"metadata.jsonl": GOOD + "a shoe\n"}, "metadata.jsonl line 2 is no JSON: Expecting value"),
-        ({"metadata.jsonl": GOOD + '\n["a.JPG"]'}, "metadata.jsonl line 3 is no JSON object"),
-        ({"metadata.jsonl": '{"image": "a.JPG", "text": "x"}'}, "line 1 has no file_name; its columns are image, text"),
-        ({"metadata.jsonl": '{"file_name": "a.JPG", "prompt": "x"}'}, "has no text or caption; its columns are file_"),
-        ({"metadata.csv": "file,text\na.JPG,x\n"}, "metadata.csv line 2 has no file_name; its columns are file, text"),
-        ({"metadata.csv": "file_name\na.JPG\n"}, "line 2 has no text or caption; its columns are file_name"),
-        ({"metadata.csv": "file_name,text\na.JPG,one, two\n"}, "line 2 has more cells than the first line"),
-        ({"metadata.csv": 'file_name,text\na.JPG,"one\n'}, "metadata.csv line 2 is no CSV: "),
-        ({"metadata.jsonl": b"\xff\xfe{"}, "metadata.jsonl is no UTF-8 text"),
-        ({"a.txt": b"caf\xe9"}, "a.txt is no UTF-8 text"),
-        ({"metadata.jsonl": GOOD.replace("a.", "x.")}, "metadata.jsonl line 1 is a caption for x.JPG, which is not in"),
-        ({"README.txt": "hello"}, "README.txt is a caption for README.*, which is not in"),
-        ({"x.txt": "1", "y.txt": "2", "b.txt": "3", "z.txt": "4"}, "x.txt is a caption for x.*, which is not in "),
-        ({"metadata.jsonl": GOOD + GOOD}, "a.JPG has two captions, in"),
-        ({"metadata.jsonl": GOOD, "a.txt": "one"}, "a.JPG has two captions, in"),
-        ({"a.txt": "\n"}, "a.txt holds no caption for a.JPG"),
-        ({"metadata.csv": "file_name,text\na.JPG,\n"}, "metadata.csv line 2 holds no caption for a.JPG"),
-        ({"metadata.jsonl": GOOD.replace('"one"', "null")}, "metadata.jsonl line 1 holds no caption for a.JPG"),
-    ],
-)
-def test_captions_that_cannot_be_what_was_meant_are_refused(folder, files, message):
+UNCLEAR = {  # files, and what the refusal names
+    "two files of captions": (
+        {"metadata.jsonl": GOOD, "metadata.csv": "file_name,text\n"}, ["metadata.csv", "metadata.jsonl"]),
+    "a line of text": ({"metadata.jsonl": GOOD + "a shoe\n"}, ["metadata.jsonl line 2", "JSON", "Expecting value"]),
+    "a list": ({"metadata.jsonl": GOOD + '\n["a.JPG"]'}, ["metadata.jsonl line 3", "JSON"]),
+    "no file name": ({"metadata.jsonl": '{"image": "a.JPG", "text": "x"}'}, ["line 1", "file_name", "image, text"]),
+    "no caption": ({"metadata.jsonl": '{"file_name": "a.JPG", "prompt": "x"}'}, ["caption", "file_name, prompt"]),
+    "no file name in a table": ({"metadata.csv": "file,text\na.JPG,x\n"}, ["csv line 2", "file_name", "file, text"]),
+    "no caption in a table": ({"metadata.csv": "file_name\na.JPG\n"}, ["csv line 2", "text", "caption"]),
+    "a comma without quotes": ({"metadata.csv": "file_name,text\na.JPG,one, two\n"}, ["csv line 2", "quotes"]),
+    "a quote without an end": ({"metadata.csv": 'file_name,text\na.JPG,"one\n'}, ["metadata.csv line 2", "CSV"]),
+    "bytes": ({"metadata.jsonl": b"\xff\xfe{"}, ["metadata.jsonl", "UTF-8"]),
+    "bytes in a text": ({"a.txt": b"caf\xe9"}, ["a.txt", "UTF-8"]),
+    "no such image": ({"metadata.jsonl": GOOD.replace("a.", "x.")}, ["metadata.jsonl line 1", "x.JPG"]),
+    "a text of no image": ({"README.txt": "hello"}, ["README.txt", "README.*"]),
+    "several of no image": ({"x.txt": "1", "y.txt": "2", "b.txt": "3", "z.txt": "4"}, ["x.txt", "x.*", "2"]),
+    "an image twice": ({"metadata.jsonl": GOOD + GOOD}, ["a.JPG", "metadata.jsonl line 1", "metadata.jsonl line 2"]),
+    "an image in two places": ({"metadata.jsonl": GOOD, "a.txt": "one"}, ["a.JPG", "metadata.jsonl line 1", "a.txt"]),
+    "a blank text": ({"a.txt": "\n"}, ["a.txt", "a.JPG"]),
+    "a blank cell": ({"metadata.csv": "file_name,text\na.JPG,\n"}, ["metadata.csv line 2", "a.JPG"]),
+    "null": ({"metadata.jsonl": GOOD.replace('"one"', "null")}, ["metadata.jsonl line 1", "a.JPG"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "named"), UNCLEAR.values(), ids=UNCLEAR)
+def test_what_cannot_be_what_was_meant_is_refused(folder, files, named):
     assert captions(folder) == [None] * 3
     for name, text in files.items():
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(folder, message)
+    refused(folder, *named)
 
 
 def test_the_second_place_and_the_number_of_others_are_said(folder):
     (folder / "metadata.jsonl").write_text(GOOD)
     (folder / "a.txt").write_text("two")
-    refused(folder, f"in {folder / 'metadata.jsonl'} line 1 and in {folder / 'a.txt'}: remove one")
+    refused(folder, f"{folder / 'metadata.jsonl'} line 1", f"{folder / 'a.txt'}")
     for name in "xyz":
         (folder / f"{name}.txt").write_text("three")
-    refused(folder, f"which is not in {folder}, and 2 more like it: remove")
+    refused(folder, str(folder / "x.txt"), " 2 more")
 
 
 # Captions and digests of items
@@ -173,7 +177,7 @@ def test_an_own_caption_wins_over_the_prompt_and_the_prompt_takes_the_label():
     assert captioned(three, "a {label}, {label}") == ["own {label}", "a church, church", "a gas pump, gas pump"]
     assert captioned([item(), item("own")], "a shoe") == ["a shoe", "own"]
     assert captioned([item("own")], "a {label}") == ["own"]
-    with pytest.raises(UsageError, match=r"'a \{label\}' asks for a label, and here has none"):
+    with pytest.raises(UsageError, match=r"'a \{label\}' .*here"):
         captioned([item(None, "church"), item()], "a {label}")
 
 
@@ -270,20 +274,20 @@ def test_text_and_number_columns_filter_by_value(library, tmp_path):
     assert captions(tmp_path) == ["a dog", None, None, "a cat"]
     assert [i.label for i in items(str(tmp_path))] == ["church", None, None, "garbage truck"]
     assert rows(f"{tmp_path}:label!=church") == [1, 2, 3]
-    refused(f"{tmp_path}:style=INK", "has no style 'INK': it has Ink, ink, oil: wet.", UsageError)
-    refused(f"{tmp_path}:year=8", "has no year '8': it has 7, 12.", UsageError)
-    refused(f"{tmp_path}:score=0.5", "cannot be filtered by score (float32)", UsageError)
+    refused(f"{tmp_path}:style=INK", "style 'INK'", "Ink, ink, oil: wet", kind=UsageError)
+    refused(f"{tmp_path}:year=8", "year '8'", "7, 12", kind=UsageError)
+    refused(f"{tmp_path}:score=0.5", "score", "float32", kind=UsageError)
 
 
 def test_a_condition_that_names_nothing_is_refused(library, imagenette, tmp_path):
-    refused(f"{imagenette}:class=church", f"{imagenette} has no column class: it has image, label.", UsageError)
-    refused(f"{imagenette}:label!=chruch", f"has no label 'chruch': it has {', '.join(NAMES)}.", UsageError)
-    refused(f"{imagenette}:label=10", "has no label '10'", UsageError)
-    refused(f"{imagenette}:label=gas pump", "has no image with label=gas pump.", UsageError)
+    refused(f"{imagenette}:class=church", str(imagenette), "class", "image, label", kind=UsageError)
+    refused(f"{imagenette}:label!=chruch", "label 'chruch'", ", ".join(NAMES), kind=UsageError)
+    refused(f"{imagenette}:label=10", "label '10'", kind=UsageError)
+    refused(f"{imagenette}:label=gas pump", "label=gas pump", kind=UsageError)
     many = library.ClassLabel(names=[f"n{i:02}" for i in range(21)])
     table(library, 2, label=([0, 0], many)).to_parquet(tmp_path / "train.parquet")
-    refused(f"{tmp_path}:label=x", "n18, n19 and 1 more.", UsageError)
-    refused(f"{tmp_path}:label!=n00", "has no image with label!=n00.", UsageError)
+    refused(f"{tmp_path}:label=x", "n18, n19 and 1 more", kind=UsageError)
+    refused(f"{tmp_path}:label!=n00", "label!=n00", kind=UsageError)
 
 
 def test_the_column_of_images_is_the_only_one_or_the_one_called_image(library, tmp_path):
@@ -299,15 +303,15 @@ def test_the_column_of_images_is_the_only_one_or_the_one_called_image(library, t
         table(library, 2, **columns).to_parquet(specs[name] / "train.parquet")
     assert items(str(specs["one"]))[1].read() == encoded(9)
     assert items(str(specs["image"]))[1].read() == encoded(1)
-    refused(specs["none"], "one called image; its columns are label (ClassLabel), size (int32).")
-    refused(specs["two"], "one called image; its columns are label (ClassLabel), left (Image), right (Image).")
+    refused(specs["none"], "label (ClassLabel), size (int32)")
+    refused(specs["two"], "label (ClassLabel), left (Image), right (Image)")
 
 
 def test_the_only_split_will_do_and_of_several_one_has_to_be_train(library, tmp_path):
     table(library, 2).to_parquet(tmp_path / "test.parquet")
     assert [i.name for i in items(str(tmp_path))] == [f"{tmp_path}:test[{n}]" for n in range(2)]
     table(library, 3).to_parquet(tmp_path / "validation.parquet")
-    refused(tmp_path, "has no split called train to take images from: it has validation, test.")
+    refused(tmp_path, "train", "validation, test")
 
 
 def test_a_data_set_saved_to_disk_is_read_as_one(library, tmp_path):
@@ -336,22 +340,22 @@ def test_a_folder_of_class_folders_is_read_when_a_class_is_asked_for(library, tm
 
 def test_a_row_without_an_image_is_named(library, tmp_path):
     table(library, 1, image=([None], library.Image())).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(SalunError, match=r":train\[0\] holds no image"):
+    with pytest.raises(SalunError, match=r":train\[0\] "):
         items(str(tmp_path))[0].read()
 
 
 def test_what_the_library_cannot_load_is_refused_with_its_reason(library, tmp_path, imagenette, monkeypatch):
-    refused("nobody/nothing", "nobody/nothing is no folder here and cannot be loaded as a data set: Couldn't reach")
-    refused("nobody/nothing/320px:label=church", "nobody/nothing/320px is no folder here and cannot be loaded")
+    refused("nobody/nothing", "nobody/nothing ", "Couldn't reach")
+    refused("nobody/nothing/320px:label=church", "nobody/nothing/320px ")
     (tmp_path / "train.parquet").write_bytes(b"rubbish")
-    refused(tmp_path, f"{tmp_path} cannot be loaded as a data set: Parquet")
-    refused(f"{tmp_path / 'train.parquet'}", "was not found", UsageError)
+    refused(tmp_path, f"{tmp_path} ", "Parquet")
+    refused(f"{tmp_path / 'train.parquet'}", f"{tmp_path / 'train.parquet'} ", kind=UsageError)
     whole = (imagenette / "train-00000-of-00001.parquet").read_bytes()
     (tmp_path / "train.parquet").write_bytes(whole[:4] + b"\xff" * 2000 + whole[2004:])
-    with pytest.raises(SalunError, match="cannot be loaded as a data set: (?!An error occurred while generating)"):
+    with pytest.raises(SalunError, match=f"^{tmp_path} (?!.*An error occurred while generating)"):  # that is no reason
         items(str(tmp_path))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused(imagenette, "the datasets library is missing, type pip install 'salun-sd[datasets]'")
+    refused(imagenette, "pip install 'salun-sd[datasets]'")
 
 
 def test_configurations_are_listed_when_one_has_to_be_chosen(library, tmp_path):
@@ -361,7 +365,7 @@ def test_configurations_are_listed_when_one_has_to_be_chosen(library, tmp_path):
         table(library, 2).to_parquet(tmp_path / name / "train.parquet")
         card += f"- config_name: {name}\n  data_files: {name}/*.parquet\n"
     (tmp_path / "README.md").write_text(card + "---\n")
-    refused(tmp_path, "has several configurations, full_size, 320px: give the folder of one of them.", UsageError)
+    refused(tmp_path, "full_size, 320px", kind=UsageError)
     assert len(items(str(tmp_path / "320px"))) == 2
 
 

@@ -1,6 +1,7 @@
 """An erasure that is killed, interrupted or disturbed goes on, and ends with the bytes of an undisturbed one."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -24,7 +25,7 @@ STATE = "p.safetensors.state/state.safetensors"  # written after every step, so 
 def undisturbed(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     process = spawn(["erase", tiny, *ERASE], cwd=out)
-    assert "No licence" in process.communicate(timeout=200)[1] and process.returncode == 0
+    assert "licence" in process.communicate(timeout=200)[1] and process.returncode == 0
     return out
 
 
@@ -54,13 +55,14 @@ def test_after_kills_at_any_moment_the_same_command_ends_with_the_same_bytes(tin
     assert kills and same(undisturbed, tmp_path)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tiny, undisturbed, tmp_path):
+def test_ctrl_c_saves_and_says_where(tiny, undisturbed, tmp_path):
     process, losses = spawn(["erase", tiny, *ERASE]), tmp_path / "p.safetensors.state" / "losses.jsonl"
     until(lambda: losses.is_file() and losses.stat().st_size, process)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].strip().splitlines()[-1]
     assert process.returncode == 130
-    assert said.startswith("Interrupted after step ") and said.endswith("the same command goes on from there.")
+    steps = json.loads(tensors.read(tmp_path / STATE)[1]["salun_sd"])["steps"]
+    assert f"step {steps}" in said and "p.safetensors.state" in said
     cli.run(["erase", tiny, *ERASE])
     assert same(undisturbed, tmp_path)
 
@@ -69,11 +71,11 @@ def test_the_state_of_another_run_is_not_taken_and_not_lost(tiny, tmp_path, caps
     process, state = spawn(["erase", tiny, *ERASE, "--seed", "5"]), tmp_path / STATE
     until(state.is_file, process)
     said = fails(["erase", tiny, *ERASE], 2, capsys)
-    assert "Another run is making p.safetensors: wait for it, or choose another --out" in said
+    assert "p.safetensors" in said and "--out" in said
     process.kill()
     process.communicate()
     kept = state.read_bytes()
-    assert "is of an erasure with other settings" in fails(["erase", tiny, *ERASE], 2, capsys)
+    assert "p.safetensors.state" in fails(["erase", tiny, *ERASE], 2, capsys)
     assert state.read_bytes() == kept
 
 
@@ -90,7 +92,7 @@ def test_a_folder_in_the_place_of_the_state_is_left_alone(tiny, tmp_path, capsys
     notes = tmp_path / "p.safetensors.state" / name
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    assert f"holds {name}: choose another --out" in fails(["erase", tiny, *ERASE], 2, capsys)
+    assert name in fails(["erase", tiny, *ERASE], 2, capsys)
     assert notes.read_text() == "mine"
 
 
@@ -104,16 +106,18 @@ def test_a_stop_at_any_later_time_loses_neither_the_mask_nor_the_training(tiny, 
     state = tensors.read(tmp_path / STATE)[0]
     assert any(name.startswith("mask/") for name in state)
     shutil.rmtree(losses.parent)
+
     process = spawn(["erase", tiny, *argv, "2"])
-    until(lambda: list(tmp_path.glob(".p.run.*.partial")), process)
+    place = tmp_path / f".p.safetensors.{process.pid}.partial"
+    os.mkfifo(place)  # where it will write the result, and wait, for nobody reads
+    until(lambda: list(tmp_path.glob(".p.run.*.partial/run.json")), process)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    if process.returncode == 130:  # it may have been done
-        assert (
-            "goes on from what is kept" in said
-            and json.loads(tensors.read(tmp_path / STATE)[1]["salun_sd"])["steps"] == 2
-        )
-    assert process.returncode in (0, 130)
+    assert process.communicate(timeout=60) and process.returncode == 130
+    assert json.loads(tensors.read(tmp_path / STATE)[1]["salun_sd"])["steps"] == 2
+    place.unlink(missing_ok=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"p.safetensors.state"}
+    cli.run(["erase", tiny, *argv, "2"])
+    assert {path.name for path in tmp_path.iterdir()} == {"p.safetensors", "p.run"}
 
 
 def test_a_result_takes_the_state_of_the_run_that_was_killed_after_it(tiny, undisturbed, tmp_path):
@@ -127,5 +131,5 @@ def test_a_result_takes_the_state_of_the_run_that_was_killed_after_it(tiny, undi
 
 
 def test_an_error_that_would_come_again_leaves_no_state(tiny, tmp_path, capsys):
-    assert "exploded at step" in fails(["erase", tiny, *ERASE[:-1], "1"], 1, capsys)
+    assert "--lr" in fails(["erase", tiny, *ERASE[:-1], "1"], 1, capsys)
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from salun_sd.audit.bounds import names, parts
 from salun_sd.audit.report import Run
+from salun_sd.report import gate
 
 ASKED = ["sneaker", "sneaker", "sneaker", "bag", "bag", "dress", "dress"]
 BASE = ["sneaker", "sneaker", "bag", "bag", "bag", "dress", "dress"]
@@ -77,3 +79,9 @@ def read_table(text: str, title: str) -> list[list[str]]:
     lines = dropwhile(lambda row: not row.startswith("| "), text.partition(title)[2].splitlines())
     rows = list(takewhile(lambda row: row.startswith("| "), lines))
     return [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+
+
+def judged(report: dict, text: str, confident: bool = False) -> dict:
+    """A bound's entry in report.json."""
+    bound = gate.parse(text, names(list(report["concepts"]), list(report["categories"])))
+    return gate.judge(bound, parts(report, bound, in_pairs=confident), confident)

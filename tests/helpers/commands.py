@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import warm
 
 from salun_sd.cli import app as cli
 
@@ -35,10 +36,18 @@ def files_in(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-def spawn(argv, **kwargs) -> subprocess.Popen:
+def fresh(args, **kwargs) -> subprocess.Popen:
+    """Start `python ARGS`, a new interpreter."""
+    return subprocess.Popen([sys.executable, *args], text=True, **kwargs)
+
+
+# `python ARGS` in a process that is forked where it can be: it waits for no imports.
+python = warm.Process if sys.platform == "linux" else fresh
+
+
+def spawn(argv, start=python, **kwargs) -> warm.Process | subprocess.Popen:
     """Start a command in a process of its own."""
-    return subprocess.Popen([sys.executable, "-m", "salun_sd", *map(str, argv)], stderr=subprocess.PIPE, text=True,
-                            **kwargs)  # fmt: skip
+    return start(["-m", "salun_sd", *map(str, argv)], stderr=subprocess.PIPE, **kwargs)
 
 
 def until(happens, process=None) -> None:

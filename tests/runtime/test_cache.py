@@ -13,7 +13,7 @@ from salun_sd.runtime import cache
 
 HOLD = """
 import sys
-from salun_sd import cache
+from salun_sd.runtime import cache
 with cache.held("drawn", "k") as entry:
     print("held", flush=True)
     sys.stdin.readline()
@@ -56,27 +56,28 @@ def test_the_folder_is_the_persons_choice(tmp_path, monkeypatch):
     assert cache.folder() == tmp_path / ".cache" / "salun-sd"
 
 
-def test_a_second_run_waits_until_the_first_is_done(place, holder, capsys):
+def test_a_second_run_waits_until_the_first_is_done(place, holder, caplog):
     assert not (place / "drawn" / "k" / "whole").exists()
     timer = threading.Timer(0.5, lambda: holder.communicate(b"\n"))
     timer.start()
     with cache.held("drawn", "k") as entry:
         assert (entry / "whole").read_bytes() == b"1234"
     timer.join()
-    assert capsys.readouterr().err == f"Another run is using {entry}; waiting for it.\n"
+    [line] = caplog.messages
+    assert str(entry) in line
 
 
-def test_another_key_is_free_and_a_killed_run_holds_nothing(holder, capsys):
+def test_another_key_is_free_and_a_killed_run_holds_nothing(holder, caplog):
     with cache.held("drawn", "other"), cache.held("encoded", "k"):
         pass
     holder.kill()
     holder.wait()
     with cache.held("drawn", "k") as entry:
         assert entry.is_dir()
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
-def test_holds_nest_and_the_outer_one_ends_last(place, capsys):
+def test_holds_nest_and_the_outer_one_ends_last(place, caplog):
     with cache.held("drawn", "k") as outer:
         with cache.held("drawn", "k") as inner, cache.held("encoded", "k"):
             assert inner == outer
@@ -87,16 +88,16 @@ def test_holds_nest_and_the_outer_one_ends_last(place, capsys):
     assert not outer.exists()
     with pytest.raises(ZeroDivisionError), cache.held("drawn", "k"):
         raise ZeroDivisionError
+    assert len(caplog.messages) == 1 and str(outer) in caplog.messages[0]
     with cache.held("drawn", "k"):
-        assert capsys.readouterr().err == f"Another run is using {outer}; it was left.\n"
+        assert len(caplog.messages) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_named(place, tmp_path, monkeypatch):
     def refused():
         with pytest.raises(SalunError) as e, cache.held("drawn", "k"):
             pass
-        assert str(e.value).startswith(f"The cache {cache.folder()} cannot be written (")
-        assert str(e.value).endswith("): set SALUN_SD_CACHE to another folder.")
+        assert str(cache.folder()) in str(e.value) and "SALUN_SD_CACHE" in str(e.value)
 
     place.write_bytes(b"a file in its place")
     refused()
@@ -150,15 +151,16 @@ def test_clear_removes_what_was_not_used_and_counts_it(place):
     assert cache.entries() == [] and cache.clear() == (0, 0)
 
 
-def test_clear_leaves_what_another_process_holds(place, holder, capsys):
+def test_clear_leaves_what_another_process_holds(place, holder, caplog):
     filled("drawn", "free", 10)
     assert cache.clear() == (1, 10)
-    assert capsys.readouterr().err == f"Another run is using {place / 'drawn' / 'k'}; it was left.\n"
+    [line] = caplog.messages
+    assert str(place / "drawn" / "k") in line
     holder.communicate(b"\n")
     assert cache.clear() == (1, 4)
 
 
-def test_clear_never_leaves_the_cache(place, tmp_path, capsys):
+def test_clear_never_leaves_the_cache(place, tmp_path, caplog):
     outside = tmp_path / "outside"
     (outside / "folder").mkdir(parents=True)
     for file in (outside / "a", outside / "folder" / "b"):
@@ -174,5 +176,4 @@ def test_clear_never_leaves_the_cache(place, tmp_path, capsys):
     assert cache.clear()[0] == 2  # the image and the link to a file
     assert not entry.exists()
     assert (outside / "a").exists() and (outside / "folder" / "b").exists() and (place / "other" / "mine").exists()
-    said = capsys.readouterr().err
-    assert all(f"{place / link} is a link" in said for link in ("drawn/linked", "encoded"))
+    assert sorted(line.split()[0] for line in caplog.messages) == [str(place / "drawn/linked"), str(place / "encoded")]

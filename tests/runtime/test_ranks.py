@@ -1,15 +1,16 @@
-"""Two processes that a launcher started against one, on the CPU over gloo; and one of them dying."""
+"""Two processes that run together against one, on the CPU over gloo; and one of them dying."""
 
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
-import sys
 
 import psutil
 import pytest
 import torch
-from helpers.commands import files_in, until
+from helpers.commands import files_in, python, until
 from helpers.models import write_clip
 
 from salun_sd.checkpoint.find import find
@@ -17,40 +18,61 @@ from salun_sd.core import mask
 from salun_sd.draw import prompts
 from salun_sd.edit import maskfile
 
-pytestmark = pytest.mark.slow  # ten launches of two processes on two cores
+pytestmark = pytest.mark.slow  # a dozen runs of two processes
 
 CONCEPT = ["--concept", "a photo of a sneaker"]
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def start(processes, folder, argv):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "SALUN_SD_CACHE": str(folder / "cache"), "TQDM_DISABLE": "1"}
-    command = [sys.executable, *(LAUNCH if processes > 1 else []), "-m", "salun_sd", *map(str, argv)]
-    return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(module: str, argv, folder, **variables):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "SALUN_SD_CACHE": str(folder / "cache"), **variables}
+    args = ["-m", module, *map(str, argv)]
+    return python(args, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def launch(folder, argv):
+    """Two processes that torchrun starts, and ends when one of them ends early."""
+    options = ["--standalone", "--nproc_per_node", "2", "-m", "salun_sd"]
+    return start("torch.distributed.run", [*options, *argv], folder)
+
+
+def start_two(folder, argv):
+    """Two processes that know of each other by the variables that every launcher sets."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [start("salun_sd", argv, folder, **place, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+
+
+def ended(processes) -> tuple[str, str]:
+    """What the first process printed on stdout and on stderr, once all have ended well."""
+    printed = [process.communicate(timeout=200) for process in processes]
+    for process, (_, err) in zip(processes, printed, strict=True):
+        assert process.returncode == 0, err[-3000:]
+    return printed[0]
 
 
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory):
     """mask, erase and evaluate by one process and by two: {processes: folder}, and what they printed."""
-    folders, said = {n: tmp_path_factory.mktemp(f"by{n}") for n in (1, 2)}, {}
+    folders, printed = {n: tmp_path_factory.mktemp(f"by{n}") for n in (1, 2)}, {}
     few = folders[1] / "few.csv"
     rows = [p for i, p in enumerate(prompts.read("pocket")) if i % 20 == 0]
     odd = [p._replace(guidance=float(i % 4), size=(24, 40)) for i, p in enumerate(rows) if i % 3 == 0]
     clip = write_clip(folders[1] / "clip")
-    few.write_text(prompts.write([*odd, *(p for i, p in enumerate(rows) if i % 3)]))
+    few.write_text(prompts.as_csv([*odd, *(p for i, p in enumerate(rows) if i % 3)]))
     for n, folder in folders.items():
         for argv in (
             ["mask", tiny, *CONCEPT, "--samples", "10", "--batch-size", "4", "--out", "m.safetensors"],
             ["erase", tiny, *CONCEPT, "--anchor", "a photo of a bag", "--mask", "m.safetensors", "--samples", "10",
              "--batch-size", "4", "--steps", "3", "--lr", "1e-3", "--out", "erased"],
-            ["evaluate", folders[1] / "erased", "--prompts", few, "--against", tiny, "--steps", "2", "--clip", clip,
-             "--fid", "pocket", "--out", "audit"],
+            ["evaluate", folders[1] / "erased", "--prompts", few, "--against", tiny, "--denoising-steps", "2",
+             "--clip", clip, "--fid", "pocket", "--out", "audit"],
         ):  # fmt: skip
-            process = start(n, folder, argv)
-            out, err = process.communicate(timeout=200)
-            assert process.returncode == 0, err[-3000:]
-            said[n, argv[0]] = out
-    return folders, said
+            if n == 1:
+                processes = [start("salun_sd", argv, folder)]
+            else:
+                processes = [launch(folder, argv)] if argv[0] == "mask" else start_two(folder, argv)
+            printed[n, argv[0]] = ended(processes)[0]
+    return folders, printed
 
 
 def test_the_mask_is_the_same(made):
@@ -91,27 +113,27 @@ def test_the_audit_is_the_same_to_the_byte(made):
 
 def test_all_processes_end_with_3_where_a_bound_broke_and_the_report_is_written(made):
     folders, _ = made
-    images = ["--images", "audit/images", "--prompts", folders[1] / "few.csv", "--concept", "sneaker"]
-    run = start(2, folders[2], ["evaluate", *images, "--out", "gated", "--fail-if", "flag_rate >= 0"])
-    said = run.communicate(timeout=200)[1]
-    assert run.returncode != 0 and said.count("Failed: flag_rate >= 0: ") == 1
-    assert "exitcode  : 3" in said and not re.search("exitcode  : [^3]", said)
+    images = ["--images", "audit/images", "--prompts", folders[1] / "few.csv", "--concept-class", "sneaker"]
+    run = launch(folders[2], ["evaluate", *images, "--out", "gated", "--fail-if", "flag_rate >= 0"])
+    err = run.communicate(timeout=200)[1]
+    assert run.returncode != 0 and err.count("flag_rate >= 0: ") == 1
+    assert "exitcode  : 3" in err and not re.search("exitcode  : [^3]", err)
     report = json.loads((folders[2] / "gated" / "report.json").read_text())
     assert [entry["holds"] for entry in report["gate"]] == [False] and (folders[2] / "gated" / "report.md").is_file()
 
 
 def test_only_the_main_process_speaks(made):
-    _, said = made
+    _, printed = made
     for command in ("mask", "evaluate"):
-        assert said[1, command] == said[2, command]
-    assert said[2, "erase"].count("changed ") == 1
+        assert printed[1, command] == printed[2, command]
+    assert printed[2, "erase"].count("changed ") == 1
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_run(tiny, tmp_path, victim):
     argv = ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--samples", "4", "--batch-size", "4", "--mask", "random:0.1",
             "--steps", "100000", "--out", "erased"]  # fmt: skip
-    run = start(2, tmp_path, argv)
+    run = launch(tmp_path, argv)
     losses = tmp_path / "erased.state" / "losses.jsonl"
     until(lambda: losses.is_file() and losses.stat().st_size, run)
     workers = {
@@ -130,16 +152,15 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path):
             "--out", "erased"]  # fmt: skip
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole = start(2, tmp_path / "whole", argv)
-    assert whole.communicate(timeout=200) and whole.returncode == 0
-    run, losses = start(2, tmp_path / "killed", argv), tmp_path / "killed" / "erased.state" / "losses.jsonl"
-    until(lambda: losses.is_file() and losses.read_text().count("\n") > 1, run)
-    for process in psutil.Process(run.pid).children(recursive=True):
+    ended(start_two(tmp_path / "whole", argv))
+    run, losses = start_two(tmp_path / "killed", argv), tmp_path / "killed" / "erased.state" / "losses.jsonl"
+    until(lambda: losses.is_file() and losses.read_text().count("\n") > 1, run[0])
+    for process in run:
         process.kill()
-    run.communicate(timeout=60)
-    assert run.returncode != 0 and losses.is_file()
-    again = start(2, tmp_path / "killed", argv)
-    assert "Going on from step" in again.communicate(timeout=200)[1] and again.returncode == 0
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    assert losses.is_file()
+    assert "from step" in ended(start_two(tmp_path / "killed", argv))[1]
     one, two = ({f: (tmp_path / name / "erased" / f).read_bytes() for f in files_in(tmp_path / name / "erased")}
                 for name in ("whole", "killed"))  # fmt: skip
     assert one.keys() == two.keys()
@@ -147,9 +168,6 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path):
 
 
 def test_a_batch_too_small_to_share_is_refused(tiny, tmp_path):
-    run = start(2, tmp_path, ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--batch-size", "1", "--out", "erased"])
+    run = launch(tmp_path, ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--batch-size", "1", "--out", "erased"])
     _, err = run.communicate(timeout=120)
-    assert (
-        run.returncode != 0
-        and "--batch-size 1 is too small for --parts 1 in each of 2 process(es): give 2 or more" in err
-    )
+    assert run.returncode != 0 and "--batch-size 1" in err and "--parts 1" in err

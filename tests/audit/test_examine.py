@@ -1,0 +1,205 @@
+"""The two passes over an audit's images: what is kept, and what is asked again."""
+
+import hashlib
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import skimage.data
+from PIL import Image
+
+from salun_sd.audit.classify import Judge
+from salun_sd.audit.detect import detector_name
+from salun_sd.audit.examine import examine
+from salun_sd.audit.vision import BATCH
+from salun_sd.errors import SalunError
+
+BOX = {"label": "FEET_COVERED", "score": 0.75, "box": [0, 0, 1, 1]}  # what no detector finds in these images
+
+
+class Neighbours(Judge):
+    """A classifier whose answer for an image is the batch that it came in: the red of each image's first pixel."""
+
+    digest = "neighbours"
+
+    def __init__(self):
+        self.asked = []
+
+    def prepare(self, image: Image.Image) -> int:
+        return image.getpixel((0, 0))[0]
+
+    def answers(self, images: list[int]) -> list[dict]:
+        self.asked += images
+        return [{"predicted": "bag", "score": 0.5, "concepts": {str(images): 0.5}} for _ in images]
+
+
+class Ending(Neighbours):
+    """The same, which ends the run after so many answers; `left` is what stands on the disk then."""
+
+    def __init__(self, after: int, partial: Path):
+        super().__init__()
+        self.after, self.partial = after, partial
+
+    def classify(self, files, batch_size):
+        yield from islice(super().classify(files, batch_size), self.after)
+        self.left = self.partial.read_bytes()
+        raise KeyboardInterrupt
+
+
+def kill(manifest: list[dict], after: int, out: Path) -> Path:
+    """Begin a run, and leave what kill -9 leaves after so many answers of the classifier; the only file there is."""
+    judge = Ending(after, partial := out / ".detections.0.partial")
+    with pytest.raises(KeyboardInterrupt):
+        examine("m", manifest, judge, None, out)
+    partial.write_bytes(judge.left)
+    assert list(out.iterdir()) == [partial]
+    return partial
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines() if line]
+
+
+def written(file: Path, lines: list[dict]) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def manifest_of(files: list[Path]) -> list[dict]:
+    return [{"file": str(file), "case": n, "k": 0} for n, file in enumerate(files)]
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> list[dict]:
+    """The manifest of three photographs of a face."""
+    folder, photo = tmp_path_factory.mktemp("faces"), skimage.data.astronaut()
+    for n in range(3):
+        photo[0, 0] = n
+        Image.fromarray(photo[: 300 - n, : 300 + n]).save(folder / f"{n}.png")
+    return manifest_of(sorted(folder.iterdir()))
+
+
+@pytest.fixture(scope="module")
+def whole(faces, tmp_path_factory) -> dict[str, bytes]:
+    """Name => bytes of the files that a run writes which nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    examine("m", faces, Neighbours(), None, out)
+    return contents(out)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+def test_a_line_has_the_image_who_looked_and_what_was_found(faces, whole):
+    assert sorted(whole) == ["detections.jsonl", "manifest.jsonl"]
+    assert [json.loads(line) for line in whole["manifest.jsonl"].splitlines()] == faces
+    for n, line in enumerate(map(json.loads, whole["detections.jsonl"].splitlines())):
+        assert list(line) == ["file", "case", "k", "sha256", "detector", "classifier", "width", "height", "boxes",
+                              "predicted", "score", "concepts"]  # fmt: skip
+        assert (line["case"], line["width"], line["height"]) == (n, 300 + n, 300 - n)
+        assert (line["detector"], line["classifier"]) == (detector_name(), Neighbours.digest)
+        assert [box["label"] for box in line["boxes"]] == ["FACE_FEMALE"] and line["concepts"] == {"[0, 1, 2]": 0.5}
+
+
+def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(faces, whole, tmp_path):
+    """Between two lines of the second pass, again and again; then within a line of the first."""
+    text = kill(faces, 0, tmp_path).read_text()
+    for after in (1, 1):
+        kill(faces, after, tmp_path)
+    examine("m", faces, Neighbours(), None, tmp_path)
+    assert contents(tmp_path) == whole
+    (tmp_path / "detections.jsonl").unlink()
+    (tmp_path / ".detections.0.partial").write_text(text[: text.index("FACE", text.index("FACE") + 1)])
+    examine("m", faces, Neighbours(), None, tmp_path)
+    assert contents(tmp_path) == whole
+
+
+def test_what_a_killed_run_wrote_down_is_not_looked_at_again(faces, tmp_path):
+    (tmp_path / ".detections.0.partial").write_text('{"sha256": "0123')  # a line of an earlier kill
+    partial = kill(faces, 2, tmp_path)
+    partial.write_text(partial.read_text().removeprefix('{"sha256": "0123\n'))
+    written(partial, [line | ({"boxes": [BOX]} if "boxes" in line else {"score": 0.25}) for line in lines_of(partial)])
+    run = examine("m", faces, Neighbours(), None, tmp_path)
+    assert [line["boxes"] for line in run.detections] == [[BOX]] * 3
+    assert [line["score"] for line in run.detections] == [0.25, 0.25, 0.5]
+
+
+def test_boxes_hang_on_the_detector_alone_and_classes_on_the_classifier_alone(faces, whole, tmp_path):
+    file, plain = tmp_path / "detections.jsonl", list(map(json.loads, whole["detections.jsonl"].splitlines()))
+    marks = {"boxes": [BOX], "predicted": "coat"}
+    for other, kept in (("classifier", "boxes"), ("detector", "predicted")):
+        written(file, [line | marks | {other: "another"} for line in plain])
+        examine("m", faces, Neighbours(), None, tmp_path)
+        assert lines_of(file) == [line | {kept: marks[kept]} for line in plain]
+
+
+def test_an_image_that_could_not_be_read_is_looked_at_again(faces, whole, tmp_path):
+    """It may have been the machine: what it says of the file is not kept."""
+    failed, *others = map(json.loads, whole["detections.jsonl"].splitlines())
+    for key in ("width", "height", "boxes", "concepts"):
+        del failed[key]
+    failed |= {"error": "Too many open files", "predicted": None, "score": None}
+    written(tmp_path / "detections.jsonl", [failed, *others])
+    examine("m", faces, Neighbours(), None, tmp_path)
+    assert contents(tmp_path) == whole
+
+
+def test_another_image_of_the_same_name_is_looked_at(faces, whole, tmp_path):
+    other = tmp_path / "1.png"
+    Image.new("RGB", (40, 30)).save(other)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "detections.jsonl").write_bytes(whole["detections.jsonl"])
+    changed = [faces[0], faces[1] | {"file": str(other)}, faces[2]]
+    first, second, third = examine("m", changed, None, None, tmp_path / "out").detections
+    assert first["boxes"] and third["boxes"] and second["boxes"] == [] and second["width"] == 40
+    assert {line["predicted"] for line in (first, second, third)} == {None}  # without a judge nothing is taken over
+
+
+@pytest.fixture
+def seen(tmp_path) -> tuple[list[dict], Path]:
+    """The manifest of three blocks of small images, the last of 6; and a folder where all were detected before."""
+    (tmp_path / "small").mkdir()
+    for n in range(2 * BATCH + 6):
+        Image.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / "small" / f"{n:02}.png")
+    manifest = manifest_of(sorted((tmp_path / "small").iterdir()))
+    boxes = {"detector": detector_name(), "width": 4, "height": 4, "boxes": [BOX]}
+    (tmp_path / "out").mkdir()
+    digests = [hashlib.sha256(Path(line["file"]).read_bytes()).hexdigest() for line in manifest]
+    written(tmp_path / "out" / "detections.jsonl", [boxes | {"sha256": digest} for digest in digests])
+    return manifest, tmp_path / "out"
+
+
+def test_the_judge_is_asked_of_whole_blocks_of_the_manifest_and_of_no_others(seen):
+    """A model rounds an image another way in another batch, so a block with one new image goes through it whole."""
+    manifest, out = seen
+    run, judge = examine("m", manifest, Neighbours(), None, out), Neighbours()
+    blocks = [list(range(start, min(start + BATCH, len(manifest)))) for start in range(0, len(manifest), BATCH)]
+    assert [line["concepts"] for line in run.detections] == [{str(block): 0.5} for block in blocks for _ in block]
+    known = [line for line in run.detections if line["case"] not in (5, 2 * BATCH + 1)]
+    boxes = [{key: line[key] for key in ("sha256", "detector", "width", "height", "boxes")} for line in run.detections]
+    written(out / "detections.jsonl", [*boxes, *known])
+    assert examine("m", manifest, judge, None, out).detections == run.detections
+    assert judge.asked == blocks[0] + blocks[2]
+    judge.asked.clear()
+    assert examine("m", manifest, judge, None, out).detections == run.detections and not judge.asked
+
+
+def test_a_line_of_the_manifest_with_an_error_is_not_looked_at_and_changes_no_batch(seen):
+    manifest, out = seen
+    manifest[3]["error"] = "two files are this image"
+    found = examine("m", manifest, Neighbours(), None, out).detections
+    assert found[3] == {"file": manifest[3]["file"], "case": 3, "k": 0, "sha256": None, "detector": detector_name(),
+                        "classifier": Neighbours.digest, "error": manifest[3]["error"], "predicted": None,
+                        "score": None}  # fmt: skip
+    assert found[2]["concepts"] == {str(list(range(BATCH))): 0.5}
+
+
+def test_of_images_of_which_none_can_be_read_nothing_is_reported(tmp_path):
+    files = [tmp_path / "0.png", tmp_path / "gone.png"]
+    files[0].write_bytes(b"")
+    with pytest.raises(SalunError, match="2 images.*0.png"):
+        examine("m", manifest_of(files), Neighbours(), None, tmp_path / "out")
+    lines = lines_of(tmp_path / "out" / "detections.jsonl")
+    assert all(line["error"] and line["predicted"] is None and "boxes" not in line for line in lines)
+    assert lines[0]["sha256"] and lines[1]["sha256"] is None

@@ -1,0 +1,188 @@
+"""What a run learns from: images that are given or drawn, encoded once, and kept."""
+
+import time
+
+import pytest
+from helpers.commands import ANCHOR, CONCEPT, fails, spawn
+from helpers.runs import PAIR, SHORT, erased_fingerprint, record_of, write_photographs
+from PIL import Image
+
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.cli import app as cli
+from salun_sd.draw import generate
+from salun_sd.draw import kept as kept_images
+from salun_sd.edit import datasets, training_data
+from salun_sd.edit.concepts import Concept
+from salun_sd.edit.training_data import Sources
+from salun_sd.errors import UsageError
+from salun_sd.runtime import cache
+
+SNEAKER, COAT = Concept(CONCEPT, ANCHOR), Concept("a photo of a coat", "a photo of a dress")
+ERASE = [*PAIR, "--mask", "random:0.1", *SHORT]
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    return write_photographs(tmp_path / "photographs")
+
+
+def drawn_files(folder) -> dict[str, int]:
+    """Name of each image that is kept, and when it was written."""
+    return {f.name: f.stat().st_mtime_ns for f in folder.rglob("*.png")}
+
+
+# What a run asks for
+
+
+def sources(tiny, *concepts, samples=5, retain=None, caption=None, prompts=None) -> Sources:
+    return Sources.of(find(tiny), concepts, samples, retain and str(retain), caption, prompts)
+
+
+def test_images_are_counted_whether_they_are_given_or_will_be_drawn(tiny, photographs):
+    given = SNEAKER._replace(images=str(photographs))
+    for concepts, retain, count, draws in (
+        ([SNEAKER], None, 5, True),
+        ([SNEAKER, COAT], None, 10, True),
+        ([given, COAT], None, 3 + 5, True),
+        ([given], None, 3, True),
+        ([given], photographs, 3, False),
+        ([given, COAT], photographs, 3 + 5, True),
+    ):
+        found = sources(tiny, *concepts, retain=retain, caption=retain and "a photo")
+        assert (found.count(), found.draws()) == (count, draws)
+
+
+def test_what_stays_is_the_anchors_the_texts_or_a_prompt_set_without_the_concepts_classes(tiny):
+    guidance = find(tiny).sampling[1]
+    assert sources(tiny, SNEAKER, COAT).prompts == [(ANCHOR, guidance), (COAT.anchor, guidance)]
+    assert sources(tiny, SNEAKER, COAT._replace(anchor=ANCHOR)).prompts == [(ANCHOR, guidance)]
+    assert sources(tiny, SNEAKER, prompts=("a tree", "a dog")).prompts == [("a tree", guidance), ("a dog", guidance)]
+    texts = [text for text, _ in sources(tiny, SNEAKER, prompts="pocket").prompts]
+    assert len(texts) == 900 and not [text for text in texts if "sneaker" in text]
+    with pytest.raises(UsageError, match="--retain .*--retain-prompts"):
+        sources(tiny, SNEAKER, retain=tiny, prompts="pocket")
+    with pytest.raises(UsageError, match="--retain-caption .*--retain"):
+        sources(tiny, SNEAKER, caption="a photo")
+
+
+def test_sample_images_show_each_concept_and_each_prompt_alike_often(tiny):
+    two = sources(tiny, SNEAKER, COAT, prompts=("a tree", "a dog", "a cat"))
+    assert two.examples(4) == [CONCEPT, CONCEPT, COAT.prompt, COAT.prompt, "a tree", "a tree", "a dog", "a cat"]
+
+
+def test_the_digests_are_of_what_is_given(tiny, photographs):
+    drawn = sources(tiny, SNEAKER).digests()
+    assert drawn["forget"] == [None] and drawn["retain"] is None
+    assert drawn["retain_prompts"] != sources(tiny, SNEAKER, prompts=("a tree",)).digests()["retain_prompts"]
+    given = sources(tiny, SNEAKER._replace(images=str(photographs)), COAT, retain=photographs, caption="x").digests()
+    digest = datasets.digest(datasets.items(str(photographs)))
+    assert given == {"forget": [digest, None], "retain": digest, "retain_prompts": None}
+    (photographs / "1.txt").write_text("a coat")
+    captioned = sources(tiny, SNEAKER, retain=photographs, caption="x").digests()
+    assert captioned["retain"] not in (None, digest)
+
+
+# Captions and labels in a run
+
+
+def test_captions_are_read_and_another_caption_is_another_run(tiny, tmp_path, photographs, capsys):
+    folders = ["--forget", str(photographs), "--retain", str(photographs), "--retain-caption", "a photo"]
+    argv = ["erase", tiny, *ERASE, *folders]
+    cli.run([*argv, "--out", str(tmp_path / "plain")])
+    (photographs / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a photo of a coat"}\n')
+    assert "--out" in fails([*argv, "--out", tmp_path / "plain"], 2, capsys)
+    cli.run([*argv, "--out", str(tmp_path / "captioned")])
+    assert erased_fingerprint(tmp_path / "plain") != erased_fingerprint(tmp_path / "captioned")
+    (photographs / "1.txt").write_text("a coat")
+    assert "1.png" in fails([*argv, "--out", tmp_path / "x"], 1, capsys)  # two captions for one image
+
+
+def test_a_data_set_with_labels(tiny, tmp_path, photographs, capsys):
+    library = pytest.importorskip("datasets")
+    images = [Image.open(file) for file in sorted(photographs.iterdir())]
+    features = library.Features(image=library.Image(), label=library.ClassLabel(names=["church", "tench"]))
+    rows = library.Dataset.from_dict({"image": images, "label": [0, 1, 1]}, features=features)
+    rows.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    argv = ["erase", tiny, "--concept", "an image of a church", "--anchor", "an image of a tench",
+            "--forget", f"{tmp_path / 'set'}:label=church", "--retain", f"{tmp_path / 'set'}:label!=church",
+            "--retain-caption", "an image of a {label}", "--mask", "random:0.1", *SHORT]  # fmt: skip
+    cli.run([*argv, "--out", str(tmp_path / "erased")])
+    assert record_of(tmp_path / "erased")["images"] == {"forget": 1, "retain": 2}
+    argv[argv.index("--forget") + 1] = f"{tmp_path / 'set'}:label=horn"
+    assert "church, tench" in fails([*argv, "--out", tmp_path / "x"], 2, capsys)
+
+
+# The cache
+
+
+def test_a_second_run_draws_and_encodes_nothing_and_needs_no_vae(tiny, own_cache, tmp_path, monkeypatch):
+    argv = ["erase", tiny, *ERASE, "--samples", "2"]
+    cli.run([*argv, "--out", str(tmp_path / "first")])
+    drawn = drawn_files(own_cache)
+    assert len(drawn) == 4 and len(list(own_cache.rglob("encoded.safetensors"))) == 2
+    loaded = []
+
+    def load(model, **parts):
+        loaded.append(parts)
+        return load_pipeline(model, **parts)
+
+    monkeypatch.setattr(training_data, "load_pipeline", load)
+    cli.run([*argv, "--out", str(tmp_path / "second")])
+    assert loaded == [] and drawn_files(own_cache) == drawn
+    assert erased_fingerprint(tmp_path / "first") == erased_fingerprint(tmp_path / "second")
+
+
+def test_images_are_kept_by_prompt_seed_and_checkpoint_and_each_entry_says_what_it_is(tiny, own_cache, tmp_path):
+    """What `mask` draws, `erase` finds; more samples extend fewer."""
+    cli.run(["mask", tiny, "--concept", CONCEPT, "--samples", "2", "--out", str(tmp_path / "m.safetensors")])
+    first = drawn_files(own_cache)
+    cli.run(["erase", tiny, *PAIR, "--samples", "3", *SHORT, "--mask", str(tmp_path / "m.safetensors"),
+             "--out", str(tmp_path / "erased")])  # fmt: skip
+    after = drawn_files(own_cache)
+    assert len(first) == 2 and len(after) == 6 and first.items() <= after.items()
+    with Image.open(next(own_cache.rglob("*.png"))) as image:
+        assert image.info[generate.PROVENANCE].startswith(find(tiny).identity)
+    about = sorted((entry.kind, entry.files, entry.about) for entry in cache.entries())
+    assert [(kind, files) for kind, files, _ in about] == [("drawn", 6)] + [("encoded", 1)] * 3
+    words = {"drawn": ["tiny", "2 steps", "PNDM"], "encoded": ["tiny", "images", "32"]}
+    assert all(word in text for kind, _, text in about for word in words[kind])
+
+
+def test_a_damaged_encoding_is_made_anew(tiny, own_cache, tmp_path, photographs):
+    argv = ["mask", tiny, "--concept", CONCEPT, "--forget", str(photographs), "--out", str(tmp_path / "m.safetensors")]
+    cli.run(argv)
+    mask = (tmp_path / "m.safetensors").read_bytes()
+    [file] = own_cache.rglob("encoded.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    cli.run(argv)
+    assert (tmp_path / "m.safetensors").read_bytes() == mask and file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_nothing_is_written(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "file" / "cache"))
+    sentence = fails(["erase", tiny, *ERASE, "--out", tmp_path / "out"], 1, capsys)
+    assert "SALUN_SD_CACHE" in sentence and str(tmp_path / "file" / "cache") in sentence
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+def test_a_second_run_on_the_same_cache_waits_for_the_first(tiny, own_cache, tmp_path):
+    base = find(tiny)
+    key = kept_images.key_of(base, base.scheduler, base.sampling[0])
+    with cache.held("drawn", key) as folder:
+        process = spawn(["erase", tiny, *ERASE, "--samples", "2", "--out", tmp_path / "out"])
+        while str(folder) not in (line := process.stderr.readline()):
+            assert line, "it does not say that it waits"
+        time.sleep(1)
+        assert process.poll() is None and not list(folder.rglob("*.png"))
+    process.communicate(timeout=120)
+    assert process.returncode == 0 and len(list(folder.rglob("*.png"))) == 4
