@@ -64,8 +64,7 @@ def test_a_finished_erasure_gives_its_record_again(page, monkeypatch):
     monkeypatch.chdir(page["folder"])
     again = salun_sd.erase(
         "pocket", "a photo of a sneaker", "a photo of a bag", mask=page["half"],
-        out="sneaker.safetensors", format="patch", samples=4, retain_prompts="pocket", steps=3,
-        batch_size=2, lr=1e-4,
+        out="sneaker.safetensors", format="patch", samples=8, steps=3, batch_size=4, lr=1e-4,
     )  # fmt: skip
     assert again == page["record"]
 

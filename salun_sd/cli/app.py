@@ -127,7 +127,7 @@ def erase(
     size: Annotated[int | None, o.TRAINING_SIZE] = None,
     retain_weight: Annotated[float, o.RETAIN_WEIGHT] = 0.5,
     lr: Annotated[float, o.LR] = 1e-5,
-    clip: Annotated[float | None, o.CLIP_NORM] = None,
+    clip_norm: Annotated[float | None, o.CLIP_NORM] = None,
     steps: Annotated[int | None, o.STEPS] = None,
     batch_size: Annotated[int, o.BATCH_SIZE] = 8,
     anchor_from: Annotated[Literal["current", "base"], o.ANCHOR_FROM] = "current",
@@ -164,7 +164,7 @@ def erase(
     record = edit.erase(
         model, concepts, anchor, out=out, mask=mask, density=density, saliency_guidance=saliency_guidance,
         forget=forget, retain=retain, retain_caption=retain_caption, retain_prompts=retain_prompts, samples=samples,
-        size=size, retain_weight=retain_weight, lr=lr, clip=clip, steps=steps, batch_size=batch_size,
+        size=size, retain_weight=retain_weight, lr=lr, clip_norm=clip_norm, steps=steps, batch_size=batch_size,
         anchor_from=anchor_from, sample_every=sample_every, save_every=save_every, seed=seed, dtype=dtype,
         checkpointing=checkpointing, parts=parts, format=format, reversible=reversible, dry_run=dry_run, config=config,
         revision=revision, variant=variant, command=shlex.join(["salun-sd", *ctx.obj]),

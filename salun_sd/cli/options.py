@@ -14,6 +14,7 @@ RENAMED = {
     ("mask", "--resolution"): "--size",
     ("erase", "--guidance"): "--saliency-guidance",
     ("erase", "--resolution"): "--size",
+    ("erase", "--clip"): "--clip-norm",
     ("evaluate", "--steps"): "--denoising-steps",
     ("evaluate", "--concept"): "--concept-class",
     ("demo", "--concept"): "--concept-class",

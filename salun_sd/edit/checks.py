@@ -93,7 +93,7 @@ def checked_size(model: Checkpoint, size: int | None) -> int:
 # no weight of a UNet is as large as 1.
 RANGES = {
     "lr": ("above 0, at most 1", lambda v: 0 < v <= 1),
-    "clip": ("above 0", lambda v: 0 < v < math.inf),
+    "clip_norm": ("above 0", lambda v: 0 < v < math.inf),
     **dict.fromkeys(("samples", "steps", "batch_size", "parts"), ("from 1 on", lambda v: 1 <= v < math.inf)),
 }
 OTHER_RANGE = ("from 0 on", lambda v: 0 <= v < math.inf)

@@ -46,6 +46,8 @@ from salun_sd.runtime.files import new_folder, write_atomic
 
 logger = logging.getLogger(__name__)
 
+OPTIONS = RENAMED | {"clip": "clip_norm"}  # keys of a record's settings that are not the option's name
+
 
 class Masks(NamedTuple):
     """What `mask` wrote."""
@@ -72,14 +74,14 @@ def mask(
     densities = [density] if isinstance(density, float | int) else list(density)
     paths = [out if len(densities) == 1 else out.with_name(f"{out.stem}-{d:g}{out.suffix}") for d in densities]
     concepts = concepts_of(concept, forget=forget)
-    base = opened(model, config, revision, variant)
     if len(set(paths)) < len(paths):
         raise UsageError("The same --density is given twice.")
     check_numbers(saliency_guidance=saliency_guidance, samples=samples, batch_size=batch_size)
-    size = checked_size(base, size)
     for each, path in zip(densities, paths, strict=True):
         masks.keep_count(each, sys.maxsize)  # raises outside (0, 1]
         check_replaceable(path)
+    base = opened(model, config, revision, variant)
+    size = checked_size(base, size)
     images = [images_of(c.images, c.prompt) for c in concepts]
     compute = Compute.of(base, dtype, checkpointing)
     steps = [compute.drawing(size, draws=not all(images)),
@@ -146,7 +148,7 @@ def erase(
     anchor: str | Sequence[str] | None = None, *, out: str | Path, mask: str | Path | None = None,
     density: float = 0.5, saliency_guidance: float = 7.5, forget: str | None = None, retain: str | None = None,
     retain_caption: str | None = None, retain_prompts: str | Sequence[str] | None = None, samples: int = 800,
-    size: int | None = None, retain_weight: float = 0.5, lr: float = 1e-5, clip: float | None = None,
+    size: int | None = None, retain_weight: float = 0.5, lr: float = 1e-5, clip_norm: float | None = None,
     steps: int | None = None, batch_size: int = 8, anchor_from: str = "current", sample_every: int = 0,
     save_every: float = 10, seed: int = 0, dtype: str | None = None, checkpointing: bool | None = None, parts: int = 1,
     format: str = "diffusers", reversible: bool = False, dry_run: bool = False, config: str | None = None,
@@ -163,12 +165,12 @@ def erase(
     # prepare: what can be wrong is checked here
     started, out, mask = time.monotonic(), Path(out), mask and str(mask)
     concepts = concepts_of(concept, anchor or (), forget)
-    base = opened(model, config, revision, variant)
     check_batch(batch_size, parts)
-    check_numbers(saliency_guidance=saliency_guidance, lr=lr, clip=clip, retain_weight=retain_weight, samples=samples,
-                  steps=steps, batch_size=batch_size, parts=parts, save_every=save_every)  # fmt: skip
+    check_numbers(saliency_guidance=saliency_guidance, lr=lr, clip_norm=clip_norm, retain_weight=retain_weight,
+                  samples=samples, steps=steps, batch_size=batch_size, parts=parts, save_every=save_every)  # fmt: skip
     check_choice("anchor-from", anchor_from, ("current", "base"))
     masks.keep_count(density, sys.maxsize)  # raises outside (0, 1]
+    base = opened(model, config, revision, variant)
     size = checked_size(base, size)
     check_format(base, out, format, reversible)
     given_mask = read_mask(mask, base, concepts, seed)
@@ -179,13 +181,14 @@ def erase(
         "density": None if given_mask else density, "guidance": None if given_mask else saliency_guidance,
         "retain": retain, "retain_caption": retain_caption, "samples": samples, "resolution": size,
         "retain_prompts": retain_prompts if isinstance(retain_prompts, str | None) else list(retain_prompts),
-        "retain_weight": retain_weight, "lr": lr, "clip": clip, "steps": steps or -(-sources.count() // batch_size),
-        "batch_size": batch_size, "anchor_from": anchor_from, "sample_every": sample_every, "seed": seed,
+        "retain_weight": retain_weight, "lr": lr, "clip": clip_norm,
+        "steps": steps or -(-sources.count() // batch_size), "batch_size": batch_size,
+        "anchor_from": anchor_from, "sample_every": sample_every, "seed": seed,
         "dtype": dtype_name(compute.precision.dtype), "parts": parts, "format": format, "reversible": reversible,
     }  # fmt: skip
     steps_to_plan = _steps_to_plan(compute, settings, given_mask, draws=sources.draws())
     if dry_run:
-        return compute.forecast(steps_to_plan, {RENAMED.get(name, name): value for name, value in settings.items()})
+        return compute.forecast(steps_to_plan, {OPTIONS.get(name, name): value for name, value in settings.items()})
     inputs = {"base": base.identity, "mask": maskfile.digest(mask), **sources.digests()}
     progress = Progress(out, {"settings": settings, "inputs": inputs}, save_every)
     if (record := finished(out, format, base, settings, inputs)) is not None:

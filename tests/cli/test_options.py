@@ -27,7 +27,7 @@ def parsed(command: str, *words: str) -> dict:
 
 def test_these_names_are_old():
     assert {command: sorted(old for c, old in RENAMED if c == command) for command in LEAST} == {
-        "mask": ["--guidance", "--resolution"], "erase": ["--guidance", "--resolution"],
+        "mask": ["--guidance", "--resolution"], "erase": ["--clip", "--guidance", "--resolution"],
         "evaluate": ["--concept", "--steps"], "demo": ["--anchor", "--concept"]}  # fmt: skip
 
 

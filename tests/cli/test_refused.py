@@ -60,7 +60,7 @@ CASES = {
     "a density of 0": (MASK + "--density 0", 2, "'Density 0'"),
     "a density twice": (MASK + "--density 0.5 --density 0.5", 2, "--density"),
     "a huge lr": (ERASE + "--lr 1e38", 2, "--lr 1e+38"),
-    "a clip of 0": (ERASE + "--clip 0", 2, "--clip 0"),
+    "a norm of 0": (ERASE + "--clip-norm 0", 2, "--clip-norm"),
     "no number for w": (MASK + "--saliency-guidance nan", 2, "--saliency-guidance nan"),
     "no number for the weight": (ERASE + "--retain-weight nan", 2, "--retain-weight nan"),
     "a size that is no multiple": (ERASE + "--size 33", 2, "--size 33 16"),

@@ -69,13 +69,13 @@ def train(case, optimizer: Masked, steps: int = 3) -> dict[str, torch.Tensor]:
 
 
 def both(case, rule: Rule, density: float, parts: int = 1, **how) -> tuple[nn.Module, nn.Module]:
-    """The module after three steps at two rates, and a copy that torch has trained with masked gradients, its weights
-    outside the mask put back after each: momentum and weight decay would move them."""
+    """The module after two steps, each at its own rate, and a copy that torch has trained with masked gradients. The
+    copy's weights outside the mask are put back after each step: weight decay would move them."""
     compact, dense, bits = case.model, deepcopy(case.model), bits_for(case.model, density)
     before = weights_of(dense)
     masked = rule.masked(compact, bits, rule.lr, **rule.settings, **how)
     torchs = rule.dense(dense.parameters(), lr=rule.lr, **rule.settings)
-    for step, lr in enumerate((rule.lr, rule.lr, rule.lr / 2)):
+    for step, lr in enumerate((rule.lr, rule.lr / 2)):
         masked.lr = torchs.param_groups[0]["lr"] = lr
         with masked.step():
             for part in range(parts):
@@ -106,11 +106,11 @@ def test_with_every_weight_in_the_mask_it_is_torchs_optimizer(case, full_rule):
 
 
 def test_gradients_that_are_held_are_summed_as_torch_sums_them(case, full_rule):
-    compact, dense = both(case, full_rule, 0.3, 3, holds=True)
+    compact, dense = both(case, full_rule, 0.3, 2, holds=True)
     assert same(weights_of(compact), weights_of(dense))
 
 
-@pytest.mark.parametrize(("parts", "clip"), [(1, 1e-3), (3, 1e3)])
+@pytest.mark.parametrize(("parts", "clip"), [(1, 1e-3), (2, 1e3)])
 def test_a_clipped_update_is_torchs_to_rounding(case, full_rule, parts, clip):
     compact, dense = both(case, full_rule, 0.3, parts, clip=clip)
     for name, p in dense.named_parameters():
@@ -118,16 +118,15 @@ def test_a_clipped_update_is_torchs_to_rounding(case, full_rule, parts, clip):
 
 
 def test_clipping_bounds_the_update(case):
-    """Without it, the same step is much larger: the two tests above would not see a clip that does nothing."""
+    """Without it, the same step is much larger."""
     start, moved = deepcopy(case.model), {}
     for clip in (None, 1e-3):
         case.model.load_state_dict(start.state_dict())
-        train(case, adam := MaskedSGD(case.model, bits_for(start), 1.0, clip=clip), steps=1)
-        adam.close()
-        moved[clip] = torch.cat(
-            [(p - start.get_parameter(n)).flatten() for n, p in case.model.named_parameters()]
-        ).norm()
-    assert moved[1e-3].item() == pytest.approx(1e-3, rel=1e-2) and moved[None] > 1e-2
+        train(case, sgd := MaskedSGD(case.model, bits_for(start), 1.0, clip=clip), steps=1)
+        sgd.close()
+        moves = [(p - start.get_parameter(name)).flatten() for name, p in case.model.named_parameters()]
+        moved[clip] = torch.cat(moves).norm().item()
+    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2) and moved[None] > 1e-2
 
 
 def test_outside_the_mask_no_bit_moves(case, full_rule):

@@ -148,7 +148,7 @@ def test_a_process_that_dies_ends_the_run(tiny, tmp_path, victim):
 def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path):
     """With a mask that is computed, batches in parts and a clipped gradient; strips are drawn by one process alone."""
     argv = ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--samples", "6", "--batch-size", "4", "--parts", "2",
-            "--clip", "0.1", "--steps", "12", "--sample-every", "6", "--save-every", "1e-9",
+            "--clip-norm", "0.1", "--steps", "12", "--sample-every", "6", "--save-every", "1e-9",
             "--out", "erased"]  # fmt: skip
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
