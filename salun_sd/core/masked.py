@@ -67,42 +67,50 @@ class Masked:
     keeps_base: keep the values before training, for `base()`.
 
     A dense gradient is reduced to its salient entries and freed in the backward pass that makes it. Unless `holds`, the
-    update is made there and then. In a run of several processes, gradients are summed over them; only their salient
-    entries travel.
+    update is made there and then. In a run of several processes that the commands started, gradients are summed over
+    them; only their salient entries travel.
 
-    RuntimeError: a backward pass outside `step()`; a step without one; a second gradient of a parameter in a step that
-    does not hold. `lr` may be set between steps.
+    RuntimeError: a backward pass outside `step()` or inside `base()`; a step without one; a second gradient of a
+    parameter in a step that does not hold. ValueError: numbers that no optimizer takes. `lr` may be set between steps.
     """
 
     moments: tuple[str, ...] = ()
 
     def __init__(
-        self, model: nn.Module, bits: Bits, lr: float, *, values: Mapping[str, torch.Tensor] | None = None,
-        clip: float | None = None, holds: bool = False, keeps_base: bool = False,
+        self, model: nn.Module, bits: Mapping[str, torch.Tensor], lr: float, *,
+        values: Mapping[str, torch.Tensor] | None = None, clip: float | None = None, holds: bool = False,
+        keeps_base: bool = False,
     ):  # fmt: skip
         parameters = dict(model.named_parameters())
+        bits = bits if isinstance(bits, Bits) else Bits.of(bits.items())
         _check_names(parameters, bits)
+        _check_numbers(lr=lr)
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip is {clip}: give a number above 0, or None.")
         self.lr, self.clip, self.holds, self.keeps_base = lr, clip, holds or clip is not None, keeps_base
-        self.steps, self._stepping = 0, False
+        self.steps, self._stepping, self._as_base = 0, False, False
         self.salient: dict[str, Salient] = {}
-        self._hooks: list = []
         for name, p in parameters.items():
             chosen = bits[name]
-            p.requires_grad_(bool(chosen.any()))
-            if not p.requires_grad:
+            if not chosen.any():
                 continue
             dense = p.detach() if values is None else values[name]
             kept = dense[chosen.to(dense.device)].float().to(p.device)
             moments = {kind: torch.zeros_like(kept) for kind in self.moments}
             s = Salient(p, bits.packed[name].to(p.device), kept, moments)
             s.base = kept.to(p.dtype, copy=True) if keeps_base else None
-            self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._take, s)))
             self.salient[name] = s
+        self._required = [(p, p.requires_grad) for p in parameters.values()]
+        for name, p in parameters.items():
+            p.requires_grad_(name in self.salient)
+        self._hooks = [s.p.register_post_accumulate_grad_hook(partial(self._take, s)) for s in self.salient.values()]
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around the backward passes of one update. One that an exception ends before any weight has moved is not
         counted; gradients that it held are dropped."""
+        if not self._hooks:
+            raise RuntimeError("The optimizer is closed, or its mask is empty: make a new one.")
         if self._stepping:
             raise RuntimeError("A step is open already: end it before the next.")
         self.steps += 1
@@ -142,7 +150,10 @@ class Masked:
         grad = s.gather(p.grad.contiguous())
         p.grad = None
         if not self._stepping:
-            raise RuntimeError("A gradient came outside a step: put backward() inside `with optimizer.step():`.")
+            raise RuntimeError("A gradient came outside a step: put backward() inside `with optimizer.step():`, and "
+                               "close() an optimizer of this module that is no longer used.")  # fmt: skip
+        if self._as_base:
+            raise RuntimeError("A gradient came inside base(): put backward() after it.")
         if not self.holds:
             if s.updated == self.steps:
                 raise RuntimeError("A second backward pass in one step: make the optimizer with holds=True.")
@@ -167,9 +178,11 @@ class Masked:
             raise RuntimeError("The values before training were not kept: make the optimizer with keeps_base=True.")
         for s in self.salient.values():
             s.scatter(s.base)
+        self._as_base = True
         try:
             yield
         finally:
+            self._as_base = False
             for s in self.salient.values():
                 s.scatter(s.values)
 
@@ -181,10 +194,14 @@ class Masked:
         return {name: s.values.cpu() for name, s in self.salient.items()}
 
     def close(self) -> None:
-        """Drop all state, and take the hooks off the module. Its weights stay as they are."""
+        """Drop all state, and take the hooks off the module: its parameters require gradients as before. Its weights
+        stay as they are."""
         for hook in self._hooks:
             hook.remove()
+        for p, required in self._required:
+            p.requires_grad_(required)
         self._hooks.clear()
+        self._required.clear()
         self.salient.clear()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -203,6 +220,13 @@ class Masked:
             for kind, t in {"values": s.values, **s.moments}.items():
                 t.copy_(state[f"{kind}/{name}"])
             s.scatter(s.values)
+
+
+def _check_numbers(**values: float) -> None:
+    """Raises ValueError unless each is a finite number from 0 on."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}: give a finite number from 0 on.")
 
 
 def _check_names(parameters: Mapping[str, nn.Parameter], bits: Bits) -> None:
@@ -237,6 +261,7 @@ class MaskedSGD(Masked):
     def __init__(
         self, model: nn.Module, bits: Bits, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0, **rest
     ):  # fmt: skip
+        _check_numbers(momentum=momentum, weight_decay=weight_decay)
         self.momentum, self.weight_decay = momentum, weight_decay
         self.moments = ("momentum",) if momentum else ()
         super().__init__(model, bits, lr, **rest)

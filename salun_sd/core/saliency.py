@@ -31,7 +31,8 @@ class GradientSum:
 
     Gradients are summed signed and made absolute once at the end: |sum of gradients|, not a sum of |gradients| (SalUn,
     arXiv 2310.12508, section 4). A parameter's gradient is added to its sum as soon as the backward pass makes it, and
-    freed: the gradients never stand in memory together. In a run of several processes, `result` adds all their sums.
+    freed: the gradients never stand in memory together. In a run of several processes that the
+    commands started, `result` adds all their sums.
 
     `home` is the device of the sums; by default each sum lies beside its parameter. Entering makes every parameter
     require a gradient, and raises ValueError where one holds a gradient already; leaving restores what was set before.

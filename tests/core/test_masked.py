@@ -357,3 +357,37 @@ def test_weights_in_another_order_of_memory_train_the_same(batch_norm):
     assert not other.model[0].weight.is_contiguous()
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"clip": -1.0}, {"momentum": -0.1},
+                                   {"weight_decay": float("inf")}], ids=str)  # fmt: skip
+def test_numbers_that_no_optimizer_takes_are_refused_by_name(batch_norm, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MaskedSGD(batch_norm.model, bits_for(batch_norm.model), **{"lr": 0.1, **wrong})
+
+
+def test_a_mask_may_be_a_plain_dictionary_of_tensors(case):
+    start, bits, ends = deepcopy(case.model), bits_for(case.model), []
+    for mask in (bits, dict(bits.items())):
+        case.model.load_state_dict(start.state_dict())
+        ends.append(train(case, optimizer := MaskedAdam(case.model, mask, 1e-3)))
+        optimizer.close()
+    assert same(*ends)
+
+
+def test_a_backward_pass_inside_the_base_is_refused_and_moves_nothing(case):
+    before = weights_of(case.model)
+    adam = MaskedAdam(case.model, bits_for(case.model), 1e-3, keeps_base=True)
+    with pytest.raises(RuntimeError, match="base"), adam.step(), adam.base():
+        case.losses(case.model, batch(0)).mean().backward()
+    assert same(weights_of(case.model), before)
+
+
+def test_closed_the_module_requires_gradients_as_before_and_no_step_begins(case):
+    required = {name: p.requires_grad for name, p in case.model.named_parameters()}
+    adam = MaskedAdam(case.model, Bits.of((n, torch.zeros_like(b)) for n, b in bits_for(case.model).items()), 1e-3)
+    assert not any(p.requires_grad for p in case.model.parameters())
+    adam.close()
+    assert {name: p.requires_grad for name, p in case.model.named_parameters()} == required
+    with pytest.raises(RuntimeError, match="closed"), adam.step():
+        pass
