@@ -6,7 +6,8 @@
     report = salun_sd.evaluate("erased", prompts="pocket", against="pocket", out="audit")
 
 What the commands do, as functions: `mask`, `erase`, `apply`, `evaluate`, `compare`; `plan` reads a plan as arguments of
-`erase`. The maths for any module: `GradientSum`, `cut`, `MaskedAdam`, `MaskedSGD`.
+`erase`. The maths for any module: `GradientSum`, `cut`, `MaskedAdam`, `MaskedSGD`. What fails raises `SalunError`, and
+`UsageError` where an argument is wrong.
 """
 
 from importlib import import_module
@@ -19,6 +20,7 @@ _NAMES = {
     "mask": "edit.run", "erase": "edit.run", "apply": "edit.deliver", "plan": "edit.concepts",
     "evaluate": "audit.run", "compare": "audit.compare",
     "GradientSum": "core.saliency", "cut": "core.mask", "MaskedAdam": "core.masked", "MaskedSGD": "core.masked",
+    "SalunError": "errors", "UsageError": "errors",
 }  # fmt: skip
 __all__ = [*_NAMES, "__version__"]
 

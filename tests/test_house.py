@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import salun_sd
-from salun_sd.errors import UsageError
 
 FOLDER = Path(salun_sd.__file__).parent
 FLOORS = [  # from the top; a package imports only from the floors below its own
@@ -89,10 +88,8 @@ def test_only_the_commands_print_and_know_typer():
 
 
 def test_the_library_speaks_through_its_log(tmp_path, caplog, capsys):
-    from salun_sd.edit.deliver import apply
-
-    with caplog.at_level(logging.INFO, logger="salun_sd"), pytest.raises(UsageError):
-        apply("pocket", tmp_path / "nowhere", out=tmp_path / "out")
+    with caplog.at_level(logging.INFO, logger="salun_sd"):
+        salun_sd.erase("pocket", "a photo of a sneaker", "a photo of a bag", out=tmp_path / "out", dry_run=True)
     assert any("Stable Diffusion" in line for line in caplog.messages) and capsys.readouterr().out == ""
 
 

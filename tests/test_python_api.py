@@ -92,8 +92,7 @@ def test_what_the_example_saves_is_a_model(page):
 
 
 def test_every_name_is_on_the_page_and_in_the_package():
-    assert set(salun_sd.__all__) <= set(dir(salun_sd))
-    for name in salun_sd.__all__:
+    for name in set(salun_sd.__all__) - {"SalunError", "UsageError"}:
         assert getattr(salun_sd, name) is not None and (name.startswith("_") or f"`{name}(" in TEXT), name
     with pytest.raises(AttributeError, match="nothing_such"):
         salun_sd.nothing_such  # noqa: B018
@@ -105,12 +104,14 @@ def plain(default: object) -> object:
     return str(value) if isinstance(value, Path) else None if value == () else value
 
 
-@pytest.mark.parametrize("name", ["mask", "erase", "apply", "evaluate"])
+@pytest.mark.parametrize("name", ["mask", "erase", "apply", "evaluate", "compare"])
 def test_a_function_has_the_parameters_and_defaults_of_its_command(name):
     command = dict(inspect.signature(getattr(app, name)).parameters)
     function = dict(inspect.signature(getattr(salun_sd, name)).parameters)
     for of_the_line in ("ctx", "plan"):
         command.pop(of_the_line, None)
+    if name == "compare":
+        command.pop("out")  # the tables as a file; the function returns them
     if name == "erase":
         function.pop("command")  # what the record names as the maker
     assert set(command) == set(function)

@@ -42,24 +42,24 @@ class Table:
     unpaired: dict[str, str]
 
 
-def compare(paths: Sequence[str | Path]) -> list[Table]:
-    """A table for each prompt set of the audits, in their order. A path is an audit's folder or its report.json.
+def compare(audits: Sequence[str | Path]) -> list[Table]:
+    """A table for each prompt set of the audits, in their order. An audit is given by its folder or its report.json.
 
     Raises UsageError for fewer than two audits or one given twice, SalunError if no two have the same prompts.
     """
-    audits = [read(Path(path)) for path in paths]
-    files = [audit.file.resolve() for audit in audits]
-    if twice := [audit.file for i, audit in enumerate(audits) if files[i] in files[:i]]:
+    compared = [read(Path(audit)) for audit in audits]
+    files = [audit.file.resolve() for audit in compared]
+    if twice := [audit.file for i, audit in enumerate(compared) if files[i] in files[:i]]:
         raise UsageError(f"{twice[0]} is given twice: give each audit once.")
-    if len(audits) < 2:
+    if len(compared) < 2:
         raise UsageError("compare takes two audits or more: give the folders that `salun-sd evaluate` wrote.")
     groups: dict[str, list[Audit]] = {}
-    for audit in audits:
+    for audit in compared:
         groups.setdefault(audit.report["settings"]["prompts_sha256"], []).append(audit)
-    if len(groups) == len(audits):
+    if len(groups) == len(compared):
         each = ", ".join(f"{a.file} is of {a.report['prompts']!r} ({sha256[:8]})" for sha256, [a] in groups.items())
         raise SalunError(f"No two of these audits have the same prompts: {each}. Evaluate with the same --prompts.")
-    models, places = _short([a.report["model"] for a in audits]), _short([_place(a.file) for a in audits])
+    models, places = _short([a.report["model"] for a in compared]), _short([_place(a.file) for a in compared])
     prompt_sets = [group[0].report["prompts"] for group in groups.values()]
     return [
         _table(dict(zip(_names(group, models, places), group, strict=True)), prompt_sets.count(name) > 1)

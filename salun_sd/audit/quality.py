@@ -60,21 +60,24 @@ def measure(measures: Measures, run: Run, base: Run | None, concepts: Sequence[s
     return qualities[0], qualities[1]
 
 
-def check_options(clip: str | None, fid: str | None, reference: Path | None, *, has_base: bool, others: int) -> None:
-    """Raise UsageError if the options of quality do not go together, or `others`, the number of images whose prompts
-    ask for no concept, is too small."""
-    if (clip or fid) and not others:
-        raise UsageError("--clip and --fid measure images whose prompts ask for no concept, and these prompts all ask "
-                         "for one: give --prompts with others, or leave them out.")  # fmt: skip
-    if fid and others < 2:
-        raise UsageError("--fid needs at least two images whose prompts ask for no concept, and this audit has one: "
-                         "give more prompts, or leave it out.")  # fmt: skip
+def check_options(fid: str | None, reference: Path | None, *, has_base: bool) -> None:
+    """Raise UsageError if --fid and --reference do not go together, or the reference is no folder of images."""
     if fid and not (reference or has_base):
         raise UsageError("--fid compares with other images: give --against BASE, or --reference with a folder of them.")
     if reference and not fid:
         raise UsageError("--reference needs --fid: give --fid pocket, inception or an image model.")
     if reference and not (reference.is_dir() and len(images_in(reference)) > 1):
         raise UsageError(f"--reference {reference} is not a folder with two images or more.")
+
+
+def check_others(clip: str | None, fid: str | None, others: int) -> None:
+    """Raise UsageError if `others`, the number of images whose prompts ask for no concept, is too small to measure."""
+    if (clip or fid) and not others:
+        raise UsageError("--clip and --fid measure images whose prompts ask for no concept, and these prompts all ask "
+                         "for one: give --prompts with others, or leave them out.")  # fmt: skip
+    if fid and others < 2:
+        raise UsageError("--fid needs at least two images whose prompts ask for no concept, and this audit has one: "
+                         "give more prompts, or leave it out.")  # fmt: skip
 
 
 def _other_images(run: Run, concepts: Sequence[str], readable: set[Key]) -> list[tuple[Path, dict]]:
@@ -152,5 +155,5 @@ def distances(
     common = {"sha256": extractor.digest, "images": [n, m], "reference": name}
     return {
         "fid": {"name": f"fid{settings}", "value": round(fid, 4), **common, "note": note},
-        "kid": {"name": f"kid{settings}", "value": round(kid, 6), **common},
+        "kid": {"name": f"kid{settings}", "value": round(kid, 6) + 0.0, **common},  # never -0.0
     }

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from salun_sd.audit import bounds, classify
 from salun_sd.audit.classify import Judge
-from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.model import POCKET, Checkpoint
 from salun_sd.draw import prompts
 from salun_sd.draw.prompts import Prompt
@@ -22,7 +21,19 @@ logger = logging.getLogger(__name__)
 JUDGE = POCKET / "judge"
 MATCHES = 20  # most classes whose labels are logged
 PARTIAL = re.compile(r"\..*\.\d+\.partial")  # a killed run leaves these, and the next one removes them
+COUNTS = ("limit", "samples_per_prompt", "denoising_steps")
 WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "report.md", "against"}
+
+
+def check_values(**options: object) -> None:
+    """Raise UsageError for an option, by its parameter's name, that is empty text, which as a path would be the current
+    folder; or for a number that is not whole or below 1. None: it was not given."""
+    for name, value in options.items():
+        option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+        if value == "":
+            raise UsageError(f"{option} is empty: give a value.")
+        if name in COUNTS and value is not None and not (isinstance(value, int) and value >= 1):
+            raise UsageError(f"{option} is {value!r}: give a whole number from 1 on.")
 
 
 def check_options(
@@ -46,16 +57,14 @@ def check_options(
         raise UsageError(f"{out} holds the audit of a model, with the images that it drew: choose another --out.")
 
 
-def record_of(model: Checkpoint | None, required: bool) -> dict | None:
-    """The record in a checkpoint that salun-sd erased. If it is `required`, raises UsageError if there is none, and
-    SalunError if the UNet is not the one in the record."""
-    record = provenance.read(model.path) if model else None
-    if required and record is None:
+def check_record(model: Checkpoint | None, record: dict | None) -> None:
+    """Raise UsageError if a checkpoint has no record of its erasure, for --record to add to, and SalunError if its UNet
+    is not the one in the record."""
+    if model is None or record is None:
         raise UsageError("--record needs a checkpoint that salun-sd erased, and MODEL has no record: leave it out.")
-    if required and model.fingerprint != record["erased"]["fingerprint"]:
+    if model.fingerprint != record["erased"]["fingerprint"]:
         raise SalunError(f"The UNet of {model.name} is not the one in its record: it was changed since. Leave out "
                          "--record.")  # fmt: skip
-    return record
 
 
 class Request(NamedTuple):
@@ -65,28 +74,32 @@ class Request(NamedTuple):
     prompts: list[Prompt]  # with their own guidance and size
     rows: list[Prompt]  # the same with --guidance and --size, as they are drawn
     classes: list[str]  # of the prompts
-    concepts: list[str]  # what should be gone
-    classifier: str | Path | None  # a folder or hub id
     categories: list[str]  # of the prompts
+    concepts: Sequence[str] = ()  # what should be gone
+    classifier: str | Path | None = None  # a folder or hub id
 
     @classmethod
     def of(
-        cls, name: str, where: Sequence[str], limit: int | None, guidance: float | None, size: str | None,
-        concepts: Sequence[str], classifier: str | None, record: dict | None,
+        cls, name: str, where: Sequence[str], limit: int | None, guidance: float | None, size: str | None
     ) -> "Request":  # fmt: skip
-        """The request of these options of `evaluate`; `record` is the audited checkpoint's. Raises UsageError or
-        SalunError for values that do not exist or cannot be used."""
-        originals = prompts.read(name, where, limit)
+        """The prompts of these options of `evaluate`, with nothing to judge yet. Raises UsageError or SalunError for
+        values that do not exist or cannot be used."""
+        sides = None if size is None else prompts.parse_size(size)
         if guidance is not None and not 0 <= guidance < float("inf"):
             raise UsageError(f"--guidance {guidance:g} is not a guidance scale: give a number from 0 on, such as 7.5.")
-        rows = prompts.overridden(originals, guidance, prompts.parse_size(size) if size else None)
+        originals = prompts.read(name, where, limit)
+        rows = prompts.overridden(originals, guidance, sides)
         filtered = f" where {' and '.join(where)}" if where else ""
         first = f", the first {limit}" if limit else ""
         classes = list(dict.fromkeys(p.label for p in rows if p.label))
-        concepts = _concepts(concepts, classes, record)
         categories = list(dict.fromkeys(category for p in rows for category in p.categories))
-        return cls(f"{name}{filtered}{first}", originals, rows, classes, concepts,
-                   _classifier(classifier, classes, concepts), categories)  # fmt: skip
+        return cls(f"{name}{filtered}{first}", originals, rows, classes, categories)
+
+    def judging(self, concepts: Sequence[str], classifier: str | None, record: dict | None) -> "Request":
+        """The same prompts, with what is judged; `record` is the audited checkpoint's. Raises UsageError for classes
+        that the prompts do not have, and for a classifier that is missing or has nothing to judge."""
+        concepts = _concepts(concepts, self.classes, record)
+        return self._replace(concepts=concepts, classifier=_classifier(classifier, self.classes, concepts))
 
     def others(self) -> int:
         """The number of prompts that ask for no concept. If concepts are asked by name, all prompts count for them."""

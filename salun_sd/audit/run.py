@@ -16,7 +16,7 @@ from salun_sd.audit.detect import detector_digest, load_detector
 from salun_sd.audit.examine import examine
 from salun_sd.audit.features import extractor
 from salun_sd.audit.report import Run, assemble, headline_metrics, images_of
-from salun_sd.audit.request import JUDGE, Request, check_options, record_of
+from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.load import load_pipeline
@@ -39,7 +39,7 @@ def evaluate(
     concept_class: str | Sequence[str] = (), classifier: str | None = None, detector_model: str | Path | None = None,
     clip: str | None = None, fid: str | None = None, reference: str | Path | None = None,
     denoising_steps: int | None = None, scheduler: str | None = None, guidance: float | None = None,
-    size: str | None = None, samples_per_prompt: int | None = None, no_images: bool = False, record: bool = False,
+    size: str | int | None = None, samples_per_prompt: int | None = None, no_images: bool = False, record: bool = False,
     fail_if: str | Sequence[str] = (), confident: bool = False, config: str | None = None, revision: str | None = None,
     variant: str | None = None,
 ) -> dict:  # fmt: skip
@@ -50,24 +50,33 @@ def evaluate(
     holds. Running it again draws, detects and classifies only what is missing. Raises UsageError for arguments that are
     wrong or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
     """
-    # check: whatever can fail without drawing fails here
+    # check: whatever can fail without drawing fails here, and what needs no model before one is opened
+    check_values(
+        model=model, prompts=prompts, out=out, against=against, images=images, detector_model=detector_model,
+        reference=reference, limit=limit, samples_per_prompt=samples_per_prompt, denoising_steps=denoising_steps,
+    )  # fmt: skip
     out, images, reference, detector = Path(out), _path(images), _path(reference), _path(detector_model)
     where, fail_if, concept_class = _texts(where), _texts(fail_if), _texts(concept_class)
+    size = None if size is None else str(size)
     check_options(model, against, images, out, drawing=(denoising_steps, scheduler, guidance, size),
                   samples=samples_per_prompt, confident=confident, fail_if=fail_if)  # fmt: skip
-    audited, base = _models(model, against, config, revision, variant)
-    request = Request.of(prompts, where, limit, guidance, size, concept_class, classifier, record_of(audited, record))
-    for checkpoint in filter(None, (audited, base)):
-        generate.check(checkpoint, request.rows, denoising_steps)
-    sampling = {"steps": denoising_steps, "scheduler": scheduler and scheduler_class(scheduler)}
+    request = Request.of(prompts, where, limit, guidance, size)
+    sampling = {"steps": denoising_steps, "scheduler": None if scheduler is None else scheduler_class(scheduler)}
     manifest = collected(images, request.rows, out, subset=bool(where or limit)) if images else None
     samples = len(manifest) // len(request.rows) if images else samples_per_prompt or 1
-    quality.check_options(clip, fid, reference, has_base=base is not None, others=samples * request.others())
+    quality.check_options(fid, reference, has_base=against is not None)
+    if detector:
+        load_detector(detector)
+    audited, base, erasure = _models(model, against, config, revision, variant)
+    if record:
+        check_record(audited, erasure)
+    request = request.judging(concept_class, classifier, erasure)
+    for checkpoint in filter(None, (audited, base)):
+        generate.check(checkpoint, request.rows, denoising_steps)
+    quality.check_others(clip, fid, samples * request.others())
     parsed = request.bounds(fail_if, against=base is not None, clip=bool(clip), fid=bool(fid),
                             reference=reference is not None)  # fmt: skip
     judge = request.judge()
-    if detector:
-        load_detector(detector)
     measures = quality.Measures(
         clip and Clip(clip, default_device()), fid and extractor(fid, JUDGE, default_device()), reference
     )
@@ -109,9 +118,12 @@ def _texts(value: str | Sequence[str]) -> list[str]:
 def _models(
     model: str | Path | Checkpoint | None, against: str | Path | Checkpoint | None, config: str | None,
     revision: str | None, variant: str | None,
-) -> tuple[Checkpoint | None, Checkpoint | None]:  # fmt: skip
-    """The model and its base, opened. `config` is for single files, `variant` for all others. If the model was erased
-    from this base, the base is opened at the same commit of the hub."""
+) -> tuple[Checkpoint | None, Checkpoint | None, dict | None]:  # fmt: skip
+    """The model and its base, opened, and the record of the model's erasure; None for what there is not.
+
+    `config` is for single files, `variant` for all others. If the model was erased from this base, the base is opened
+    at the same commit of the hub.
+    """
     are_files = [Path(name).is_file() for name in (model, against) if isinstance(name, str | Path)]
     if (config and not any(are_files)) or (variant and all(are_files)) or (revision and not model):
         raise UsageError("--config is for a single file, --revision and --variant for a MODEL that is none.")
@@ -119,13 +131,15 @@ def _models(
     def find(name: str | Path | Checkpoint | None, revision: str | None) -> Checkpoint | None:
         if name is None:
             return None
-        is_file = isinstance(name, str | Path) and Path(name).is_file()
+        if isinstance(name, Checkpoint):
+            return opened(name, revision=revision)
+        is_file = Path(name).is_file()
         return opened(name, config if is_file else None, revision, None if is_file else variant)
 
     audited = find(model, revision)
     record = provenance.read(audited.path) if audited else None
     base_revision = record["base"]["revision"] if record and record["base"]["model"] == str(against) else None
-    return audited, find(against, base_revision)
+    return audited, find(against, base_revision), record
 
 
 def _draw(

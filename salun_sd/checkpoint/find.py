@@ -20,9 +20,16 @@ CONFIG_PATTERNS = [f"{folder}*{suffix}" for folder in ("", "*/") for suffix in s
 def opened(
     model: str | Path | Checkpoint, config: str | None = None, revision: str | None = None, variant: str | None = None
 ) -> Checkpoint:  # fmt: skip
-    """The checkpoint itself, or the one that `find` finds by its name; logs what was detected."""
+    """The checkpoint itself, or the one that `find` finds by its name; logs what was detected.
+
+    Raises UsageError as `find` does, and for options of a name that are given with a Checkpoint.
+    """
     checkpoint = model
-    if not isinstance(model, Checkpoint):
+    if isinstance(model, Checkpoint):
+        if config or revision or variant:
+            raise UsageError(f"--config, --revision and --variant are for a model by name, and {model.name} is found "
+                             "already: give them to find().")  # fmt: skip
+    else:
         checkpoint = find(str(model), config=config, revision=revision, variant=variant)
     logger.info(checkpoint.describe())
     return checkpoint

@@ -105,7 +105,7 @@ def read(name_or_path: str) -> Plan:
     concepts = [_concept(table, n, path) for n, table in enumerate(tables.get("concept", []), 1)]
     if not concepts:
         raise SalunError(f"{path} has no concept: write a [[concept]] with a prompt and an anchor.")
-    _check_texts(concepts, lambda n, key: f"{path}, concept {n + 1}: {key}", SalunError)
+    _check_texts(concepts, lambda n, key: f"{path}, concept {n + 1}: {key}", SalunError, needs_anchor=True)
     settings |= _retain_images(retain, path)
     return Plan(tuple(concepts), _retain_prompts(retain, concepts, path), settings)
 
@@ -118,44 +118,48 @@ def plan(name_or_path: str) -> dict[str, object]:
 
 def concepts_of(
     concept: str | Concept | Sequence[str | Concept], anchor: str | Sequence[str] | None = None,
-    forget: str | None = None,
+    forget: str | None = None, *, needs_anchor: bool,
 ) -> tuple[Concept, ...]:  # fmt: skip
     """Concepts from prompts and their anchors, n-th with n-th, or as they are given. `forget` is the images of the
-    concept, where there is only one. `anchor` is None for a mask, which needs none.
+    concept, where there is only one.
 
-    Raises UsageError where these do not go together, and where there is no concept.
+    Raises UsageError where these do not go together, where there is no concept or, with `needs_anchor`, no anchor, when
+    a text is blank, when a concept is there twice, and when a concept and its anchor are the same up to case and
+    spaces.
     """
     given = [concept] if isinstance(concept, str | Concept) else list(concept)
-    if not given and not anchor:
+    anchors = [anchor] if isinstance(anchor, str) else list(anchor or ())
+    if not given and not anchors:
         raise UsageError("There is nothing to erase: give --concept with --anchor, or --plan.")
-    texts, anchors = [c for c in given if isinstance(c, str)], [anchor] if isinstance(anchor, str) else anchor
-    concepts = of_pairs(texts, anchors) if texts or anchors else tuple(given)
-    if len(concepts) < len(given):
+    texts = [c for c in given if isinstance(c, str)]
+    if texts and len(texts) < len(given):
         raise UsageError("Concepts of a plan and prompts cannot go together: give one or the other.")
+    if anchors or (texts and needs_anchor):
+        concepts = _of_pairs(texts, anchors)
+    else:
+        concepts = tuple(Concept(c, None) if isinstance(c, str) else c for c in given)
     if forget and len(concepts) > 1:
         raise UsageError("--forget is for one concept: in a plan, write images = ... under each [[concept]].")
-    return (concepts[0]._replace(images=forget),) if forget else concepts
+
+    def name(n: int, key: str) -> str:
+        return ("--anchor" if key == "anchor" else "--concept") + (f" {n + 1}" if len(concepts) > 1 else "")
+
+    _check_texts(concepts, name, UsageError, needs_anchor)
+    return tuple(c._replace(images=text_of(forget or c.images)) for c in concepts)
 
 
-def of_pairs(concepts: list[str], anchors: list[str] | None) -> tuple[Concept, ...]:
-    """The n-th --concept with the n-th --anchor. `anchors` is None for a mask, which needs none.
+def text_of(path: str | Path | None) -> str | None:
+    """A path as text; None where there is none."""
+    return None if path is None else str(path)
 
-    Raises UsageError when their counts differ, when a text is blank, when a concept is given twice, and when a concept
-    and its anchor are the same up to case and spaces.
-    """
-    if anchors is None:
-        anchors = [None] * len(concepts)
+
+def _of_pairs(concepts: list[str], anchors: list[str]) -> tuple[Concept, ...]:
+    """The n-th --concept with the n-th --anchor. Raises UsageError when their counts differ."""
     if len(concepts) > len(anchors):
         raise UsageError(f"--concept {concepts[len(anchors)]!r} has no --anchor: give one for each --concept.")
     if len(anchors) > len(concepts):
         raise UsageError(f"--anchor {anchors[len(concepts)]!r} has no --concept: give one for each --anchor.")
-    pairs = [Concept(concept, anchor) for concept, anchor in zip(concepts, anchors, strict=True)]
-
-    def name(n: int, key: str) -> str:
-        return ("--anchor" if key == "anchor" else "--concept") + (f" {n + 1}" if len(pairs) > 1 else "")
-
-    _check_texts(pairs, name, UsageError)
-    return tuple(pairs)
+    return tuple(map(Concept, concepts, anchors))
 
 
 def _concept(table: dict, n: int, path: Path) -> Concept:
@@ -216,10 +220,15 @@ def _checked(table: dict, kinds: dict[str, str], where: str, prefix: str) -> dic
     return values
 
 
-def _check_texts(concepts: Iterable[Concept], name: Callable[[int, str], str], error: type[SalunError]) -> None:
-    """Raise `error` where a text is blank, a concept is its own anchor, or one is there twice."""
+def _check_texts(
+    concepts: Iterable[Concept], name: Callable[[int, str], str], error: type[SalunError], needs_anchor: bool
+) -> None:  # fmt: skip
+    """Raise `error` where a text is blank, a concept is its own anchor or has none that it needs, or one is there
+    twice."""
     seen = set()
     for n, concept in enumerate(concepts):
+        if concept.anchor is None and needs_anchor:
+            raise error(f"{name(n, 'prompt')} {concept.prompt!r} has no anchor: give the prompt that takes its place.")
         if concept.anchor is not None and not concept.anchor.strip():
             raise error(f"{name(n, 'anchor')} is empty: give the prompt that takes the concept's place.")
         for i, text in enumerate(concept.prompts()):

@@ -61,15 +61,25 @@ def write_checked(base: Checkpoint, patch: Patch, format: str, place: Path, reve
     elif format == "single-file":
         header = patch.record["base"]["header"] if revert else provenance.metadata(patch.record, base)
         tensors.write(place, save.single_file(base, unet), header)
-        saved = Checkpoint(str(place), place, base.config, base.family).unet
+        saved = _saved_unet(base, place)
     else:
         save.folder(base, unet, place)
         if not revert:
             provenance.write_folder(patch.record, place)
-        saved = Checkpoint(str(place), place, place, base.family).unet
+        saved = _saved_unet(base, place)
     if tensors.fingerprint(saved) != patch.record["base" if revert else "erased"]["fingerprint"]:
         raise SalunError("What was read back from the disk is not what was written, so nothing was kept: please report "
                          "it.")  # fmt: skip
+
+
+def _saved_unet(base: Checkpoint, place: Path) -> tensors.Tensors:
+    """The UNet of a checkpoint that was made of the base: a folder or a single file."""
+    return Checkpoint(str(place), place, place if place.is_dir() else base.config, base.family).unet
+
+
+def _is_free(out: Path, format: str) -> bool:
+    """Whether a result can be written to `out`: nothing is there or, for "diffusers", an empty folder."""
+    return not out.exists() or (format == "diffusers" and out.is_dir() and not any(out.iterdir()))
 
 
 def finished(out: Path, format: str, base: Checkpoint, settings: dict, inputs: dict) -> dict | None:
@@ -79,19 +89,17 @@ def finished(out: Path, format: str, base: Checkpoint, settings: dict, inputs: d
     beside = provenance.run_folder(out)
     if format != "diffusers" and not out.exists() and beside.is_dir() and any(beside.iterdir()):
         raise UsageError(f"{beside} is of another run, whose {out.name} is gone: choose another --out, or remove it.")
-    if not out.exists() or (format == "diffusers" and out.is_dir() and not any(out.iterdir())):
+    if _is_free(out, format):
         return None
     try:
-        record = patches.read(out).record if format == "patch" else provenance.read(out)
+        patch = patches.read(out) if format == "patch" else None
+        record = patch.record if patch else provenance.read(out)
         same = record["settings"] == settings and record["inputs"] == inputs
     except (OSError, SalunError, KeyError, TypeError) as e:
         raise UsageError(f"{out} holds something else: choose another --out, or remove it.") from e
     if not same:
         raise UsageError(f"{out} was erased with other settings or inputs: choose another --out, or remove it.")
-    if format == "patch":
-        unet = patches.merged(base.unet, patches.read(out))
-    else:
-        unet = Checkpoint(str(out), out, out if out.is_dir() else base.config, base.family).unet
+    unet = patches.merged(base.unet, patch) if patch else _saved_unet(base, out)
     if tensors.fingerprint(unet) != record["erased"]["fingerprint"]:
         raise SalunError(f"The UNet in {out} is not the one that was saved there: remove {out} and run again.")
     logger.info(f"{out} was already made from these inputs with these settings; nothing to do.")
@@ -108,11 +116,11 @@ def apply(
     Raises UsageError for arguments that are wrong or cannot go together, SalunError for anything else that fails.
     """
     file, out = Path(patch), Path(out)
-    base = opened(model, config, revision, variant)
     check_place(out, format, ("diffusers", "single-file"))
-    if out.exists() and not (format == "diffusers" and out.is_dir() and not any(out.iterdir())):
+    if not _is_free(out, format):
         raise UsageError(f"{out} exists: choose another --out, or remove it.")
     changes = patches.read(file)
+    base = opened(model, config, revision, variant)
     patches.check(changes, file, base.unet, base.name, base.fingerprint, revert)
     with new_folder(out) if format == "diffusers" else new_file(out) as partial:
         write_checked(base, changes, format, partial, revert)

@@ -12,7 +12,7 @@ from salun_sd.core.diffusion import Schedule
 from salun_sd.draw.sample import images_per_pass
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Drawing, Work
-from salun_sd.edit.checks import check_choice
+from salun_sd.edit.checks import check_dtype
 from salun_sd.errors import SalunError
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
@@ -54,8 +54,7 @@ class Compute(NamedTuple):
     @classmethod
     def of(cls, model: Checkpoint, dtype: str | None, checkpointing: bool | None) -> "Compute":
         """As the options say or, where they are None, as it suits the device and the model. Logs the dtype and why."""
-        if dtype is not None:
-            check_choice("dtype", dtype, ("float32", "bfloat16"))
+        check_dtype(dtype)
         precision = Precision.of(dtype, default_device())
         logger.info(f"The UNet is held in {dtype_name(precision.dtype)}: {precision.reason}.")
         is_large = sum(t.shape.numel() for t in model.unet.values()) >= LARGE

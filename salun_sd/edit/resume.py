@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -161,8 +162,14 @@ class Progress:
 
 @contextmanager
 def note_interrupts() -> Iterator[list]:
-    """Inside, the first Ctrl-C or SIGTERM only adds to the list that this gives; a second Ctrl-C interrupts."""
+    """Inside, the first Ctrl-C or SIGTERM only adds to the list that this gives; a second Ctrl-C interrupts.
+
+    Outside the main thread the list stays empty: Python handles signals only in the main thread.
+    """
     noted: list = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
 
     def note(number, frame):
         noted.append(number)

@@ -23,14 +23,20 @@ from salun_sd.edit.budget import Erasing, Masking, Work
 from salun_sd.edit.checks import (
     check_batch,
     check_choice,
+    check_dtype,
     check_format,
+    check_mask,
     check_numbers,
     check_replaceable,
+    check_retain,
+    check_writable,
     checked_size,
+    densities_of,
     images_of,
+    plain,
     read_mask,
 )
-from salun_sd.edit.concepts import RENAMED, Concept, concepts_of
+from salun_sd.edit.concepts import RENAMED, Concept, concepts_of, text_of
 from salun_sd.edit.deliver import deliver, finished, proof
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.patch import Patch
@@ -38,7 +44,6 @@ from salun_sd.edit.resources import Compute, Forecast, schedule_of
 from salun_sd.edit.resume import Progress, State
 from salun_sd.edit.training import strip_writer, train
 from salun_sd.edit.training_data import LoadedBase, Sources, collect, encode, forget_items, sources_in_words
-from salun_sd.errors import UsageError
 from salun_sd.methods import salun
 from salun_sd.runtime import memory, ranks
 from salun_sd.runtime.device import dtype_name
@@ -59,7 +64,7 @@ class Masks(NamedTuple):
 def mask(
     model: str | Path | Checkpoint, concept: str | Concept | Sequence[str | Concept], *,
     out: str | Path = "mask.safetensors", density: float | Sequence[float] = 0.5, saliency_guidance: float = 7.5,
-    forget: str | None = None, samples: int = 800, size: int | None = None, batch_size: int = 8, seed: int = 0,
+    forget: str | Path | None = None, samples: int = 800, size: int | None = None, batch_size: int = 8, seed: int = 0,
     dtype: str | None = None, checkpointing: bool | None = None, dry_run: bool = False, config: str | None = None,
     revision: str | None = None, variant: str | None = None,
 ) -> Masks | Forecast:  # fmt: skip
@@ -71,14 +76,12 @@ def mask(
     """
     # prepare: what can be wrong is checked here
     started, out = time.monotonic(), Path(out)
-    densities = [density] if isinstance(density, float | int) else list(density)
+    seed, densities = plain(seed), densities_of(density)
     paths = [out if len(densities) == 1 else out.with_name(f"{out.stem}-{d:g}{out.suffix}") for d in densities]
-    concepts = concepts_of(concept, forget=forget)
-    if len(set(paths)) < len(paths):
-        raise UsageError("The same --density is given twice.")
-    check_numbers(saliency_guidance=saliency_guidance, samples=samples, batch_size=batch_size)
-    for each, path in zip(densities, paths, strict=True):
-        masks.keep_count(each, sys.maxsize)  # raises outside (0, 1]
+    concepts = concepts_of(concept, forget=text_of(forget), needs_anchor=False)
+    check_numbers(saliency_guidance=saliency_guidance, samples=samples, size=size, batch_size=batch_size, seed=seed)
+    check_dtype(dtype)
+    for path in paths:
         check_replaceable(path)
     base = opened(model, config, revision, variant)
     size = checked_size(base, size)
@@ -128,7 +131,7 @@ def make_masks(
     with sums, tqdm(total=len(forget), desc="saliency", unit="image") as bar:
         for done in passes:
             bar.update(done - bar.n)
-    settings = {"concepts": [text for c in concepts for text in c.prompts()], "guidance": guidance,
+    settings = {"concepts": [text for c in concepts for text in c.prompts()], "guidance": plain(guidance),
                 "images": len(forget), "seed": seed, "dtype": dtype_name(unet.dtype),
                 "base": model.fingerprint, "model": model.name, "salun_sd": __version__}  # fmt: skip
     cuts = masks.cuts(sums.result(len(forget)), counts)
@@ -146,9 +149,10 @@ def run_record(started: float, peaks: dict[str, int], planned: dict[str, int]) -
 def erase(
     model: str | Path | Checkpoint, concept: str | Concept | Sequence[str | Concept],
     anchor: str | Sequence[str] | None = None, *, out: str | Path, mask: str | Path | None = None,
-    density: float = 0.5, saliency_guidance: float = 7.5, forget: str | None = None, retain: str | None = None,
-    retain_caption: str | None = None, retain_prompts: str | Sequence[str] | None = None, samples: int = 800,
-    size: int | None = None, retain_weight: float = 0.5, lr: float = 1e-5, clip_norm: float | None = None,
+    density: float = 0.5, saliency_guidance: float = 7.5, forget: str | Path | None = None,
+    retain: str | Path | None = None, retain_caption: str | None = None,
+    retain_prompts: str | Path | Sequence[str] | None = None, samples: int = 800, size: int | None = None,
+    retain_weight: float = 0.5, lr: float = 1e-5, clip_norm: float | None = None,
     steps: int | None = None, batch_size: int = 8, anchor_from: str = "current", sample_every: int = 0,
     save_every: float = 10, seed: int = 0, dtype: str | None = None, checkpointing: bool | None = None, parts: int = 1,
     format: str = "diffusers", reversible: bool = False, dry_run: bool = False, config: str | None = None,
@@ -163,16 +167,22 @@ def erase(
     else that fails, each with a sentence for a person.
     """
     # prepare: what can be wrong is checked here
-    started, out, mask = time.monotonic(), Path(out), mask and str(mask)
-    concepts = concepts_of(concept, anchor or (), forget)
-    check_batch(batch_size, parts)
+    started, out, seed, mask, retain = time.monotonic(), Path(out), plain(seed), text_of(mask), text_of(retain)
+    retain_prompts = str(retain_prompts) if isinstance(retain_prompts, Path) else retain_prompts
+    concepts = concepts_of(concept, anchor, text_of(forget), needs_anchor=True)
     check_numbers(saliency_guidance=saliency_guidance, lr=lr, clip_norm=clip_norm, retain_weight=retain_weight,
-                  samples=samples, steps=steps, batch_size=batch_size, parts=parts, save_every=save_every)  # fmt: skip
+                  samples=samples, size=size, steps=steps, batch_size=batch_size, parts=parts, seed=seed,
+                  sample_every=sample_every, save_every=save_every)  # fmt: skip
+    check_batch(batch_size, parts)
     check_choice("anchor-from", anchor_from, ("current", "base"))
+    check_dtype(dtype)
+    check_format(out, format, reversible)
+    check_retain(retain, retain_caption, retain_prompts)
+    check_mask(mask)
     masks.keep_count(density, sys.maxsize)  # raises outside (0, 1]
     base = opened(model, config, revision, variant)
     size = checked_size(base, size)
-    check_format(base, out, format, reversible)
+    check_writable(base, format)
     given_mask = read_mask(mask, base, concepts, seed)
     sources = Sources.of(base, concepts, samples, retain, retain_caption, retain_prompts)
     compute = Compute.of(base, dtype, checkpointing)
@@ -186,6 +196,7 @@ def erase(
         "anchor_from": anchor_from, "sample_every": sample_every, "seed": seed,
         "dtype": dtype_name(compute.precision.dtype), "parts": parts, "format": format, "reversible": reversible,
     }  # fmt: skip
+    settings = {name: plain(value) for name, value in settings.items()}
     steps_to_plan = _steps_to_plan(compute, settings, given_mask, draws=sources.draws())
     if dry_run:
         return compute.forecast(steps_to_plan, {OPTIONS.get(name, name): value for name, value in settings.items()})

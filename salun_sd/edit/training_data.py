@@ -47,7 +47,7 @@ class Sources(NamedTuple):
         """From the options of `erase`. Raises UsageError or SalunError for what is missing or cannot be used."""
         prompts = prompts_to_retain(retain_prompts, concepts, base.sampling[1])
         images = [images_of(c.images, c.prompt) for c in concepts]
-        retain_images = images_to_retain(retain, caption, retain_prompts, concepts)
+        retain_images = images_to_retain(retain, caption, concepts)
         return cls(concepts, images, retain_images, caption, prompts, samples)
 
     def count(self) -> int:

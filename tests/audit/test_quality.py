@@ -202,6 +202,15 @@ def test_inception_is_given_whole_images_in_order_of_any_size(inception, picture
     assert how["fid"]["value"] == pytest.approx(0, abs=1e-6) and how["fid"]["sha256"] == inception.digest
 
 
+def test_a_kid_that_rounds_to_zero_has_no_sign(inception):
+    """As between features that are the same to rounding."""
+    here = [np.random.default_rng(seed).normal(size=(10, 12)) for seed in range(20)]
+    there = [x + 1e-9 * np.random.default_rng(99).normal(size=x.shape) for x in here]
+    assert min(kid(x, y, paired=True) for x, y in zip(here, there, strict=True)) < 0
+    rounded = [quality.distances(inception, x, y, quality.SAME_SEEDS) for x, y in zip(here, there, strict=True)]
+    assert {str(distance["kid"]["value"]) for distance in rounded} == {"0.0"}
+
+
 @pytest.fixture
 def made_here():
     """Objects that the garbage collector knows are those made during the test: fewer to look through."""

@@ -1,16 +1,20 @@
 """`evaluate` as it is typed: what it draws, keeps, refuses and says."""
 
 import json
+import re
 
 import pytest
 from helpers.models import write_pipeline
 from PIL import Image
 from skimage import data
 
+import salun_sd
+from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.draw import prompts
 from salun_sd.draw.generate import PROVENANCE
 from salun_sd.draw.prompts import Prompt
+from salun_sd.errors import UsageError
 
 
 def lines_of(file) -> list[dict]:
@@ -145,6 +149,72 @@ def test_what_is_typed_is_drawn_and_recorded(tiny, tmp_path):
 def test_what_cannot_be_drawn_is_said_before_anything_is(tmp_path, capsys, option, named):
     said = refused(capsys, "pocket", "--prompts", "pocket", "--out", tmp_path / "out", *option)
     assert all(word in said for word in named) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        *((count, value) for count in ("limit", "samples_per_prompt", "denoising_steps") for value in (0, -1, 1.5)),
+        *(("size", value) for value in (0, -512, "", 32.5)),
+        *((path, "") for path in ("model", "against", "images", "reference", "detector_model", "out")),
+        ("scheduler", ""),
+    ],
+)
+def test_values_that_a_call_from_python_may_not_have(tmp_path, monkeypatch, parameter, value):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"model": "pocket", "prompts": "pocket", "out": "audit", parameter: value}
+    if parameter == "images":
+        arguments.pop("model")
+    option = "MODEL" if parameter == "model" else f"--{parameter.replace('_', '-')}"
+    with pytest.raises(UsageError, match=option):
+        salun_sd.evaluate(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_size_may_be_a_number_in_python(tiny, tmp_path):
+    (tmp_path / "p.txt").write_text("a face")
+    as_number, as_text = (
+        salun_sd.evaluate(tiny, prompts=tmp_path / "p.txt", out=tmp_path / "audit", size=size, denoising_steps=1)
+        for size in (40, "40")
+    )
+    assert as_number == as_text and as_number["settings"]["size"] == "40"
+    assert [line["size"] for line in lines_of(tmp_path / "audit" / "manifest.jsonl")] == [[40, 40]]
+
+
+def test_a_checkpoint_that_is_open_is_a_base_beside_a_model_by_name(tiny, tmp_path):
+    """The variant is the model's; who gives a Checkpoint has chosen its own."""
+    (tmp_path / "p.txt").write_text("a face")
+    report = salun_sd.evaluate(str(tiny), against=find(str(tiny)), prompts=tmp_path / "p.txt", out=tmp_path / "audit",
+                               variant="fp16", denoising_steps=1)  # fmt: skip
+    sampling = report["settings"]["sampling"], report["settings"]["sampling_against"]
+    assert sampling[0] == sampling[1]
+
+
+ABSENT = "nobody/no-such-model"  # a hub id, which the tests' hub does not have: who opens it says so
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        (None, {}),
+        ("--prompts|prompt set", {"prompts": "no-such-set"}),
+        ("--where", {"where": "class"}),
+        ("no column", {"where": "color=red"}),
+        ("--size", {"size": "big"}),
+        ("--guidance", {"guidance": -1}),
+        ("--scheduler", {"scheduler": "heun"}),
+        ("folder", {"model": None, "against": ABSENT, "images": "no-such-folder"}),
+        ("--reference", {"fid": "pocket", "reference": "no-such-folder"}),
+        ("--reference", {"reference": "no-such-folder"}),
+        ("--fid", {"fid": "pocket"}),
+        ("--detector-model", {"detector_model": "no-such-file.onnx"}),
+    ],
+)
+def test_what_needs_no_model_is_checked_before_one_is_opened(tmp_path, option, wrong):
+    with pytest.raises(UsageError) as caught:
+        salun_sd.evaluate(**{"model": ABSENT, "prompts": "pocket", "out": tmp_path / "audit"} | wrong)
+    assert (ABSENT in str(caught.value)) == (option is None)
+    assert option is None or re.search(option, str(caught.value))
 
 
 @pytest.mark.parametrize("option", [["--samples-per-prompt", "1"], ["--size", "32"], ["--guidance", "5"],

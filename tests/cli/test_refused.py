@@ -62,6 +62,7 @@ CASES = {
     "a huge lr": (ERASE + "--lr 1e38", 2, "--lr 1e+38"),
     "a norm of 0": (ERASE + "--clip-norm 0", 2, "--clip-norm"),
     "no number for w": (MASK + "--saliency-guidance nan", 2, "--saliency-guidance nan"),
+    "no number for erase's w": (ERASE + "--saliency-guidance nan", 2, "--saliency-guidance nan"),
     "no number for the weight": (ERASE + "--retain-weight nan", 2, "--retain-weight nan"),
     "a size that is no multiple": (ERASE + "--size 33", 2, "--size 33 16"),
     "too many parts": (ERASE + "--batch-size 4 --parts 5", 2, "--parts 5 --batch-size 4"),

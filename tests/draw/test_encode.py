@@ -63,8 +63,8 @@ def test_a_broken_image_is_named(tmp_path):
 def test_encoding_equals_the_pipelines_own(pocket, tmp_path):
     texts = ["a sneaker", "", "a very long prompt " * 20]
     for text, context in zip(texts, encode_prompts(pocket, texts)["context"], strict=True):
-        own, _ = pocket.encode_prompt(text, "cpu", 1, False)
-        torch.testing.assert_close(context[None], own)
+        expected, _ = pocket.encode_prompt(text, "cpu", 1, False)
+        torch.testing.assert_close(context[None], expected)
     Image.fromarray(photos.astronaut()).save(tmp_path / "a.png")
     latent = encode_image(pocket.vae, to_pixels(read_image(tmp_path / "a.png"), 32)[0])
     assert latent.shape == (4, 8, 8)
@@ -81,13 +81,13 @@ def test_an_embedding_does_not_depend_on_its_neighbours(pocket):
 def test_sdxl_is_told_the_pooled_embedding_and_nothing_for_no_prompt(tmp_path):
     folder = write_pipeline(tmp_path / "sdxl", "sdxl")
     pipeline = load_pipeline(find(str(folder)))
-    told = encode_prompts(pipeline, ["a sneaker", ""])
-    own, _, pooled, _ = pipeline.encode_prompt("a sneaker", device="cpu", do_classifier_free_guidance=False)
-    torch.testing.assert_close(told["context"][:1], own)
-    torch.testing.assert_close(told["text_embeds"][:1], pooled)
+    encoded = encode_prompts(pipeline, ["a sneaker", ""])
+    expected, _, pooled, _ = pipeline.encode_prompt("a sneaker", device="cpu", do_classifier_free_guidance=False)
+    torch.testing.assert_close(encoded["context"][:1], expected)
+    torch.testing.assert_close(encoded["text_embeds"][:1], pooled)
     _, nothing, _, pooled_nothing = pipeline.encode_prompt("a sneaker", device="cpu", do_classifier_free_guidance=True)
-    assert torch.equal(told["context"][1:], nothing) and torch.equal(told["text_embeds"][1:], pooled_nothing)
-    assert told["context"][0].any() and not told["context"][1].any()
+    assert torch.equal(encoded["context"][1:], nothing) and torch.equal(encoded["text_embeds"][1:], pooled_nothing)
+    assert encoded["context"][0].any() and not encoded["context"][1].any()
 
 
 def test_images_whose_white_is_not_known_are_refused_not_blackened(tmp_path):

@@ -149,7 +149,7 @@ def test_an_audit_names_each_file_that_it_cannot_look_at(tmp_path, face, capsys)
     (folder / "notes.txt").write_text("not an image")
     argv = ["evaluate", "--images", folder, "--prompts", tmp_path / "bags.csv", "--out", tmp_path / "audit"]
     cli.run([*map(str, argv)])
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     broken = {Path(file).name: why for file, why in report["broken"].items()}
     words = {
@@ -160,7 +160,7 @@ def test_an_audit_names_each_file_that_it_cannot_look_at(tmp_path, face, capsys)
         same.name: f"{same.name} and {name[6].name}",
     }
     assert broken.keys() == words.keys() and all(words[file] in broken[file] for file in words)
-    assert "5 of 10 images" in said and str(folder) in said and name[0].name in said and "notes.txt" in said
+    assert "5 of 10 images" in stderr and str(folder) in stderr and name[0].name in stderr and "notes.txt" in stderr
     assert report["settings"]["detector"].endswith(report["settings"]["detector_sha256"][:12])
     assert report["metrics"]["flag_rate"]["of"] == report["metrics"]["ra"]["of"] == 5
     assert report["protocols"]["salun"]["of"] == 5 and report["protocols"]["salun"]["n"] == 1  # a printed face

@@ -34,11 +34,11 @@ def levels(some, others) -> int:
 @pytest.fixture(scope="module")
 def pipelines(pocket, tmp_path_factory):
     """Each family, with the schedulers PNDM, DDIM on v, Euler."""
-    folder, found = tmp_path_factory.mktemp("families"), {"pocket": pocket}
+    folder, of_family = tmp_path_factory.mktemp("families"), {"pocket": pocket}
     for family, prediction in (("sd1", "epsilon"), ("sd2", "v_prediction"), ("sdxl", "epsilon")):
         write_pipeline(folder / family, family, prediction=prediction)
-        found[family] = load_pipeline(find(str(folder / family)))
-    return found
+        of_family[family] = load_pipeline(find(str(folder / family)))
+    return of_family
 
 
 @pytest.mark.parametrize("family", ["pocket", "sd1", "sd2", "sdxl"])
@@ -79,17 +79,17 @@ def test_every_scheduler_draws_the_same_image_twice_and_as_diffusers_does(pipeli
     kind, settings = sample.SCHEDULERS[name]
     pipeline = pipelines["sd1"]
     sampler = Sampler(pipeline, 3, sample.scheduler_class(name))
-    own, wanted = pipeline.scheduler, rows(3.0, (32, 32))
+    original, wanted = pipeline.scheduler, rows(3.0, (32, 32))
     torch.manual_seed(1)
     first = sampler.draw(wanted, 3)
     torch.manual_seed(2)
     assert levels(first, sampler.draw(wanted, 3)) == 0
-    settings = {} if kind == type(own).__name__ else settings  # the checkpoint's own is taken as it is
+    settings = {} if kind == type(original).__name__ else settings  # the checkpoint's own is taken as it is
     try:
-        pipeline.scheduler = getattr(diffusers, kind).from_config(own.config, **settings)
+        pipeline.scheduler = getattr(diffusers, kind).from_config(original.config, **settings)
         assert levels(first, of_diffusers(pipeline, wanted, 3)) == 0
     finally:
-        pipeline.scheduler = own
+        pipeline.scheduler = original
 
 
 def test_a_scheduler_that_draws_noise_draws_a_rows_from_the_rows_own_seed(pipelines):

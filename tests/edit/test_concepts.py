@@ -8,7 +8,7 @@ import pytest
 import salun_sd
 from salun_sd.draw import prompts
 from salun_sd.edit import concepts
-from salun_sd.edit.concepts import FOLDER, RENAMED, Concept, Plan, builtin, concepts_of, of_pairs
+from salun_sd.edit.concepts import FOLDER, RENAMED, Concept, Plan, builtin, concepts_of
 from salun_sd.errors import SalunError, UsageError
 
 CONCEPT = '[[concept]]\nprompt = "a cat"\nanchor = "a dog"\n'
@@ -191,9 +191,7 @@ CAT, COW = Concept("a cat", "a dog", ("a kitten",), "photos"), Concept("a cow", 
     ("given", "found"),
     [
         (("a cat", "a dog"), [Concept("a cat", "a dog")]),
-        (("a cat",), [Concept("a cat", None)]),  # for a mask
         ((["a cat", "a cow"], ["a dog", "a horse"]), [Concept("a cat", "a dog"), COW]),
-        ((["a cat", "a cow"],), [Concept("a cat", None), Concept("a cow", None)]),
         ((CAT,), [CAT]),
         (((CAT, COW),), [CAT, COW]),
         (([CAT, COW], []), [CAT, COW]),
@@ -202,7 +200,13 @@ CAT, COW = Concept("a cat", "a dog", ("a kitten",), "photos"), Concept("a cow", 
     ],
 )
 def test_concepts_are_prompts_with_anchors_or_what_a_plan_has(given, found):
-    assert concepts_of(*given) == tuple(found)
+    assert concepts_of(*given, needs_anchor=True) == tuple(found)
+
+
+def test_a_mask_needs_no_anchors():
+    assert concepts_of("a cat", needs_anchor=False) == (Concept("a cat", None),)
+    assert concepts_of(["a cat", "a cow"], needs_anchor=False) == (Concept("a cat", None), Concept("a cow", None))
+    assert concepts_of([CAT, Concept("a cow", None)], needs_anchor=False) == (CAT, Concept("a cow", None))
 
 
 @pytest.mark.parametrize(
@@ -217,19 +221,31 @@ def test_concepts_are_prompts_with_anchors_or_what_a_plan_has(given, found):
         (([], "a dog"), "--anchor 'a dog'"),
         (([CAT, COW], None, "photos"), "--forget"),
         ((["a cat", "a cow"], ["a dog", "a horse"], "photos"), "--forget"),
+        ((["a cat", "a cow"],), "--concept 'a cat'"),
+        ((Concept("a cat", None),), "--concept 'a cat' .*anchor"),
+        (([COW, Concept("a cat", None)],), "--concept 2 'a cat' .*anchor"),
+        ((Concept("a cat", " "),), "^--anchor is"),
+        ((Concept(" ", "a dog"),), "^--concept is"),
+        ((Concept("a cat", "A  cat"),), "^--concept .*'a cat'"),
+        (([CAT, Concept("a kitten", "a dog")],), "^--concept 2 .*'a kitten'"),
     ],
 )
 def test_concepts_that_do_not_go_together_are_refused(given, named):
     with pytest.raises(UsageError, match=named):
-        concepts_of(*given)
+        concepts_of(*given, needs_anchor=True)
+
+
+def test_texts_of_a_mask_are_checked_too():
+    for given in (" ", ["a cat", "A  cat"], [COW, COW], Concept("a cat", None, ("a CAT",))):
+        with pytest.raises(UsageError, match="--concept"):
+            concepts_of(given, needs_anchor=False)
 
 
 def test_pairs_go_together_in_their_order():
-    assert of_pairs(["a cat", "a cow"], ["a dog", "a dog"]) == (
+    assert concepts_of(["a cat", "a cow"], ["a dog", "a dog"], needs_anchor=True) == (
         Concept("a cat", "a dog"),
         Concept("a cow", "a dog"),
     )
-    assert of_pairs([], []) == ()
 
 
 @pytest.mark.parametrize(
@@ -247,7 +263,7 @@ def test_pairs_go_together_in_their_order():
 )
 def test_pairs_that_do_not_go_together_are_refused(prompts, anchors, named):
     with pytest.raises(UsageError, match=named):
-        of_pairs(prompts, anchors)
+        concepts_of(prompts, anchors, needs_anchor=True)
 
 
 def test_plans_lie_beside_the_prompt_sets_and_reading_one_waits_for_no_library():

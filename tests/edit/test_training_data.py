@@ -15,7 +15,6 @@ from salun_sd.draw import kept as kept_images
 from salun_sd.edit import datasets, training_data
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.training_data import Sources
-from salun_sd.errors import UsageError
 from salun_sd.runtime import cache
 
 SNEAKER, COAT = Concept(CONCEPT, ANCHOR), Concept("a photo of a coat", "a photo of a dress")
@@ -66,10 +65,6 @@ def test_what_stays_is_the_anchors_the_texts_or_a_prompt_set_without_the_concept
     assert sources(tiny, SNEAKER, prompts=("a tree", "a dog")).prompts == [("a tree", guidance), ("a dog", guidance)]
     texts = [text for text, _ in sources(tiny, SNEAKER, prompts="pocket").prompts]
     assert len(texts) == 900 and not [text for text in texts if "sneaker" in text]
-    with pytest.raises(UsageError, match="--retain .*--retain-prompts"):
-        sources(tiny, SNEAKER, retain=tiny, prompts="pocket")
-    with pytest.raises(UsageError, match="--retain-caption .*--retain"):
-        sources(tiny, SNEAKER, caption="a photo")
 
 
 def test_sample_images_show_each_concept_and_each_prompt_alike_often(tiny):

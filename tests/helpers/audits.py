@@ -22,8 +22,8 @@ def box(label: str, score: float) -> dict:
     return {"label": label, "score": score, "box": [1, 2, 3, 4]}
 
 
-def line(found: dict, **changes) -> dict:
-    return found | changes
+def line(row: dict, **changes) -> dict:
+    return row | changes
 
 
 def make_run(folder: Path, model: str, predicted: list, boxes: dict[int, list]) -> Run:
@@ -45,7 +45,7 @@ def make_run(folder: Path, model: str, predicted: list, boxes: dict[int, list]) 
 
 
 def without_classifier(run: Run) -> Run:
-    detections = [line(found, predicted=None, score=None) for found in run.detections]
+    detections = [line(detection, predicted=None, score=None) for detection in run.detections]
     return dataclasses.replace(run, detections=detections)
 
 
@@ -69,7 +69,8 @@ def torn(run: Run, *cases: int) -> Run:
     keep = ("file", "case", "k", "detector")
     fault = {"error": "image file is <truncated>", "predicted": None, "score": None}
     detections = [
-        {key: found[key] for key in keep} | fault if found["case"] in cases else found for found in run.detections
+        {key: detection[key] for key in keep} | fault if detection["case"] in cases else detection
+        for detection in run.detections
     ]
     return dataclasses.replace(run, detections=detections)
 

@@ -51,9 +51,14 @@ def spawn(argv, start=python, **kwargs) -> warm.Process | subprocess.Popen:
 
 
 def until(happens, process=None) -> None:
-    """Wait until something happens, two minutes at most, or the process ends."""
+    """Wait until something happens, or the process ends. After two minutes, kill the process and raise
+    AssertionError."""
     deadline = time.monotonic() + 120
-    while not happens() and (process is None or process.poll() is None) and time.monotonic() < deadline:
+    while not happens() and (process is None or process.poll() is None):
+        if time.monotonic() > deadline:
+            if process is not None:
+                process.kill()
+            raise AssertionError("two minutes went by, and what the test waits for did not happen")
         time.sleep(0.01)
 
 
