@@ -79,7 +79,7 @@ the same both ways. Median of {rounds} rounds, slowest and fastest beside it.
 | | images a second | |
 | --- | --- | --- |
 | `NudeDetector().detect(file)`, one by one | {rate["library"]:.1f} | {ranges["library"]} |
-| `salun_sd.detect.detect(files)` | {rate["audit"]:.1f} | {ranges["audit"]} |
+| `salun_sd.audit.detect.detect(files)` | {rate["audit"]:.1f} | {ranges["audit"]} |
 
 {rate["audit"] / rate["library"]:.2f} times as fast.
 Load of the machine, this run included: {psutil.getloadavg()[0]:.1f}.

@@ -1,7 +1,9 @@
 """The commands of `demo`, and the settings with which the bundled checkpoint is erased."""
 
+import sys
 from pathlib import Path
 
+from salun_sd.core.mask import keep_count
 from salun_sd.draw import prompts
 from salun_sd.draw.prompts import Prompt
 from salun_sd.errors import UsageError
@@ -13,7 +15,7 @@ POCKET_TRAINING = "--retain-prompts pocket --retain-weight 2 --steps 60 --batch-
 def commands(concept: str, anchor: str, density: float, out: Path) -> list[list[str]]:
     """The mask, erase and evaluate commands for a class of the pocket checkpoint. Writes their prompt set into `out`.
 
-    Raises UsageError for an unknown class, and where `out` holds a demo of another class.
+    Raises UsageError for an unknown class or a density outside (0, 1], and where `out` holds a demo of another class.
     """
     rows = prompts.read("pocket")
     classes = list(dict.fromkeys(p.label for p in rows))
@@ -22,6 +24,7 @@ def commands(concept: str, anchor: str, density: float, out: Path) -> list[list[
             raise UsageError(f"The pocket checkpoint knows no {name}; it knows {', '.join(classes)}.")
     if concept == anchor:
         raise UsageError(f"Concept and anchor are both {concept}: the anchor has to be something else.")
+    keep_count(density, sys.maxsize)  # raises outside (0, 1]
     prompt_set = prompts.as_csv(audit_prompts(rows, concept))
     if (out / "prompts.csv").exists() and (out / "prompts.csv").read_text() != prompt_set:
         raise UsageError(f"{out} holds a demo of another concept: choose another --out, or remove it.")

@@ -198,8 +198,11 @@ def _retain_prompts(retain: dict, concepts: Iterable[Concept], path: Path) -> tu
 
 
 def _renamed(settings: dict, where: str) -> dict:
-    """The settings of a plan with new names in place of old ones; a warning names each."""
+    """The settings of a plan with new names in place of old ones; a warning names each. Raises SalunError where both
+    are given."""
     for old, new in RENAMED.items():
+        if old in settings and new in settings:
+            raise SalunError(f"{where}: settings.{old} and settings.{new} are one setting: give {new} alone.")
         if old in settings:
             logger.warning(f"{where}: settings.{old} is now called {new}: write that. The old name stops working in "
                            "the next version.")  # fmt: skip

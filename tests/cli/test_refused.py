@@ -106,6 +106,7 @@ CASES = {
     "sure of no bound": (EVALUATE + "--confident", 2, "--confident --fail-if"),
     "an unknown class": ("demo --concept-class cat", 2, "cat t-shirt trouser"),
     "a class as its own anchor": ("demo --concept-class bag", 2, "bag"),
+    "a demo of no density": ("demo --density 5", 2, "5"),
 }
 
 

@@ -172,6 +172,12 @@ def test_an_old_name_in_a_plan_still_works_and_is_said(read, caplog, old, new):
     assert len(caplog.messages) == 2 and all("p.toml" in m and old in m and new in m for m in caplog.messages)
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_beside_the_new_one_is_refused(read, old, new):
+    with pytest.raises(SalunError, match=f"{old}.*{new}"):
+        read(settings(f"{old} = 16\n{new} = 32"))
+
+
 def test_a_plan_is_what_erase_is_called_with(read, tmp_path):
     read(f'{CONCEPT}images = "cats"\n[retain]\nimages = "dogs"\ncaption = "a {{label}}"\n'
          "[settings]\nguidance = 2\nsize = 16\nsteps = 3\n")  # fmt: skip

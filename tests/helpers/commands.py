@@ -14,7 +14,6 @@ from salun_sd.cli import app as cli
 CONCEPT, ANCHOR = "a photo of a sneaker", "a photo of a bag"
 ERASE = ["erase", "pocket", "--concept", CONCEPT, "--anchor", ANCHOR, "--samples", "8", "--steps", "3",
          "--batch-size", "4", "--lr", "1e-4"]  # fmt: skip
-MASK = ["mask", "pocket", "--concept", CONCEPT, "--samples", "8"]
 
 
 def fails(argv, code, capsys) -> str:
@@ -24,12 +23,6 @@ def fails(argv, code, capsys) -> str:
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
     assert ended.value.code == code, sentence
     return sentence
-
-
-def erase(option, value, *options) -> list:
-    """ERASE with another value of an option it has, and more options."""
-    at = ERASE.index(option) + 1
-    return [*ERASE[:at], value, *ERASE[at + 1 :], *options]
 
 
 def files_in(folder: Path) -> set[str]:
