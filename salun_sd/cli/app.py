@@ -252,6 +252,8 @@ def evaluate(
         for entry in broken:
             print(f"Failed: {entry['bound']}: {reasons(entry)}.", file=sys.stderr)
         ranks.wait()  # else a process that ends first makes the launcher end the main one while it writes
+        if ranks.count() > 1:  # once one has ended, the launcher ends the others: each is to end with its own code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise typer.Exit(3)
 
 
