@@ -49,10 +49,10 @@ def test_a_signal_ends_it(number, tmp_path):
     def then(process):
         while not (ready := tmp_path / str(process.pid)).exists():
             time.sleep(0.01)
-        ready.unlink()
+        ready.rmdir()
         process.send_signal(number)
 
-    code = "import os, time; open(str(os.getpid()), 'w'); time.sleep(60)"
+    code = "import os, time; os.mkdir(str(os.getpid())); time.sleep(60)"  # no file: closing one can swallow the signal
     assert [ended[0] for ended in both(["-c", code], then, cwd=tmp_path)] == [-number, -number]
 
 
