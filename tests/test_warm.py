@@ -56,14 +56,6 @@ def test_a_signal_ends_it(number, tmp_path):
     assert [ended[0] for ended in both(["-c", code], then, cwd=tmp_path)] == [-number, -number]
 
 
-def test_a_signal_that_comes_at_once_is_not_lost():
-    for _ in range(20):
-        process = warm.Process(["-c", "import time; time.sleep(60)"], stderr=subprocess.PIPE)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-        assert process.returncode == -signal.SIGINT
-
-
 def test_each_has_its_own_folder_variables_and_arguments(tmp_path):
     code = "import os, sys; print(os.getcwd(), os.environ['SALUN_SD_CACHE'], sys.argv, sys.path[:1])"
     one, other = both(["-c", code, "a", "b"], cwd=tmp_path, env=os.environ | {"SALUN_SD_CACHE": "here"})
