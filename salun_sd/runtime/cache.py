@@ -1,6 +1,5 @@
 """The user's cache folder: entries of images and encodings, each used by one run at a time; listed and cleared."""
 
-import errno
 import logging
 import os
 import shutil
@@ -14,12 +13,12 @@ from filelock import FileLock, Timeout
 
 from salun_sd.errors import SalunError
 from salun_sd.runtime import ranks
+from salun_sd.runtime.files import is_full
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("drawn", "encoded", "audited")  # the folders of the cache; nothing outside them is ever deleted
 ABOUT = ".about"  # in an entry: one line that describes it to a person
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Entry(NamedTuple):
@@ -34,9 +33,13 @@ class Entry(NamedTuple):
 
 
 def folder() -> Path:
-    """$SALUN_SD_CACHE, or salun-sd in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SALUN_SD_CACHE") or Path(root) / "salun-sd")
+    """$SALUN_SD_CACHE, or salun-sd in $XDG_CACHE_HOME or ~/.cache; absolute. Raises SalunError where ~ is needed and
+    stands for no folder: in many containers, the user has none."""
+    own, root = os.environ.get("SALUN_SD_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(own or f"{root}/salun-sd").expanduser().absolute()
+    except RuntimeError as e:
+        raise SalunError("The home folder, for the cache, is not known: set SALUN_SD_CACHE to a folder.") from e
 
 
 @contextmanager
@@ -52,7 +55,7 @@ def held(kind: str, key: str, about: str = "") -> Iterator[Path]:
             try:
                 _lock(entry, about, locks)
             except OSError as e:
-                if e.errno in FULL_DISK:
+                if is_full(e):
                     raise
                 raise SalunError(
                     f"The cache {folder()} cannot be written ({e.strerror}): set SALUN_SD_CACHE to another folder."
@@ -107,14 +110,14 @@ def _lock_file(entry: Path) -> Path:
 
 
 def _folders() -> Iterator[Path]:
-    """The entries' folders. Hidden names are lock and partial files. A link is left out, with a log line."""
+    """The entries' folders: what has no lock file is not ours. A link is left out, with a log line."""
     for kind in KINDS:
         top = folder() / kind
         inside = sorted(top.iterdir()) if top.is_dir() and not top.is_symlink() else []
         for place in (top, *inside):
             if place.is_symlink():
                 logger.warning(f"{place} is a link; its target is neither counted nor removed.")
-            elif place != top and place.is_dir() and not place.name.startswith("."):
+            elif place != top and place.is_dir() and _lock_file(place).is_file():
                 yield place
 
 

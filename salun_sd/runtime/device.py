@@ -60,7 +60,9 @@ def _float32(t: torch.Tensor | None) -> torch.Tensor | None:
 # The forward passes, in float32 from weights of any dtype, of every kind of layer that holds weights in a UNet.
 FLOAT32_FORWARD: dict[type, Callable] = {
     nn.Linear: lambda m, x, *_: F.linear(x.float(), _float32(m.weight), _float32(m.bias)),
-    nn.Conv2d: lambda m, x, *_: m._conv_forward(x.float(), _float32(m.weight), _float32(m.bias)),
+    nn.Conv2d: lambda m, x, *_: F.conv2d(
+        x.float(), _float32(m.weight), _float32(m.bias), m.stride, m.padding, m.dilation, m.groups
+    ),
     nn.GroupNorm: lambda m, x: F.group_norm(x.float(), m.num_groups, _float32(m.weight), _float32(m.bias), m.eps),
     nn.LayerNorm: lambda m, x: F.layer_norm(x.float(), m.normalized_shape, _float32(m.weight), _float32(m.bias), m.eps),
 }

@@ -1,13 +1,14 @@
 """How much memory a device has left, and how much a run has used at most."""
 
 import ctypes
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
+
+from salun_sd.runtime import ranks
 
 M_MMAP_THRESHOLD, MEGABYTE = -3, 1 << 20  # of <malloc.h>
 
@@ -26,7 +27,7 @@ def available(device: torch.device | str) -> int:
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what is freed
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available // ranks.beside()
 
 
 def resident() -> int:

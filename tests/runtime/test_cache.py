@@ -1,5 +1,6 @@
 import errno
 import os
+import pwd
 import subprocess
 import sys
 import threading
@@ -54,6 +55,30 @@ def test_the_folder_is_the_persons_choice(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.folder() == tmp_path / ".cache" / "salun-sd"
+    for typed, place in (
+        ("~/mine", tmp_path / "mine"),
+        ("mine", Path.cwd() / "mine"),
+        ("", tmp_path / ".cache/salun-sd"),
+    ):
+        monkeypatch.setenv("SALUN_SD_CACHE", typed)
+        assert cache.folder() == place
+
+
+def test_a_user_without_a_home_needs_only_the_variable(tmp_path, monkeypatch):
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # as for the numbers that containers run with
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache.folder() == tmp_path / "cache"
+    for typed in ("", "~/mine"):
+        monkeypatch.setenv("SALUN_SD_CACHE", typed)
+        with pytest.raises(SalunError, match="SALUN_SD_CACHE"):
+            cache.folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SALUN_SD_CACHE")
+    assert cache.folder() == tmp_path / "salun-sd"
 
 
 def test_a_second_run_waits_until_the_first_is_done(place, holder, caplog):

@@ -37,7 +37,7 @@ def test_the_saved_file_has_the_bases_dtype_and_outside_the_mask_its_bytes(tmp_p
     base = models.write_pipeline(tmp_path / "base", "sd1", dtype=dtype)
     (base / "sampling.json").write_text('{"steps": 2, "guidance": 3.0}')
     cli.run(["erase", str(base), *ERASE[2:], "--density", "0.1", "--dtype", "bfloat16", "--out", str(tmp_path / "e")])
-    bits = maskfile.unpack((tmp_path / "e" / "mask.safetensors").read_bytes(), "").bits
+    bits = maskfile.read(tmp_path / "e.run" / "mask.safetensors").bits
     before, after = (find(str(folder)).unet for folder in (base, tmp_path / "e"))
     moved = 0
     for name, t in before.items():

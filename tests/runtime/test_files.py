@@ -1,22 +1,79 @@
 import errno
+import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from salun_sd.errors import SalunError
+from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime import files
 
 
-def test_what_a_killed_run_left_goes_at_the_next_write_of_the_file_or_for_a_folder_of_many_at_once(tmp_path):
-    for name in (".a.99999999.partial", ".b.99999999.partial", f".a.{os.getppid()}.partial"):
+def names(folder):
+    return {p.name for p in folder.iterdir()}
+
+
+def hold(path, made, goes_on):
+    """In another process: begin to write a file or a folder, and wait."""
+    with files.new_file(path) if path.suffix else files.new_folder(path) as partial:
+        (partial if path.suffix else partial / "half").write_text("half")
+        made.set()
+        goes_on.wait()
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Begins to write `tmp_path / name` in another process; gives that process and the event that lets it go on."""
+    context, running = multiprocessing.get_context("spawn"), []
+
+    def start(name):
+        made, goes_on = context.Event(), context.Event()
+        process = context.Process(target=hold, args=(tmp_path / name, made, goes_on))
+        process.start()
+        running.append(process)
+        assert made.wait(60)
+        return process, goes_on
+
+    yield start
+    for process in running:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_what_a_killed_run_left_goes_at_the_next_write_and_what_a_running_one_makes_stays(held, name, tmp_path):
+    killed, _ = held(name)
+    killed.kill()
+    killed.join()
+    left = names(tmp_path)
+    _, goes_on = held(name)  # its own write removes what the killed one left
+    of_running = names(tmp_path)
+    assert len(left) == len(of_running) == 2 and not left & of_running
+    with (
+        pytest.raises(KeyboardInterrupt),
+        files.new_file(tmp_path / name) if "." in name else files.new_folder(tmp_path / name),
+    ):
+        assert of_running < names(tmp_path)
+        raise KeyboardInterrupt
+    assert names(tmp_path) == of_running
+
+
+def test_partial_files_of_earlier_versions_are_stale_and_those_of_other_names_stay(tmp_path):
+    for name in (".a.1.partial", f".a.{os.getppid()}.partial", ".b.1.partial", ".a.b.1.partial"):
         (tmp_path / name).write_text("")
-    with files.new_file(tmp_path / "a", sweep=False) as partial:
-        partial.write_text("many")
-    assert (tmp_path / "a").read_text() == "many" and len(list(tmp_path.iterdir())) == 4  # the folder was not read
     files.write_atomic(tmp_path / "a", b"")
-    assert {p.name for p in tmp_path.iterdir()} == {"a", ".b.99999999.partial", f".a.{os.getppid()}.partial"}
+    assert names(tmp_path) == {"a", ".b.1.partial", ".a.b.1.partial"}
     files.remove_stale(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"a", f".a.{os.getppid()}.partial"}
+    assert names(tmp_path) == {"a"}
+
+
+def test_one_of_many_files_is_written_without_reading_the_folder(tmp_path):
+    (tmp_path / ".a.1.partial").write_text("")
+    with files.new_file(tmp_path / "a", many=True) as partial:
+        partial.write_text("many")
+    assert (tmp_path / "a").read_text() == "many" and names(tmp_path) == {"a", ".a.1.partial"}
 
 
 def test_a_new_folder_is_whole_or_not_there(tmp_path):
@@ -24,21 +81,16 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path):
         (partial / "half").write_text("")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.99999999.partial").mkdir()  # as kill -9 leaves it
-    (tmp_path / ".out.99999999.partial" / "stale").write_text("")
-    (tmp_path / f".out.{os.getppid()}.partial").mkdir()  # of a run that goes on
     with files.new_folder(tmp_path / "out") as partial:
         (partial / "whole").write_text("")
-    assert {p.name for p in tmp_path.iterdir()} == {"out", f".out.{os.getppid()}.partial"}
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole"]
+    assert names(tmp_path) == {"out"} and names(tmp_path / "out") == {"whole"}
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     (tmp_path / "file").mkdir()  # a place that cannot be renamed into
     with pytest.raises(OSError) as raised:
         files.write_atomic(tmp_path / "file", b"data")
-    assert raised.value.errno == errno.EISDIR
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert raised.value.errno == errno.EISDIR and names(tmp_path) == {"file"}
 
 
 def test_of_two_that_make_one_folder_the_second_says_so_and_leaves_the_first(tmp_path):
@@ -47,3 +99,54 @@ def test_of_two_that_make_one_folder_the_second_says_so_and_leaves_the_first(tmp
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "first").write_text("")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "first"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "a" * 200 + ".safetensors"])
+def test_a_name_as_long_as_the_file_system_allows_is_written_and_swept(name, tmp_path):
+    with files.new_folder(tmp_path / name) as partial:
+        shutil.copytree(partial, partial.with_name(partial.name.replace(partial.name.split(".")[2], "0123")))
+    assert len(names(tmp_path)) == 2  # the copy is what a killed run would have left
+    (tmp_path / name).rmdir()
+    files.write_atomic(tmp_path / name, b"whole")
+    assert names(tmp_path) == {name}
+
+
+@pytest.mark.parametrize("name, named", [
+    ("x" * 256, "long"), ("a/" + "x" * 256, "long"), (os.fsdecode(b"caf\xe9"), "udce9"), ("file/a", "file"),
+    ("file/a/b", "file"), ("locked/a/b", "locked"),
+])  # fmt: skip
+def test_a_place_that_cannot_be_written_is_refused_by_name_and_the_attempt_leaves_nothing(name, named, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked").mkdir()
+    if name.startswith("locked"):
+        os.chmod(tmp_path / "locked", 0o500)
+        if os.access(tmp_path / "locked", os.W_OK):
+            pytest.skip("this user writes everywhere")
+    with pytest.raises(UsageError, match=named):
+        files.check_place(tmp_path / name)
+    assert names(tmp_path) == {"file", "locked"}
+
+
+def test_a_place_is_refused_for_what_comes_beside_it_too(tmp_path):
+    out = tmp_path / ("x" * 250)
+    files.check_place(out)
+    with pytest.raises(UsageError, match="long"):
+        files.check_place(out, out.with_name(f"{out.name}.state"))
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="no namespaces of process numbers here")
+def test_in_a_container_where_every_process_has_the_same_number_a_killed_write_is_swept(tmp_path):
+    code = "import os, sys; from pathlib import Path; from salun_sd.runtime import files\n" \
+           "with files.new_folder(Path(sys.argv[1])) as f:\n" \
+           "    (f / 'pid').write_text(str(os.getpid()))\n" \
+           "    os.kill(os.getpid(), 9) if sys.argv[2] == 'dies' else None"  # fmt: skip
+    inside = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", code, str(tmp_path / "out")]
+    if subprocess.run([*inside[:4], "true"]).returncode:
+        pytest.skip("this user makes no namespaces")
+    # number 1 of a namespace cannot kill itself, so a shell is number 1
+    shell = [*inside[:4], "sh", "-c", '"$@"; true', "sh", *inside[4:]]
+    subprocess.run([*shell, "dies"], check=True)
+    assert len(names(tmp_path)) == 2
+    subprocess.run([*shell, "lives"], check=True)
+    assert names(tmp_path) == {"out"} and names(tmp_path / "out") == {"pid"}

@@ -77,7 +77,7 @@ def made(tiny, tmp_path_factory):
 
 def test_the_mask_is_the_same(made):
     folders, _ = made
-    one, two = (maskfile.unpack((folders[n] / "m.safetensors").read_bytes(), "") for n in (1, 2))
+    one, two = (maskfile.read(folders[n] / "m.safetensors") for n in (1, 2))
     assert one.settings == two.settings
     assert all(torch.equal(one.bits[name], two.bits[name]) for name in one.bits)
 
@@ -85,7 +85,7 @@ def test_the_mask_is_the_same(made):
 def test_the_erased_weights_are_the_same_to_rounding_and_nothing_moved_outside(made, tiny):
     folders, _ = made
     base = find(tiny).unet
-    bits = maskfile.unpack((folders[1] / "m.safetensors").read_bytes(), "").bits
+    bits = maskfile.read(folders[1] / "m.safetensors").bits
     one, two = (find(str(folders[n] / "erased")).unet for n in (1, 2))
     moved = 0
     for name, t in base.items():
@@ -94,7 +94,7 @@ def test_the_erased_weights_are_the_same_to_rounding_and_nothing_moved_outside(m
         assert torch.equal(b[~bits[name]], t.read()[~bits[name]])
         moved += int((b != t.read()).sum())
     assert moved > 0.9 * mask.kept(bits)[0]
-    rows = {n: [json.loads(line) for line in (folders[n] / "erased" / "losses.jsonl").open()] for n in (1, 2)}
+    rows = {n: [json.loads(line) for line in (folders[n] / "erased.run" / "losses.jsonl").open()] for n in (1, 2)}
     assert [r["loss"] for r in rows[2]] == pytest.approx([r["loss"] for r in rows[1]], rel=1e-3)
 
 
@@ -134,7 +134,7 @@ def test_a_process_that_dies_ends_the_run(tiny, tmp_path, victim):
     argv = ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--samples", "4", "--batch-size", "4", "--mask", "random:0.1",
             "--steps", "100000", "--out", "erased"]  # fmt: skip
     run = launch(tmp_path, argv)
-    losses = tmp_path / "erased.state" / "losses.jsonl"
+    losses = tmp_path / "erased.run" / "losses.jsonl"
     until(lambda: losses.is_file() and losses.stat().st_size, run)
     workers = {
         p.environ()["RANK"]: p for p in psutil.Process(run.pid).children(recursive=True) if "RANK" in p.environ()
@@ -153,7 +153,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     ended(start_two(tmp_path / "whole", argv))
-    run, losses = start_two(tmp_path / "killed", argv), tmp_path / "killed" / "erased.state" / "losses.jsonl"
+    run, losses = start_two(tmp_path / "killed", argv), tmp_path / "killed" / "erased.run" / "losses.jsonl"
     until(lambda: losses.is_file() and losses.read_text().count("\n") > 1, run[0])
     for process in run:
         process.kill()
@@ -161,10 +161,11 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path):
         assert process.returncode == -signal.SIGKILL
     assert losses.is_file()
     assert "from step" in ended(start_two(tmp_path / "killed", argv))[1]
-    one, two = ({f: (tmp_path / name / "erased" / f).read_bytes() for f in files_in(tmp_path / name / "erased")}
-                for name in ("whole", "killed"))  # fmt: skip
+    one, two = (
+        {f: (tmp_path / name / f).read_bytes() for f in files_in(tmp_path / name)} for name in ("whole", "killed")
+    )
     assert one.keys() == two.keys()
-    assert [f for f in one if one[f] != two[f]] == ["run.json"]
+    assert [f for f in one if one[f] != two[f]] == ["erased.run/run.json"]
 
 
 def test_a_batch_too_small_to_share_is_refused(tiny, tmp_path):

@@ -1,0 +1,28 @@
+"""Files of other programs, read whole; what is no file, such as a pipe, is refused at once."""
+
+import errno
+import stat
+from pathlib import Path
+
+from salun_sd.errors import SalunError
+
+MOST_BYTES = 2**30
+
+
+def file_bytes(file: Path) -> bytes:
+    """The content of a file. Raises SalunError as `content_of` raises OSError."""
+    try:
+        return content_of(file)
+    except OSError as e:
+        raise SalunError(f"{file} cannot be read: {e.strerror}.") from e
+
+
+def content_of(file: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a file. Raises OSError where it cannot be read, for more than `most` bytes, and for a pipe or a
+    device, which may never end."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"it has more than {most >> 20:,} MiB", str(file))
+    return file.read_bytes()

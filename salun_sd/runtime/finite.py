@@ -1,0 +1,23 @@
+"""Tensors without NaN and infinity, or an error that names them."""
+
+from typing import TYPE_CHECKING
+
+from salun_sd.errors import SalunError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class NotFinite(SalunError):
+    """A value is NaN or infinite: nothing that is computed from it means anything."""
+
+
+def finite(values: "torch.Tensor", name: str) -> "torch.Tensor":
+    """The values themselves. Raises NotFinite, whose text calls them `name`, where one is NaN or infinite."""
+    wide = values.float() if values.dtype.itemsize == 1 else values  # torch asks no float8 whether it is finite
+    if not wide.isfinite().all():
+        from salun_sd.runtime.device import dtype_name
+
+        raise NotFinite(f"{name} is not finite: it has NaN, or values beyond the range of {dtype_name(values.dtype)}. "
+                        "Use another copy of this model.")  # fmt: skip
+    return values
