@@ -4,10 +4,12 @@ The tables map a module of a diffusers part to one of the original layout; `inve
 """
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 
+from salun_sd.checkpoint.families import UNET, averaged
 from salun_sd.errors import SalunError
 
 Parts = dict[str, list[str]]  # "unet", "vae", "text_encoder", "text_encoder_2" -> canonical names of its tensors
@@ -34,7 +36,11 @@ MAKE = {
     "identity": lambda t: torch.eye(len(t), dtype=t.dtype, device=t.device),  # SD 2 does not use the projection
     "copy": torch.clone,  # SD 2 does not use the last resblock: it reads the output of the one before
 }
-TAKE = {"same": lambda t: t, "conv": lambda t: t.reshape(t.shape[:2]), "transposed": lambda t: t.T}
+TAKE = {  # of a tensor of any shape: what has a wrong one keeps a wrong one
+    "same": lambda t: t,
+    "conv": lambda t: t.flatten(1) if t.ndim > 1 else t,
+    "transposed": lambda t: t.transpose(0, -1),
+}
 
 
 def make(piece: Piece, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -44,7 +50,8 @@ def make(piece: Piece, tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def take(piece: Piece, which: int, original: torch.Tensor) -> torch.Tensor:
     """The inverse of `make`: the tensor of piece.names[which]. Not for a piece that is made up."""
-    return TAKE[piece.form](original).chunk(len(piece.names))[which].contiguous()
+    t = TAKE[piece.form](original)
+    return (t.tensor_split(len(piece.names))[which] if t.ndim else t).contiguous()
 
 
 def make_meta(piece: Piece, shapes: list, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
@@ -96,6 +103,20 @@ def original_layout(family: str, names: Parts) -> Pieces:
             raise SalunError(f"{min(absent)} is missing in {part}.")
         layout |= {prefix + place: piece for place, piece in pieces.items()}
     return layout
+
+
+def as_written(layout: Pieces, names: Collection[str]) -> Pieces:
+    """The pieces under the names that a file has for them. Some programs leave out "text_model."; some files hold only
+    the moving average (EMA) of the UNet."""
+    is_short = not any(".transformer.text_model." in name for name in names)
+    is_averaged = not any(name.startswith(UNET) for name in names)
+
+    def own(key: str) -> str:
+        if is_averaged and key.startswith(UNET):
+            return averaged(key)
+        return key.replace(".transformer.text_model.", ".transformer.") if is_short else key
+
+    return {own(key): piece for key, piece in layout.items()}
 
 
 def inverse(layout: Pieces) -> dict[tuple[str, str], tuple[str, int]]:
@@ -244,7 +265,7 @@ def _head(part: str, real: Pieces) -> Pieces:
     }
 
 
-_DIFFUSION = {"unet": ("model.diffusion_model.", _unet, _nothing), "vae": ("first_stage_model.", _vae, _nothing)}
+_DIFFUSION = {"unet": (UNET, _unet, _nothing), "vae": ("first_stage_model.", _vae, _nothing)}
 FAMILIES = {  # part -> prefix in the file, table, and the function that gives the pieces that are made up
     "sd1": _DIFFUSION | {"text_encoder": ("cond_stage_model.transformer.text_model.", _clip, _positions)},
     "sd2": _DIFFUSION | {"text_encoder": ("cond_stage_model.model.", _open_clip, _head)},

@@ -1,85 +1,168 @@
-"""Load a checkpoint into memory: the whole pipeline, the UNet or the scheduler."""
+"""Load a checkpoint into memory: the whole pipeline, a part of it, the tokenizers or the scheduler."""
 
-import errno
+import json
 
 import torch
 
-from salun_sd.checkpoint import families, layout
+from salun_sd.checkpoint import configs, families, layout
 from salun_sd.checkpoint.model import Checkpoint
-from salun_sd.errors import SalunError, first_line
+from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.runtime.device import default_device
+from salun_sd.runtime.documents import read_json
+from salun_sd.runtime.finite import finite
+
+TOKENIZER = {"tokenizer_class?": (str, None), "model_max_length?": (float, None)}
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
-def load_unet(model: Checkpoint, dtype: torch.dtype = torch.float32):
-    """The UNet on `default_device()`, frozen; each weight is rounded to `dtype` as it is read.
+def check(model: Checkpoint) -> None:
+    """Raise SalunError unless each part's files hold the weights that its config describes, in their shapes, and the
+    tokenizers fit the text encoders: all that can be known before a weight is read."""
+    for part in model.family.parts:
+        module = model.skeleton(part)
+        _names(model, part, module)
+        configs.check_pass(model.config, part, module)
+    load_tokenizers(model)
 
-    Raises SalunError if a weight is missing.
+
+def load_part(model: Checkpoint, part: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A part on `default_device()`, frozen; each weight is rounded to `dtype` as it is read.
+
+    Raises SalunError if a weight is missing, odd or not finite. No code and no class of a checkpoint's own is used.
     """
-    import diffusers
-    from accelerate import init_empty_weights
+    module = model.skeleton(part)
+    names = _names(model, part, module)
+    weights = {
+        names[name]: _sound(t.read(), model, part, name).to(dtype)
+        for name, t in model.parts[part].items() if name in names
+    }  # fmt: skip
+    module.load_state_dict(weights, assign=True)
+    return module.requires_grad_(False).eval().to(default_device())
 
-    with init_empty_weights():
-        unet = diffusers.UNet2DConditionModel.from_config(model.settings("unet"))
-    _check_complete(model, "unet", unet)
-    names = {layout.canonical("unet", name): name for name, _ in unet.named_parameters()}
-    unet.load_state_dict({names[name]: t.read().to(dtype) for name, t in model.unet.items()}, assign=True)
-    return unet.requires_grad_(False).eval().to(default_device())
+
+def _names(model: Checkpoint, part: str, module: torch.nn.Module) -> dict[str, str]:
+    """Canonical name -> the module's own name of each weight of a part. Raises SalunError unless the part's files have
+    all of them, in their shapes, and for the UNet no others."""
+    wanted = {layout.canonical(part, name): (name, p.shape) for name, p in module.named_parameters()}
+    on_disk = model.parts[part]
+    odd = [n for n, (_, shape) in wanted.items() if n not in on_disk or on_disk[n].shape != shape]
+    odd += [n for n in on_disk if part == "unet" and n not in wanted]
+    if odd:
+        file = model.config / part / "config.json"
+        raise SalunError(f"The {part} of {model.name} does not match {file}: {min(odd)} is missing or odd.")
+    return {canonical: name for canonical, (name, _) in wanted.items()}
+
+
+def scheduler_class(name: str) -> type:
+    """A scheduler's class by its name in diffusers. Raises UsageError if diffusers has no such scheduler; ImportError
+    where it needs a package that is not installed."""
+    from diffusers import SchedulerMixin, schedulers
+    from diffusers.utils import DummyObject
+
+    kind = getattr(schedulers, name, None) if name.isidentifier() else None
+    if isinstance(kind, DummyObject):  # it stands for a class, and any use of it raises
+        kind()
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise UsageError(f"diffusers has no scheduler {name}")
+    return kind
 
 
 def load_scheduler(model: Checkpoint):
-    """The checkpoint's own scheduler, an object of diffusers."""
-    import diffusers
+    """The checkpoint's own scheduler, an object of diffusers. Where this cannot be made here, DDIM with its noise: it
+    does not draw the same, and gives its config to a scheduler that is named."""
+    from diffusers import DDIMScheduler
 
-    return getattr(diffusers, model.scheduler).from_pretrained(model.config / "scheduler")
+    try:
+        return scheduler_class(model.scheduler).from_config(model.noise)
+    except Exception:  # a scheduler's settings can be wrong in many ways
+        return DDIMScheduler.from_config(model.noise, clip_sample=False)
 
 
-def _check_complete(model: Checkpoint, name: str, part: torch.nn.Module) -> None:
-    """Raise SalunError unless a file has all weights of a part, in their shapes, and for the UNet no others."""
-    wanted = {layout.canonical(name, n): p for n, p in part.named_parameters()}
-    on_disk = model.parts[name]
-    odd = [n for n, p in wanted.items() if n not in on_disk or on_disk[n].shape != p.shape]
-    odd += [n for n in on_disk if name == "unet" and n not in wanted]
-    if odd:
-        raise SalunError(f"The {name} of {model.name} does not match its config: {min(odd)} is missing or odd.")
+def alphas_cumprod(model: Checkpoint) -> torch.Tensor:
+    """[T] float32: the share of signal variance left at each training timestep (DDPM, arXiv 2006.11239, eq. 4). Raises
+    UsageError if the scheduler's config describes no such noise."""
+    from diffusers import DDPMScheduler
+
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    try:
+        scheduler = DDPMScheduler.from_config({key: model.noise[key] for key in keys if key in model.noise})
+        if len(scheduler.betas) != model.timesteps or not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all():
+            raise ValueError("its betas are not between 0 and 1, one for each timestep")
+    except Exception as e:  # of diffusers, for values that it does not know
+        file = model.config / "scheduler" / "scheduler_config.json"
+        raise UsageError(f"{file} is damaged: it describes no noise ({first_line(e)}).") from e
+    return scheduler.alphas_cumprod.float()
+
+
+def load_tokenizers(model: Checkpoint) -> dict:
+    """The tokenizers by their names in the pipeline, one for each text encoder. None reads more tokens than its encoder
+    has places for. Raises SalunError where one is missing or damaged, or of another encoder."""
+    encoders = [part for part in model.family.parts if part.startswith("text_encoder")]
+    return {part.replace("text_encoder", "tokenizer"): _load_tokenizer(model, part) for part in encoders}
+
+
+def _load_tokenizer(model: Checkpoint, encoder: str):
+    from transformers import CLIPTokenizer
+
+    name = encoder.replace("text_encoder", "tokenizer")
+    folder, settings = model.config / name, model.settings(encoder)
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise SalunError(f"{model.name} has no vocabulary in {folder}: download or save it again.")
+    try:
+        config = read_json(folder / "tokenizer_config.json", TOKENIZER)
+        if (kind := config.get("tokenizer_class") or TOKENIZERS[0]) not in TOKENIZERS:
+            raise SalunError(f"it is a {kind}, and salun-sd knows {TOKENIZERS[0]}")
+        if (length := config.get("model_max_length")) is not None and length < 1:
+            raise SalunError("its model_max_length is not positive")
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+            raise SalunError("it has no token for the beginning, the end or the padding")
+        _check_vocabulary(tokenizer, settings["vocab_size"])
+    except Exception as e:  # each of its files can be damaged, in many types
+        raise SalunError(f"The {name} of {model.name} is damaged ({first_line(e)}): download or save it again.") from e
+    tokenizer.model_max_length = min(tokenizer.model_max_length, settings["max_position_embeddings"])
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer, size: int) -> None:
+    """Raise SalunError unless an encoder of `size` tokens has a row for each token, and every token of several letters
+    comes from a merge: those that merges.txt lost would be read letter by letter."""
+    vocabulary = tokenizer.get_vocab()
+    if (largest := max(vocabulary.values())) >= size:
+        raise SalunError(f"it has a token {largest}, and the text encoder knows {size}")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    made = {"".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in backend["model"]["merges"]}
+    given = made | {token["content"] for token in backend["added_tokens"]}
+    if lost := [token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and token not in given]:
+        raise SalunError(f"no merge makes its token {lost[0]}")
 
 
 def load_pipeline(model: Checkpoint, *, unet: torch.nn.Module | bool = True):
     """The pipeline in float32 on `default_device()`, frozen and without a safety checker.
 
     `unet` is another UNet to use, or False for a pipeline without one. Raises SalunError if a part is missing or
-    damaged, or if a file lacks a weight: diffusers would draw it at random and only warn.
+    damaged, if a weight is not finite, or if a file lacks one.
     """
     import diffusers
-    import transformers
 
-    diffusers.logging.disable_progress_bar()  # a bar for each file would hide ours
-    transformers.logging.disable_progress_bar()
-    left_out = ["unet"] if unet is False else []
-    settings: dict = {"local_files_only": True}
-    if model.family is families.SDXL:
-        settings["add_watermarker"] = False  # it would mark images wherever its package is installed
+    parts = {part: load_part(model, part) for part in model.family.parts if part != "unet"}
+    parts["unet"] = load_part(model, "unet") if unet is True else unet or None
+    parts |= load_tokenizers(model) | {"scheduler": load_scheduler(model)}
+    if model.family is families.SDXL:  # a watermarker would mark images wherever its package is installed
+        empty_is_zero = model.index.get("force_zeros_for_empty_prompt", True)
+        pipeline = diffusers.StableDiffusionXLPipeline(
+            **parts, force_zeros_for_empty_prompt=empty_is_zero, add_watermarker=False
+        )
     else:
-        left_out += ["safety_checker"]
-    if not any((model.config / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise SalunError(f"{model.name} has no vocabulary in {model.config / 'tokenizer'}: download or save it again.")
-    settings |= dict.fromkeys(left_out)
-    if isinstance(unet, torch.nn.Module):
-        settings["unet"] = unet
-    kind = getattr(diffusers, model.family.pipeline)
-    try:
-        if model.is_file:
-            pipeline = kind.from_single_file(str(model.path), config=str(model.config), **settings)
-        else:
-            pipeline = kind.from_pretrained(model.path, variant=model.variant, use_safetensors=True, **settings)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as e:
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-            raise
-        raise SalunError(f"{model.name} could not be loaded as {model.family.name}: {first_line(e)}.") from e
-    for name in model.family.parts:
-        if name in settings:
-            continue
-        part = getattr(pipeline, name)
-        _check_complete(model, name, part)
-        part.requires_grad_(False).eval().to(default_device(), torch.float32)
+        pipeline = diffusers.StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(_name_or_path=model.name)  # by which errors call it
     return pipeline
+
+
+def _sound(weight: torch.Tensor, model: Checkpoint, part: str, name: str) -> torch.Tensor:
+    """The weight itself. Raises NotFinite, which names it, if it is not finite."""
+    words = {"unet": "UNet", "vae": "VAE"}.get(part, part.replace("_", " "))
+    return finite(weight, f"{name} in the {words} of {model.name}")

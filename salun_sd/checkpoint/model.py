@@ -1,21 +1,23 @@
 """A checkpoint on disk: its tensors under diffusers' names, read one at a time, and the settings of its configs."""
 
 import hashlib
-import json
+import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
-from salun_sd.checkpoint import families, layout, tensors
+from salun_sd.checkpoint import configs, families, layout, tensors
 from salun_sd.checkpoint.families import Family
 from salun_sd.checkpoint.tensors import Lazy, Tensors
-from salun_sd.errors import SalunError
+from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime.device import dtype_name
+from salun_sd.runtime.documents import read_json
 
 POCKET = Path(__file__).parents[1] / "pocket"
 SAMPLING = "sampling.json"
+MOST_SIDE = 8192  # pixels that no Stable Diffusion was made for
 FILES = (".safetensors", *tensors.PICKLES)
 CONFIGS = {".json", ".txt", ".model"}  # the files of a pipeline folder that are not weights
 
@@ -50,8 +52,9 @@ class Checkpoint:
         """Part -> its tensors under diffusers' names. Raises SalunError if a file or a tensor is missing or damaged."""
         if not self.is_file:
             return {part: _of_files(part_files(self.path, part, self.variant), part) for part in self.family.parts}
-        shapes = {part: _shapes(self.config, part) for part in self.family.parts}
+        shapes = {part: self.shapes(part) for part in self.family.parts}
         pieces = layout.original_layout(self.family.key, {part: list(names) for part, names in shapes.items()})
+        pieces = layout.as_written(pieces, self.original)
         parts: dict[str, Tensors] = {part: {} for part in self.family.parts}
         for (part, name), (key, which) in layout.inverse(pieces).items():
             if key not in self.original:
@@ -75,54 +78,71 @@ class Checkpoint:
         return tensors.fingerprint(self.unet)
 
     @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Part -> SHA-256 over its tensors, as `fingerprint` is for the UNet."""
+        others = {part: tensors.fingerprint(self.parts[part]) for part in self.family.parts if part != "unet"}
+        return {"unet": self.fingerprint, **others}
+
+    @cached_property
     def identity(self) -> str:
         """SHA-256 over everything that an image depends on: weights, configs, tokenizers and scheduler."""
-        others = "".join(tensors.fingerprint(self.parts[part]) for part in self.family.parts[1:])
-        digest = hashlib.sha256((others + self.fingerprint).encode())
+        unet, *others = self.fingerprints.values()
+        digest = hashlib.sha256("".join([*others, unet]).encode())
         for file in sorted(p for p in self.config.glob("*/*") if p.suffix in CONFIGS and ".index." not in p.name):
-            if file.parent.name in self._components:
+            if file.parent.name in self.index:
                 of_file = hashlib.sha256(file.read_bytes()).hexdigest()
                 digest.update(f"{file.relative_to(self.config)} {of_file}".encode())
         return digest.hexdigest()
 
     @cached_property
-    def _components(self) -> dict:
-        return json.loads((self.config / "model_index.json").read_text(encoding="utf-8"))
+    def index(self) -> dict:
+        """The pipeline's own settings, and for each of its parts the library and the class."""
+        return read_json(self.config / "model_index.json", families.INDEX, UsageError)
 
     @cached_property
     def sampling(self) -> tuple[int, float]:
         """Denoising steps and guidance scale (diffusers' form) to draw with: those in the folder's sampling.json, which
-        `pocket` has, or else 50 and 7.5."""
+        `pocket` has, or else 50 and 7.5. Raises UsageError if the file is damaged."""
         file = self.config / SAMPLING
-        settings = json.loads(file.read_text()) if file.is_file() else {"steps": 50, "guidance": 7.5}
+        if not os.path.lexists(file):
+            return 50, 7.5
+        settings = read_json(file, {"steps": int, "guidance": float}, UsageError)
+        if settings["steps"] < 1 or settings["guidance"] < 0:
+            raise UsageError(f"{file} is damaged: steps is below 1, or guidance below 0.")
         return settings["steps"], settings["guidance"]
 
     @cached_property
-    def _scheduler(self) -> dict:
-        file = self.config / "scheduler" / "scheduler_config.json"
-        try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as e:
-            raise SalunError(f"{self.name} has no readable {file.relative_to(self.config)}.") from e
+    def noise(self) -> dict:
+        """The config of the scheduler, which says what noise the model was trained with. Raises UsageError if it is
+        missing or damaged."""
+        return configs.scheduler(self.config, self.name)
 
     @property
     def scheduler(self) -> str:
         """The class in diffusers of the checkpoint's own scheduler."""
-        return self._scheduler.get("_class_name", "unknown")
+        return self.noise["_class_name"]
 
     @property
     def prediction_type(self) -> str:
         """What the UNet predicts, as the scheduler's config says: "epsilon" or "v_prediction"."""
-        return self._scheduler.get("prediction_type", "epsilon")
+        return self.noise.get("prediction_type") or "epsilon"
 
     @property
     def timesteps(self) -> int:
         """The number of noise levels that the UNet was trained on: the most steps that it can draw in."""
-        return self._scheduler.get("num_train_timesteps", 1000)
+        return self.noise.get("num_train_timesteps", 1000)
 
     def settings(self, part: str) -> dict:
         """The config of a part. Raises UsageError if it is missing or damaged."""
-        return families.config(self.config, part, self.name)
+        return configs.read(self.config, part, self.name)
+
+    def skeleton(self, part: str) -> torch.nn.Module:
+        """The module that a part's config describes: its weights have no values. Raises UsageError if there is none."""
+        return configs.skeleton(self.config, part, self.name)
+
+    def shapes(self, part: str) -> dict[str, torch.Size]:
+        """The names and shapes of a part's weights, from its config alone."""
+        return {layout.canonical(part, name): p.shape for name, p in self.skeleton(part).named_parameters()}
 
     @property
     def pixels_per_latent(self) -> int:
@@ -131,8 +151,15 @@ class Checkpoint:
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side of the images that the model was made for: 512, 768 or 1024; 32 for `pocket`."""
-        return self.settings("unet")["sample_size"] * self.pixels_per_latent
+        """Pixels of a side of the images that the model was made for: 512, 768 or 1024; 32 for `pocket`. The short side
+        where they are no squares, and the VAE's where the UNet's config names none."""
+        pixels = self.pixels_per_latent
+        latents = _side(self.settings("unet")) or (_side(self.settings("vae")) or 0) // pixels
+        if not 0 < latents * pixels <= MOST_SIDE:
+            raise UsageError(
+                f"{self.config / 'unet' / 'config.json'} is damaged: its sample_size is {latents or 'missing'}."
+            )
+        return latents * pixels
 
     @property
     def size_multiple(self) -> int:
@@ -157,14 +184,28 @@ def part_files(folder: Path, part: str, variant: str | None) -> list[Path]:
     index = folder / part / f"{stem}.safetensors.index{dotted}.json"
     names = [f"{stem}{dotted}.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(_weight_map(index).values()))
     files = [folder / part / name for name in names]
     for file in files:
-        if not file.is_file():
+        if not os.path.lexists(file):  # of what is there but is no file, tensors.read says what it is
             present = sorted(p.name for p in (folder / part).glob(f"{stem}*.safetensors"))
             hint = f"there is {', '.join(present)}, see --variant" if present else "weights must be in safetensors"
+            if index.is_file():
+                hint = f"{index.name} names it, so download or save the model again"
             raise SalunError(f"{file} is missing: {hint}.")
     return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of the shard that holds it. Raises SalunError if the index is damaged."""
+    shards = read_json(index, {"weight_map": dict})["weight_map"]
+    if odd := next((key for key, shard in shards.items() if not _is_file_name(shard)), None):
+        raise SalunError(f"{index} is damaged: weight_map.{odd} is no name of a file.")
+    return shards
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and value == Path(value).name != ""
 
 
 def _of_files(files: list[Path], part: str) -> Tensors:
@@ -173,21 +214,10 @@ def _of_files(files: list[Path], part: str) -> Tensors:
     return {known: t for name, t in by_name.items() if (known := layout.canonical(part, name)) is not None}
 
 
-def _shapes(config: Path, part: str) -> dict[str, torch.Size]:
-    """The names and shapes of a part's weights, from its config alone."""
-    import diffusers
-    import transformers
-    from accelerate import init_empty_weights
-
-    settings = families.config(config, part, str(config))
-    with init_empty_weights():
-        if part.startswith("text_encoder"):
-            kind = transformers.CLIPTextModelWithProjection if part == "text_encoder_2" else transformers.CLIPTextModel
-            model = kind(transformers.CLIPTextConfig.from_dict(settings))
-        else:
-            kind = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
-            model = kind.from_config(settings)
-    return {layout.canonical(part, name): p.shape for name, p in model.named_parameters()}
+def _side(settings: dict) -> int | None:
+    """The short side of a config's sample_size."""
+    size = settings.get("sample_size")
+    return min(size) if isinstance(size, list) else size
 
 
 def _take(piece: layout.Piece, which: int, source: Lazy) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """The record of an erasure, in its three forms: salun.json, the header of a single file, and the model card."""
 
+import hashlib
 import json
 import logging
+import os
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -10,15 +12,41 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from salun_sd.checkpoint import tensors
-from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.checkpoint.model import CONFIGS, SAMPLING, Checkpoint
 from salun_sd.errors import SalunError
+from salun_sd.runtime import escape, seals
+from salun_sd.runtime.documents import parse_json, read_json
 from salun_sd.runtime.files import new_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
+FILE = "salun.json"  # the record in a folder
 KEY = "salun_sd"  # in a safetensors header's metadata; the value is the record as JSON
+LICENSE = ("license", "license_name", "license_link")  # the hub's keys
 LIBRARIES = ("salun-sd", "torch", "diffusers", "transformers", "safetensors")
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
+
+AGAIN = "Erase or apply again, or download it again."
+SCHEMA = 3  # of a record
+AUDIT = {  # the shape of an audit in a record
+    "prompts": str, "images": int, "metrics": {str: str}, "headline?": str, "sampling": {"samples": int, "steps": int},
+    "against": ({"model": str, "metrics": {str: str}}, None),
+}  # fmt: skip
+RECORD = {  # the shape of a record: what is read of it
+    "schema": int,
+    "command": str,
+    "concepts": [{"prompt": str, "synonyms": [str], "anchor": str}],
+    "settings": {"format": str, "steps": int, "batch_size": int, "lr": float, "retain_weight": float, "seed": int},
+    "images": {"forget": int, "retain": int},
+    "data": {"forget": str, "retain": str},
+    "base": {"model": str, "revision": (str, None), "family": str, "fingerprint": str, "header": {str: str},
+             "license": {f"{key}?": str for key in LICENSE}},
+    "erased": {"fingerprint": str, "parts?": dict},
+    "mask": {"kept": int, "of": int},
+    "changed": {"inside": int, "outside": int},
+    "audits?": {str: AUDIT},
+    "files?": {str: str},
+}  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -39,6 +67,11 @@ def of_base(base: Checkpoint) -> dict:
     }
 
 
+def of_erased(base: Checkpoint, fingerprint: str) -> dict:
+    """The part of a record that describes the result: the UNet's fingerprint, and those of the base's other parts."""
+    return {"fingerprint": fingerprint, "parts": {part: f for part, f in base.fingerprints.items() if part != "unet"}}
+
+
 def license_of(base: Checkpoint) -> dict[str, str]:
     """The licence that the base's header or model card names, under the hub's keys: an erased checkpoint inherits it.
 
@@ -55,8 +88,7 @@ def license_of(base: Checkpoint) -> dict[str, str]:
             card_data = ModelCard.load(card).data.to_dict()
         except Exception:  # no card, no network or no YAML in the front matter: the licence is unknown
             pass
-    keys = ("license", "license_name", "license_link")
-    license = {k: one_line(card_data[k]) for k in keys if isinstance(card_data.get(k), str)}
+    license = {k: escape.line(card_data[k]) for k in LICENSE if isinstance(card_data.get(k), str)}
     if not license:
         logger.warning(f"No licence of {base.name} was found: check its terms before you publish the result.")
     elif not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license.get("license", "")):  # not one of the hub's names
@@ -66,12 +98,13 @@ def license_of(base: Checkpoint) -> dict[str, str]:
 
 def title(record: dict) -> str:
     """One line: the base's name, "without", and the concepts in quotes."""
-    concepts = ", ".join(f'"{one_line(c["prompt"])}"' for c in record["concepts"])
-    return f"{one_line(record['base']['model'])} without {concepts}"
+    concepts = ", ".join(f'"{escape.line(c["prompt"])}"' for c in record["concepts"])
+    return f"{escape.line(record['base']['model'])} without {concepts}"
 
 
-def one_line(text: str) -> str:
-    return " ".join(text.split())
+def in_format(record: dict, format: str) -> dict:
+    """The record of the same erasure, written in another format."""
+    return record | {"settings": record["settings"] | {"format": format}}
 
 
 def metadata(record: dict, base: Checkpoint) -> dict[str, str]:
@@ -90,20 +123,26 @@ def metadata(record: dict, base: Checkpoint) -> dict[str, str]:
         "resolution": f"{size}x{size}",
         "prediction_type": "v" if prediction == "v_prediction" else "epsilon",
         "description": f"{title(record)}: concept erasure with SalUn (arXiv 2310.12508), by salun-sd.",
-        "merged_from": one_line(record["base"]["model"]),
+        "merged_from": escape.line(record["base"]["model"]),
     }
     if license := record["base"]["license"]:
-        spec["license"] = license.get("license_name", license["license"])
+        spec["license"] = license.get("license_name") or license.get("license", "other")
     return {
         "format": "pt",
         **inherited,
         **{f"modelspec.{k}": v for k, v in spec.items()},
-        KEY: json.dumps(record, ensure_ascii=False),
+        KEY: _header(record),
     }
 
 
+def _header(record: dict) -> str:
+    """The record as the header of a single file holds it."""
+    return json.dumps(seals.sealed(record), ensure_ascii=False)
+
+
 def model_card(record: dict) -> str:
-    """The README.md of an erased checkpoint: Markdown with the hub's front matter."""
+    """The README.md of an erased checkpoint: Markdown with the hub's front matter. All that the record holds is shown
+    as text: it may be of a patch from elsewhere."""
     name = record["base"]["model"]
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
     is_patch = record["settings"]["format"] == "patch"
@@ -112,19 +151,15 @@ def model_card(record: dict) -> str:
         library_name=None if is_patch else "diffusers",
         pipeline_tag="text-to-image",
         tags=["stable-diffusion", "concept-erasure", "machine-unlearning", "salun"],
-        **record["base"]["license"],
+        **{key: escape.line(value) for key, value in record["base"]["license"].items() if key in LICENSE},
     )
     templates = Environment(
-        loader=PackageLoader(__package__, ""), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    templates.filters["text"] = _as_text
+        loader=PackageLoader(__package__, ""), undefined=StrictUndefined, keep_trailing_newline=True,
+        finalize=escape.text,
+    )  # fmt: skip
+    templates.filters |= {"code": escape.code, "block": escape.block}
     page = templates.get_template("card.md.j2").render(record, title=title(record))
     return f"---\n{data.to_yaml()}\n---\n\n{page}"
-
-
-def _as_text(value: object) -> str:
-    """A value that a person typed as Markdown text: in one line, with its markup escaped."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", one_line(str(value)))
 
 
 def read(model: Path) -> dict | None:
@@ -133,26 +168,59 @@ def read(model: Path) -> dict | None:
     Raises SalunError if the record is damaged.
     """
     if model.is_dir():
-        file = model / "salun.json"
-        text = file.read_text(encoding="utf-8") if file.is_file() else None
+        file = model / FILE
+        record = read_json(file, RECORD, seals.advising(AGAIN)) if os.path.lexists(file) else None
     else:
         file = model
         text = tensors.read(model)[1].get(KEY) if model.is_file() and model.suffix == ".safetensors" else None
-    if text is None:
-        return None
-    try:
-        record = json.loads(text)
-        record["concepts"], record["settings"], record["erased"]["fingerprint"]
+        record = None if text is None else parse_json(text, str(model), RECORD, seals.advising(AGAIN))
+    if record is None or (record["schema"] < SCHEMA and seals.KEY not in record):  # earlier versions sealed none
         return record
-    except (ValueError, KeyError, TypeError) as e:
-        raise SalunError(f"{file} is damaged: it does not hold the record that salun-sd writes.") from e
+    return seals.unsealed(record, str(file), AGAIN)
 
 
-def write_folder(record: dict, folder: Path) -> None:
-    """Write salun.json and the model card."""
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(folder / "salun.json", text)
-    write_atomic(folder / "README.md", model_card(record))
+def check(model: Checkpoint) -> None:
+    """Raise SalunError unless an erased checkpoint is what its record says: each part to the last bit, and the configs
+    of a folder. A record of an earlier version names the UNet alone."""
+    record = read(model.path)
+    if record is None:
+        return
+    for part, fingerprint in {"unet": record["erased"]["fingerprint"], **record["erased"].get("parts", {})}.items():
+        if model.fingerprints.get(part) != fingerprint:
+            raise _changed(model, f"The {part}")
+    present = _digests(model.path)
+    for name, digest in record.get("files", {}).items():
+        if present.get(name) != digest:
+            raise _changed(model, name)
+
+
+def _changed(model: Checkpoint, what: str) -> SalunError:
+    where = f"the key {KEY} of the file's header" if model.is_file else str(model.path / FILE)
+    return SalunError(f"{what} of {model.name} is not the one that its record names: it was damaged, or changed on "
+                      f"purpose. {AGAIN} If you changed it yourself, remove the record: {where}.")  # fmt: skip
+
+
+def write_folder(record: dict, folder: Path, before: dict | None = None) -> None:
+    """Write salun.json, with the digests of the folder's configs, and the model card. `before` is the record that was
+    there: a card that is not the one of that record was changed by a person, and stays, with a warning."""
+    card, page = folder / "README.md", model_card(record)
+    if before and card.is_file() and card.read_bytes() not in (model_card(before).encode(), page.encode()):
+        logger.warning(f"{card} was changed since it was written: it stays as it is, and {FILE} alone has the audit. "
+                       "Remove the card first to have it written again.")  # fmt: skip
+    else:
+        write_atomic(card, page)
+    content = seals.sealed(record | {"files": _digests(folder)})
+    write_atomic(folder / FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the configs and tokenizers in a pipeline folder, by their names in it; ends of lines as on Unix."""
+    index = folder / "model_index.json"
+    files = [index, folder / SAMPLING, *(p for p in folder.glob("*/*") if p.suffix in CONFIGS)]
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+        for file in sorted(files) if index.is_file() and file.is_file()
+    }  # fmt: skip
 
 
 def add_audit(model: Path, audit: dict) -> None:
@@ -161,20 +229,20 @@ def add_audit(model: Path, audit: dict) -> None:
     The record keeps one audit for each prompt set. A single file is written again, with a longer header. Raises
     SalunError if the model has no record.
     """
-    record = read(model)
-    if record is None:
+    before = read(model)
+    if before is None:
         raise SalunError(f"{model} was not erased by salun-sd: it has no record to add an audit to.")
-    record["audits"] = record.get("audits", {}) | {audit["prompts"]: audit}
+    record = before | {"audits": before.get("audits", {}) | {audit["prompts"]: audit}}
     if model.is_dir():
-        write_folder(record, model)
+        write_folder(in_format(record, "diffusers"), model, before)
         return
     content, header = tensors.read(model)
     with new_file(model) as partial:
-        tensors.write(partial, content, header | {KEY: json.dumps(record, ensure_ascii=False)})
-    if run_folder(model).is_dir():
-        write_folder(record, run_folder(model))
+        tensors.write(partial, content, header | {KEY: _header(record)})
+    if (run_folder(model) / FILE).is_file():
+        write_folder(record, run_folder(model), before)
 
 
-def run_folder(file: Path) -> Path:
-    """The folder of the record, the card and the losses of an erasure whose result is one file."""
-    return file.with_name(f"{file.stem}.run")
+def run_folder(out: Path) -> Path:
+    """The folder beside an erased checkpoint or a patch: what its maker keeps, such as the mask and the losses."""
+    return out.with_name(f"{out.name}.run")

@@ -1,19 +1,18 @@
 """Write an erased checkpoint in a form that other programs load, one tensor at a time."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from salun_sd.checkpoint import layout, tensors
-from salun_sd.checkpoint.families import UNET, V_MARK
+from salun_sd.checkpoint import families, layout, tensors
+from salun_sd.checkpoint.families import EMA, UNET, V_MARK, ZERO_SNR_MARK
 from salun_sd.checkpoint.model import CONFIGS, SAMPLING, Checkpoint, part_files
 from salun_sd.checkpoint.tensors import Lazy, Tensors
 from salun_sd.errors import SalunError
-
-EMA = "model_ema."  # prefix of a second copy of the UNet in some single files
 
 
 def folder(base: Checkpoint, unet: Tensors, out: Path) -> None:
@@ -21,10 +20,10 @@ def folder(base: Checkpoint, unet: Tensors, out: Path) -> None:
 
     Weight files get names without a variant. No other copy of the base's UNet is copied.
     """
-    index = json.loads((base.config / "model_index.json").read_text(encoding="utf-8"))
+    index = dict(base.index)
     if (base.config / SAMPLING).is_file():
         shutil.copy(base.config / SAMPLING, out)
-    for part in [key for key in index if (base.config / key).is_dir()]:
+    for part in [key for key in index if re.fullmatch(r"\w+", key) and (base.config / key).is_dir()]:
         files = sorted(p for p in (base.config / part).iterdir() if p.is_file())
         weights = [p for p in files if p.suffix not in CONFIGS or ".index." in p.name]
         if base.is_file and part not in base.family.parts and (base.config / part / "config.json").is_file():
@@ -85,21 +84,24 @@ def _copy_weights(base: Checkpoint, part: str, weights: list[Path], out: Path) -
 def single_file(base: Checkpoint, unet: Tensors) -> Tensors:
     """The tensors of one file in the original layout.
 
-    If the base is such a file, its tensors and their order stay, except the UNet's. A second copy of the UNet under
-    model_ema is left out, as it would still hold the concept. Raises SalunError if a tensor has no place in the layout.
+    If the base is such a file, its tensors, their names and their order stay, except the UNet's. A second copy of the
+    UNet under model_ema is left out, as it would still hold the concept. Raises SalunError if a tensor has no place in
+    the layout.
     """
     parts = {**base.parts, "unet": unet}
     pieces = layout.original_layout(base.family.key, {part: list(names) for part, names in parts.items()})
     translated = {key: _lazy(piece, parts[piece.part]) for key, piece in pieces.items()}
     if not base.is_file:
-        # A1111 and ComfyUI recognise an SDXL that predicts v by this tensor
-        marked = base.family.key == "sdxl" and base.prediction_type == "v_prediction"
-        return translated | ({V_MARK: tensors.in_memory(torch.empty(0))} if marked else {})
-    return {
-        key: translated[key] if key.startswith(UNET) and key in translated else t
-        for key, t in base.original.items()
-        if not key.startswith(EMA)
-    }
+        return translated | {mark: tensors.in_memory(torch.empty(0)) for mark in _marks(base)}
+    others = {key: t for key, t in base.original.items() if not key.startswith(EMA)}
+    return others | {key: t for key, t in translated.items() if key.startswith(UNET)}
+
+
+def _marks(base: Checkpoint) -> list[str]:
+    """The names by which A1111 and ComfyUI know what an SDXL predicts, and with which noise they are to draw it."""
+    if base.family is not families.SDXL or base.prediction_type != "v_prediction":
+        return []
+    return [V_MARK, ZERO_SNR_MARK] if base.noise.get("rescale_betas_zero_snr") else [V_MARK]
 
 
 def _lazy(piece: layout.Piece, part: Tensors) -> Lazy:

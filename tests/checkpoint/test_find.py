@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 
@@ -84,6 +85,25 @@ def test_a_hub_id_is_found_in_the_hubs_cache_and_a_missing_one_is_named(tmp_path
     assert found("someone/tiny-sd").fingerprint == found("pocket").fingerprint
     with pytest.raises(UsageError, match="someone/else"):
         found("someone/else")
+
+
+@pytest.mark.parametrize("asked", ["hub id", "single file"])
+def test_a_download_that_fails_is_said_and_a_full_disk_stays_one(tmp_path, folder, monkeypatch, asked):
+    file = models.write_single_file(folder, tmp_path / "m.safetensors")
+    model, named = ("someone/else", "someone/else") if asked == "hub id" else (str(file), f"{file}.*v1-5.*--config")
+
+    def download(*args, **options):
+        raise reason
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    reason: Exception = RuntimeError("the hub is away")
+    with pytest.raises(UsageError, match=f"{named}") as e:
+        find(model)
+    assert "the hub is away" in str(e.value)
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        reason = OSError(number, "full")
+        with pytest.raises(OSError, match="full"):
+            find(model)
 
 
 def test_what_a_file_or_a_folder_says_of_its_prediction_is_heeded(tmp_path):
@@ -206,8 +226,35 @@ def test_a_damaged_part_is_named(folder):
     (folder / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(SalunError, match="tokenizer"):
         load_pipeline(found(folder))
-    shutil.rmtree(folder / "vae")
+    (folder / "vae" / SINGLE).unlink()
     with pytest.raises(SalunError, match="vae/diffusion_pytorch_model.safetensors"):
+        found(folder)
+
+
+def test_a_lost_shard_and_a_link_to_nothing_are_said(folder):
+    link = folder / "vae" / SINGLE
+    link.unlink()
+    link.symlink_to("../../blobs/0123")  # as a hub's cache that was cleared in part
+    with pytest.raises(SalunError, match=f"{link}.* ../../blobs/0123"):
+        found(folder)
+    as_shards(folder)
+    shard = sorted((folder / "unet").glob("*-of-*"))[1]
+    shard.unlink()
+    with pytest.raises(SalunError, match=f"{shard}.*{INDEX}") as e:
+        found(folder)
+    assert "--variant" not in str(e.value)
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(SalunError, match=f"{shard}.*git lfs pull"):
+        found(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}']
+)
+def test_a_damaged_index_of_shards_is_named(folder, content):
+    as_shards(folder)
+    (folder / "unet" / INDEX).write_text(content)
+    with pytest.raises(SalunError, match=f"{INDEX} is damaged"):
         found(folder)
 
 
