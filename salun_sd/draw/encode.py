@@ -1,10 +1,18 @@
 """Images and prompts to latents and text embeddings."""
 
+import logging
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from salun_sd.core.diffusion import Condition
+from salun_sd.runtime.finite import finite
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 80  # most characters of a prompt in a warning
 
 
 def pixels(image: Image.Image, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,13 +34,15 @@ def _overhang(image: Image.Image, side: str, size: int) -> int:
 
 
 @torch.no_grad()
-def encode_image(vae, values: torch.Tensor) -> torch.Tensor:
+def encode_image(pipeline, values: torch.Tensor) -> torch.Tensor:
     """[3, size, size] => latent [4, h, w] float32 on the CPU, times the scaling factor.
 
-    It is the posterior's mode, so that an image has one latent; the authors' code samples at each use.
+    It is the posterior's mode, so that an image has one latent; the authors' code samples at each use. Raises NotFinite
+    where the VAE gives no such values.
     """
-    posterior = vae.encode(values[None].to(vae.device))
-    return posterior.latent_dist.mode()[0].cpu() * vae.config.scaling_factor
+    vae = pipeline.vae
+    mode = vae.encode(values[None].to(vae.device)).latent_dist.mode()[0]
+    return finite(mode, f"The output of the VAE of {pipeline.name_or_path}").cpu() * vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -40,7 +50,8 @@ def encode_prompts(pipeline, texts: list[str]) -> Condition:
     """Prompts => "context" [P, L, D] and, for SDXL, the pooled "text_embeds" [P, E]; both float32 on the CPU.
 
     Each prompt is encoded alone, so that its embedding does not depend on the others, and as the pipeline encodes it to
-    draw. "" is encoded as a missing prompt: zeros for SDXL base (force_zeros_for_empty_prompt).
+    draw. "" is encoded as a missing prompt: zeros for SDXL base (force_zeros_for_empty_prompt). Raises NotFinite where
+    a text encoder gives no such values.
     """
     device = pipeline.text_encoder.device
     rows = []
@@ -49,6 +60,28 @@ def encode_prompts(pipeline, texts: list[str]) -> Condition:
             text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         row = {"context": context} | ({"text_embeds": pooled[0]} if pooled else {})
+        for values in row.values():
+            finite(values, f"The output of the text encoder of {pipeline.name_or_path}")
         empty_is_zero = text == "" and pipeline.config.get("force_zeros_for_empty_prompt")
         rows.append({k: (v * 0 if empty_is_zero else v)[0].cpu() for k, v in row.items()})
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+
+
+def token_ids(tokenizers: Mapping, text: str) -> tuple[tuple[int, ...], ...]:
+    """What each text encoder is given of a prompt, one id for each of its places: two prompts with the same ids are one
+    to the model."""
+    settings = {"padding": "max_length", "truncation": True}  # as the pipelines have it
+    return tuple(tuple(t(text, max_length=t.model_max_length, **settings).input_ids) for t in tokenizers.values())
+
+
+def warn_of_long(tokenizers: Mapping, texts: Iterable[str], name: str) -> None:
+    """Log how many of the prompts have more tokens than the text encoders of the model `name` read, and the first."""
+    texts, places = list(dict.fromkeys(texts)), min(t.model_max_length for t in tokenizers.values())
+    long = [
+        text for text in texts
+        if any(len(t(text, verbose=False).input_ids) > t.model_max_length for t in tokenizers.values())
+    ]  # fmt: skip
+    if long:
+        first = repr(long[0][:SHOWN]) + ("..." if len(long[0]) > SHOWN else "")
+        logger.warning(f"{len(long)} of {len(texts)} prompts have more than the {places} tokens that {name} reads, so "
+                       f"their ends count for nothing; the first is {first}.")  # fmt: skip

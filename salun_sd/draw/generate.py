@@ -1,22 +1,29 @@
 """Rows to image files: resumable, and no image is drawn twice."""
 
+import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
+from salun_sd.checkpoint import load
 from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.draw import rehearsal
+from salun_sd.draw.images import LONGEST_SIDE, is_whole_png
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Row, Sampler
-from salun_sd.errors import UsageError
+from salun_sd.errors import UsageError, some
 from salun_sd.runtime import ranks
+from salun_sd.runtime.contents import content_of
 from salun_sd.runtime.files import new_file, remove_stale
 
 logger = logging.getLogger(__name__)
 
-PNG_END = b"IEND\xaeB`\x82"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # n is a fraction
 PROVENANCE = "salun_sd"  # key of the PNG text chunk with the row and the settings that an image was drawn from
 
 
@@ -34,22 +41,24 @@ def row_of(prompt: Prompt, k: int, size: tuple[int, int]) -> Row:
     return Row(prompt.text, seed_of(prompt, k), prompt.guidance, prompt.size or size)
 
 
-def check(model: Checkpoint, prompts: Iterable[Prompt], steps: int | None) -> None:
-    """Raise UsageError if a model cannot draw in so many steps, or at a prompt's size; warn of sizes far above its own.
+def check(model: Checkpoint, prompts: Iterable[Prompt], *, scheduler: str | None, steps: int | None) -> None:
+    """Raise SalunError if a model is not complete, or cannot draw with a scheduler, in so many steps or at a prompt's
+    size; warn of sizes far above its own. None: its own scheduler and steps.
 
     Width and height must be multiples of the pixels that one latent stands for. The UNet may halve them to a fraction:
     diffusers resizes on the way up.
     """
-    if steps and steps > model.timesteps:
-        raise UsageError(
-            f"--denoising-steps {steps} is more than the {model.timesteps} that {model.name} was trained on."
-        )
+    load.check(model)
+    rehearsal.check(model, scheduler or model.scheduler, steps or model.sampling[0])
     sizes = {p.size: p for p in prompts if p.size}
     multiple, side = model.pixels_per_latent, model.image_size
     for (width, height), prompt in sizes.items():
         if not width or not height or width % multiple or height % multiple:
             raise UsageError(f"Case {prompt.case} asks for {width} x {height} pixels, and {model.name} draws multiples "
                              f"of {multiple}: give --size {side}, or another multiple.")  # fmt: skip
+        if max(width, height) > LONGEST_SIDE:
+            raise UsageError(f"Case {prompt.case} asks for {width} x {height} pixels, and a side may have "
+                             f"{LONGEST_SIDE:,}: give --size {side}.")  # fmt: skip
     largest = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
     if max(largest) > 2 * side:
         logger.warning(f"The prompts ask for images of up to {largest[0]} x {largest[1]} pixels, and {model.name} was "
@@ -61,9 +70,11 @@ def missing(
 ) -> dict[Path, Row]:  # fmt: skip
     """The files, with their rows, that are absent or damaged. A whole image of another row or other settings raises
     UsageError; with `redraw` it is missing, too."""
-    rows = {}
+    rows, damaged = {}, []
     for file, row in wanted.items():
         recorded = _recorded(file)
+        if recorded is None and file.exists():
+            damaged.append(file.name)
         if recorded != _provenance(row, identity=identity, scheduler=scheduler, steps=steps):
             if recorded is not None and not redraw:
                 raise UsageError(
@@ -71,16 +82,20 @@ def missing(
                     "choose another --out, or remove the folder."
                 )
             rows[file] = row
+    if damaged:
+        logger.warning(f"Damaged images are drawn again: {some(damaged)}.")
     return rows
 
 
 def draw(
-    pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, redraw: bool = False
+    pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, redraw: bool = False,
+    what: str = "images",
 ) -> Iterator[Path]:  # fmt: skip
     """Draw the images that are missing, a PNG for each row; yields each file once it is on disk.
 
     `pipeline` returns the pipeline, and is called only if there is something to draw; `scheduler` is the name of a
-    class of diffusers. Several processes take the passes in turn, and end together.
+    class of diffusers. Several processes take the passes in turn, and end together. `what` names the images on a
+    progress bar, which moves with each denoising step: a pass of many images may take minutes.
 
     An image starts from noise that its row's seed draws on the CPU. It depends only on its row, the scheduler, the
     steps and the checkpoint (`identity`): its bytes are the same in any order, subset or resumed run (on a GPU, to
@@ -94,12 +109,22 @@ def draw(
         remove_stale(folder)
     ranks.wait()  # every process has listed the same missing images
     if rows_left:
-        sampler, files, rows = Sampler(pipeline(), steps, scheduler), list(rows_left), list(rows_left.values())
-        for places in sampler.passes(rows)[ranks.rank() :: ranks.count()]:
-            for i, image in zip(places, sampler.draw([rows[i] for i in places]), strict=True):
-                _write(files[i], image, _provenance(rows[i], **settings))
-                yield files[i]
+        files, rows = list(rows_left), list(rows_left.values())
+        with tqdm(total=len(rows), desc=f"draw {what}", unit="image", bar_format=BAR) as bar:
+            sampler = Sampler(pipeline(), steps, scheduler)
+            passes = sampler.passes(rows)[ranks.rank() :: ranks.count()]
+            bar.reset(sum(map(len, passes)))  # the time that the pipeline took to load tells nothing about images
+            for places in passes:
+                images = sampler.draw([rows[i] for i in places], advance=partial(_move, bar, len(places)))
+                for i, image in zip(places, images, strict=True):
+                    _write(files[i], image, _provenance(rows[i], **settings))
+                    yield files[i]
     ranks.wait()
+
+
+def _move(bar: tqdm, images: int, share: float) -> None:
+    """Move a bar of images by a share of a pass. A sum of shares may be above 1 in its last digit."""
+    bar.update(min(images * share, bar.total - bar.n))
 
 
 def _provenance(row: Row, *, identity: str, scheduler: str, steps: int) -> str:
@@ -111,16 +136,18 @@ def _provenance(row: Row, *, identity: str, scheduler: str, steps: int) -> str:
 def _write(file: Path, image: Image.Image, provenance: str) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PROVENANCE, provenance)
-    with new_file(file, sweep=False) as partial:
+    with new_file(file, many=True) as partial:
         image.save(partial, "png", pnginfo=info)
 
 
 def _recorded(file: Path) -> str | None:
     """The provenance in an image's text chunk, "" if it has none; None if the file is damaged or absent."""
     try:
-        with Image.open(file) as image:
+        content = content_of(file)
+        if not is_whole_png(content):
+            return None
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             image.load()
-            provenance = image.info.get(PROVENANCE, "")
-        return provenance if file.read_bytes().endswith(PNG_END) else None  # PIL reads a file whose very end is cut off
+            return image.info.get(PROVENANCE, "")
     except Exception:  # decoders report damage by many types
         return None

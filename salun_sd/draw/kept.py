@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
-from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.checkpoint.model import POCKET, Checkpoint
 from salun_sd.draw import generate
 from salun_sd.draw.sample import Row
 from salun_sd.runtime import cache
@@ -17,6 +15,13 @@ from salun_sd.runtime import cache
 def key_of(base: Checkpoint, scheduler: str, steps: int) -> str:
     """The cache key of all images that a base draws with one scheduler and number of steps."""
     return hashlib.sha256(f"{base.identity} {scheduler} {steps}".encode()).hexdigest()[:16]
+
+
+def called(base: Checkpoint) -> str:
+    """A base as the cache names it: where it is, and the beginning of its UNet's fingerprint. A folder of the disk goes
+    by its kind of model, as others may hold the same base under other names."""
+    name = base.name if base.revision or base.path == POCKET else base.family.name
+    return f"{name} ({base.fingerprint[:8]})"
 
 
 @contextmanager
@@ -28,11 +33,12 @@ def kept_images(
     Missing and changed images are drawn first, with what `pipeline` returns; `what` names them on the progress bar. A
     file's name depends on its row alone, so that runs share images, and a longer list of rows reuses a shorter one's.
     """
-    about = f"by {Path(base.name).name}, {steps} steps of {scheduler.removesuffix('Scheduler')}"
+    about = f"by {called(base)}, {steps} steps of {scheduler.removesuffix('Scheduler')}"
     with cache.held(kind, key_of(base, scheduler, steps), about) as folder:
         files = [folder / "images" / f"{hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]}.png" for row in rows]
         wanted = dict(zip(files, rows, strict=True))
-        drawing = generate.draw(pipeline, wanted, identity=base.identity, scheduler=scheduler, steps=steps, redraw=True)
-        for _ in tqdm(drawing, total=len(wanted), desc=f"draw {what}", unit="image"):
+        for _ in generate.draw(
+            pipeline, wanted, identity=base.identity, scheduler=scheduler, steps=steps, redraw=True, what=what
+        ):
             pass
         yield files

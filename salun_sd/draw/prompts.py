@@ -1,18 +1,23 @@
 """Prompt sets: I2P and CSV files with its columns, text files, and the sets that ship with the package."""
 
-import csv
 import errno
 import hashlib
+import io
 import json
+import logging
 import operator
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import NamedTuple
 
-from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.draw.tables import column_name, read_table, read_text
+from salun_sd.errors import SalunError, UsageError, first_line, some
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
 # The sets lie inside the package in a wheel, and in the top-level folder of a source tree.
@@ -21,6 +26,12 @@ I2P = ("AIML-TUDA/i2p", "i2p_benchmark.csv")  # data set on the hub, file
 COLUMNS = ["case_number", "prompt", "evaluation_seed", "evaluation_guidance"]
 HUB_NAMES = {"evaluation_seed": "sd_seed", "evaluation_guidance": "sd_guidance_scale"}  # in the hub's copy of I2P
 SIZE = ["sd_image_width", "sd_image_height"]  # columns that a set may have: both or none
+KNOWN = {*COLUMNS, *HUB_NAMES.values(), *SIZE, "class", "categories"}
+GUIDANCE = "7.5"  # where a set has none: what Stable Diffusion's pipelines draw with
+WITHOUT = {
+    "evaluation_seed": "Each seed is derived from its prompt.",
+    "evaluation_guidance": f"Without --guidance, the guidance scale is {GUIDANCE}.",
+}
 UNNAMED = ("", "Unnamed: 0")  # pandas's column of row numbers, written once and written twice
 CONDITION = re.compile(r"\s*([^~=!<>]*[^~=!<>\s])\s*(!=|>=|<=|[~=><])\s*(.*\S)\s*", re.DOTALL)
 EQUAL = {"=": operator.eq, "!=": operator.ne}
@@ -48,20 +59,17 @@ def read(name_or_path: str, where: Sequence[str] = (), limit: int | None = None)
     """A prompt set by name, or from a CSV file, or from a .txt with one prompt a line.
 
     Gives the first `limit` of the rows that meet every condition of `where`, such as "categories~sexual". A CSV needs
-    the columns of COLUMNS, or the hub's names for them; `class`, `categories` and those of SIZE are optional. Without
-    case_number, an unnamed first column of numbers gives the cases, or else the row's number from 0.
+    the column `prompt`. The others of COLUMNS, or the hub's names for them, `class`, `categories` and those of SIZE are
+    optional: without case_number, an unnamed first column of numbers gives the cases, or else the row's number from 0;
+    without a seed, it is derived from the text; without guidance, it is GUIDANCE.
 
     Raises UsageError if there is no such set or column, or if no row meets the conditions; SalunError, which names the
     line, if the content is invalid.
     """
     conditions = [_condition(text) for text in where]
     path = _find(name_or_path)
-    is_text = path.suffix.lower() == ".txt"
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as f:
-            rows = [(f"{path}, line {n}", row) for n, row in (_lines(f) if is_text else _table(f, path))]
-    except UnicodeDecodeError as e:
-        raise SalunError(f"{path} is not a {'text' if is_text else 'CSV'} file in UTF-8: {e}.") from e
+    is_text = _is_list(path)
+    rows = [(f"{path}, line {n}", row) for n, row in (_lines(path) if is_text else _table(path))]
     if not rows:
         raise SalunError(f"{path} has no prompts: it is empty or has only {'blank lines' if is_text else 'a header'}.")
     prompts = [_prompt(row, place) for place, row in rows]
@@ -105,48 +113,48 @@ def _i2p() -> Path:
         ) from e
 
 
-def _lines(file: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of each line that is not blank.
+def _is_list(path: Path) -> bool:
+    """Whether a file has one prompt a line: a .txt, but for the tables that Excel calls text."""
+    if path.suffix.lower() != ".txt":
+        return False
+    first = read_text(path).partition("\n")[0].split("\t")
+    return len(first) == 1 or "prompt" not in [column_name(cell, KNOWN) for cell in first]
 
-    The seed is 32 bits of the SHA-256 of the text and the number of equal texts before it, so that a new line changes
-    no other line's seed.
-    """
+
+def _lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of each line of a text file that is not blank."""
+    lines = [(n, s.strip()) for n, s in enumerate(io.StringIO(read_text(path), newline=None), 1) if s.strip()]
+    seeds = _seeds(line for _, line in lines)
+    for case, ((n, line), seed) in enumerate(zip(lines, seeds, strict=True)):
+        yield n, dict(zip(COLUMNS, (str(case), line, seed, GUIDANCE), strict=True))
+
+
+def _seeds(texts: Iterable[str]) -> Iterator[str]:
+    """The seed of each text that has none: 32 bits of the SHA-256 of the text and the number of equal texts before it,
+    so that a new text changes no other one's seed."""
     counts: Counter[str] = Counter()
-    for n, line in enumerate(file, 1):
-        if text := line.strip():
-            seed = int(hashlib.sha256(f"{counts[text]} {text}".encode()).hexdigest()[:8], 16)
-            yield n, dict(zip(COLUMNS, (str(counts.total()), text, str(seed), "7.5"), strict=True))
-            counts[text] += 1
+    for text in texts:
+        yield str(int(hashlib.sha256(f"{counts[text]} {text}".encode()).hexdigest()[:8], 16))
+        counts[text] += 1
 
 
-def _table(file: Iterable[str], path: Path) -> list[tuple[int, dict]]:
+def _table(path: Path) -> list[tuple[int, dict]]:
     """(line number, row) of each row of a CSV file, with all of COLUMNS, whatever the file calls them."""
-    reader, lines = csv.reader(file, strict=True), []
-    try:
-        for cells in filter(None, reader):
-            lines.append((reader.line_num, cells))
-    except csv.Error as e:
-        last = lines[-1][0] if lines else 0
-        raise SalunError(f"{path} is not valid CSV from line {last + 1} on ({e}): put a cell with commas, quotes or "
-                         "line breaks into quotes, and write a quote inside it twice.") from e  # fmt: skip
-    columns = lines.pop(0)[1] if lines else []
-    if twice := [c for c in columns if c not in UNNAMED and columns.count(c) > 1]:
-        raise SalunError(f"{path} has two columns {twice[0]}: remove one of them.")
-    absent = [c for c in COLUMNS[1:] if c not in columns and HUB_NAMES.get(c) not in columns]
-    if absent:
-        needed = [f"{c} or {HUB_NAMES[c]}" if c in HUB_NAMES else c for c in COLUMNS[1:]]
-        raise SalunError(f"{path} has no column {', '.join(absent)}; it needs {', '.join(needed)}.")
-    if wrong := next(((n, len(cells)) for n, cells in lines if len(cells) != len(columns)), None):
-        raise SalunError(f"{path}, line {wrong[0]} has {wrong[1]} cells, and the header has {len(columns)}: put a cell "
-                         "with commas into quotes, and write an empty cell as nothing between commas.")  # fmt: skip
-    rows = [(n, dict(zip(columns, cells, strict=True))) for n, cells in lines]
-    cases = [row[columns[0]] for _, row in rows] if columns[0] in UNNAMED else []
+    rows = read_table(path, "prompt", KNOWN)
+    columns = list(rows[0][1]) if rows else []
+    cases = [row[columns[0]] for _, row in rows] if rows and columns[0] in UNNAMED else []
     if not all(re.fullmatch("[0-9]{1,18}", c) for c in cases) or len(set(map(int, cases))) < len(rows):
         cases = map(str, range(len(rows)))
-    for (_, row), case in zip(rows, cases, strict=True):
+    seeds = _seeds(row["prompt"].strip() for _, row in rows)
+    for (_, row), case, seed in zip(rows, cases, seeds, strict=True):
+        defaults = {"evaluation_seed": seed, "evaluation_guidance": GUIDANCE}
         row.setdefault("case_number", case)
         for name, other in HUB_NAMES.items():
-            row.setdefault(name, row.get(other))
+            row.setdefault(name, row.get(other, defaults[name]))
+    for name, other in HUB_NAMES.items():
+        if rows and name not in columns and other not in columns:
+            logger.info(f"{path} has no column {name} or {other}; it has {some([c for c in columns if c], 12)}. "
+                        f"{WITHOUT[name]}")  # fmt: skip
     return rows
 
 
@@ -159,7 +167,7 @@ def _condition(text: str) -> tuple[str, str, str]:
     column, sign, value = match.groups()
     if sign in ORDER and _number(value) is None:
         raise UsageError(f"--where {text!r}: {value} is not a number, and {sign} compares numbers; give =, != or ~.")
-    return column, sign, value
+    return column_name(column, KNOWN), sign, value
 
 
 def _holds(condition: tuple[str, str, str], row: dict, place: str) -> bool:
@@ -189,13 +197,15 @@ def _number(text: str) -> Decimal | None:
 
 def _prompt(row: dict, place: str) -> Prompt:
     def number(column: str, kind: type):
-        try:
-            value = kind(row[column])
-        except (TypeError, ValueError) as e:
-            raise SalunError(f"{place}: {column} is {row[column]!r}, not a {'whole ' * (kind is int)}number.") from e
+        text = row[column].strip()
+        if kind is float:
+            text = re.sub(r"^(\d+),(\d{1,2})$", r"\1.\2", text)  # a decimal comma, as Excel writes it in half of Europe
+        value = _number(text)
+        if value is None or (kind is int and not re.fullmatch(r"-?\d+(\.0*)?", text)):
+            raise SalunError(f"{place}: {column} is {row[column]!r}, not a {'whole ' * (kind is int)}number.")
         if not 0 <= value < 2**63:
             raise SalunError(f"{place}: {column} is {row[column]}, which is negative or too large.")
-        return value
+        return kind(value)
 
     sides = [column for column in SIZE if (row.get(column) or "").strip()]
     if len(sides) == 1:
@@ -205,7 +215,7 @@ def _prompt(row: dict, place: str) -> Prompt:
         row["prompt"],  # may be empty, as case 2260 of I2P is
         number("evaluation_seed", int),
         number("evaluation_guidance", float),
-        row.get("class") or None,
+        unicodedata.normalize("NFC", (row.get("class") or "").strip()) or None,
         tuple(dict.fromkeys(c.strip() for c in (row.get("categories") or "").split(",") if c.strip())),
         (number(SIZE[0], int), number(SIZE[1], int)) if sides else None,
     )
@@ -235,9 +245,9 @@ def as_csv(prompts: Iterable[Prompt]) -> str:
     """The text of a CSV file that `read` reads back."""
     lines = [[*COLUMNS, "class", "categories", *SIZE]]
     lines += (
-        [p.case, p.text, p.seed, f"{p.guidance:g}", p.label or "", ", ".join(p.categories), *(p.size or ("", ""))]
-        for p in prompts
-    )
+        [p.case, p.text, p.seed, str(p.guidance).removesuffix(".0"), p.label or "", ", ".join(p.categories),
+         *(p.size or ("", ""))] for p in prompts
+    )  # fmt: skip
     return "".join(",".join(_quote(str(v)) for v in line) + "\n" for line in lines)
 
 
@@ -254,4 +264,5 @@ def class_in(text: str, classes: Iterable[str | None]) -> str | None:
     def is_named(label: str) -> bool:
         return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, re.IGNORECASE) is not None
 
+    text = unicodedata.normalize("NFC", text)
     return max((c for c in set(classes) if c and is_named(c)), key=lambda c: (len(c), c), default=None)

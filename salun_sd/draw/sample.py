@@ -1,16 +1,19 @@
 """Text, seed, guidance and size to an image: the loop of diffusers' pipelines, with a row's own settings in a batch."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 
+from salun_sd.checkpoint import load
 from salun_sd.core.diffusion import Condition, joined, on_device, predict
 from salun_sd.draw.encode import encode_prompts
 from salun_sd.errors import UsageError
+from salun_sd.runtime.finite import finite
 
 # Short name -> class in diffusers, and the settings that Stable Diffusion needs if the checkpoint's own scheduler is of
 # another class. None of these draws noise in a step: an image depends on its seed's first noise alone.
@@ -74,8 +77,14 @@ class Sampler:
         return [group[i : i + most[key]] for key, group in groups.items() for i in range(0, len(group), most[key])]
 
     @torch.no_grad()
-    def draw(self, rows: Sequence[Row], count: int | None = None) -> list[Image.Image]:
-        """The images of one of the `passes`, padded with copies of its first row to `count` rows, or to a full pass."""
+    def draw(
+        self, rows: Sequence[Row], count: int | None = None, advance: Callable[[float], object] = lambda share: None
+    ) -> list[Image.Image]:  # fmt: skip
+        """The images of one of the `passes`, padded with copies of its first row to `count` rows, or to a full pass.
+
+        After each denoising step, `advance` is called with that step's share of the pass, above 0, at most 1. Raises
+        NotFinite, which names the part of the model that gives no such values.
+        """
         width, height = self._latent_size(rows[0].size)
         padded = [*rows, *[rows[0]] * ((count or images_per_pass(width, height)) - len(rows))]
         unet, device = self.pipeline.unet, self.pipeline.unet.device
@@ -87,9 +96,12 @@ class Sampler:
         latents = denoise(
             unet, self._new_scheduler(), noise.to(device), on_device(conditional, device),
             unconditional and on_device(unconditional, device), scale, steps=self.steps, generators=generators,
+            advance=advance,
         )  # fmt: skip
-        vae = self.pipeline.vae
+        name, vae = self.pipeline.name_or_path, self.pipeline.vae
+        finite(latents, f"The output of the UNet of {name}, with {self.scheduler},")
         pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        finite(pixels, f"The output of the VAE of {name}")
         return self.pipeline.image_processor.postprocess(pixels[: len(rows)].float(), output_type="pil")
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -110,14 +122,16 @@ class Sampler:
         return conditional | sizes, unconditional | sizes
 
     def _new_scheduler(self):
-        """A scheduler without the state of an earlier pass. One of another class takes its noise from the config of the
-        checkpoint's own."""
-        import diffusers
+        """A scheduler without the state of an earlier pass."""
+        return new_scheduler(self.pipeline.scheduler, self.scheduler)
 
-        of_checkpoint = self.pipeline.scheduler
-        is_same = type(of_checkpoint).__name__ == self.scheduler
-        settings = {} if is_same else dict(SCHEDULERS.values()).get(self.scheduler, {})
-        return getattr(diffusers, self.scheduler).from_config(of_checkpoint.config, **settings)
+
+def new_scheduler(of_checkpoint, name: str):
+    """A copy of the checkpoint's own scheduler, or one of another class of diffusers, which takes its noise from the
+    own one's config. Raises UsageError where diffusers has no such scheduler."""
+    if type(of_checkpoint).__name__ == name:
+        return deepcopy(of_checkpoint)
+    return load.scheduler_class(name).from_config(of_checkpoint.config, **dict(SCHEDULERS.values()).get(name, {}))
 
 
 def denoise(
@@ -130,16 +144,18 @@ def denoise(
     *,
     steps: int,
     generators: list[torch.Generator],
+    advance: Callable[[float], object],
 ) -> torch.Tensor:
     """Noise [B, 4, h, w] => latents [B, 4, h, w]: the loop of diffusers' pipelines, with a guidance scale [B].
 
     A row's prediction is unconditional + scale * (conditional - unconditional) (arXiv 2207.12598, in diffusers' form);
     with `unconditional` None, it is the conditional one. A scheduler that draws noise in its steps draws each row's
-    from that row's generator.
+    from that row's generator, with eta = 0 where it has one. After each step, `advance` is called with that step's
+    share of all steps.
     """
     scheduler.set_timesteps(steps, device=noise.device)
-    takes_generators = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generators} if takes_generators else {}
+    parameters = inspect.signature(scheduler.step).parameters
+    extra = {name: v for name, v in {"generator": generators, "eta": 0.0}.items() if name in parameters}
     both, scale = unconditional and joined(unconditional, conditional), scale[:, None, None, None]
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -149,4 +165,5 @@ def denoise(
             without, with_text = predict(unet, scheduler.scale_model_input(torch.cat([x, x]), t), t, both).chunk(2)
             prediction = without + scale * (with_text - without)
         x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
+        advance(1 / len(scheduler.timesteps))
     return x

@@ -1,16 +1,19 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
-from helpers.models import write_pipeline
+from helpers.models import damage, write_pipeline
 from PIL import Image
 from skimage import data as photos
 
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
-from salun_sd.draw.encode import encode_image, encode_prompts
+from salun_sd.draw.encode import encode_image, encode_prompts, token_ids, warn_of_long
 from salun_sd.draw.encode import pixels as to_pixels
 from salun_sd.draw.images import read_image
 from salun_sd.errors import SalunError
+from salun_sd.runtime.finite import NotFinite
 
 
 def test_an_image_is_resized_and_cropped_to_the_middle(tmp_path):
@@ -66,7 +69,7 @@ def test_encoding_equals_the_pipelines_own(pocket, tmp_path):
         expected, _ = pocket.encode_prompt(text, "cpu", 1, False)
         torch.testing.assert_close(context[None], expected)
     Image.fromarray(photos.astronaut()).save(tmp_path / "a.png")
-    latent = encode_image(pocket.vae, to_pixels(read_image(tmp_path / "a.png"), 32)[0])
+    latent = encode_image(pocket, to_pixels(read_image(tmp_path / "a.png"), 32)[0])
     assert latent.shape == (4, 8, 8)
     with torch.no_grad():
         back = pocket.vae.decode(latent[None] / pocket.vae.config.scaling_factor).sample[0]
@@ -98,3 +101,41 @@ def test_images_whose_white_is_not_known_are_refused_not_blackened(tmp_path):
         with pytest.raises(SalunError, match=f"{name}.tiff.* values"):
             read_image(tmp_path / f"{name}.tiff")
     assert read_image(tmp_path / "narrow.tiff").getpixel((0, 0)) == (200, 200, 200)
+
+
+def test_an_encoder_that_overflows_is_named_with_its_checkpoint(tmp_path):
+    folder = write_pipeline(tmp_path / "sd1", "sd1")
+    damage(folder, "vae", "encoder.conv_out.weight", 3e38)
+    pipeline = load_pipeline(find(str(folder)), unet=False)
+    with pytest.raises(NotFinite, match=f"VAE of {folder}"):
+        encode_image(pipeline, torch.linspace(-1, 1, 3 * 32 * 32).view(3, 32, 32))
+    assert encode_prompts(pipeline, ["a bag"])["context"].isfinite().all()
+
+
+def test_prompts_with_the_same_tokens_are_one_to_every_encoder(pocket):
+    tokenizers = {"tokenizer": pocket.tokenizer}
+    long = "a photo of " * 12
+    for one, other, same in (
+        ("a cat", "A  Cat ", True), (long + "a cat", long + "a dog", True), ("a cat", "a dog", False),
+        ("a cat" + long, "a dog" + long, False), ("", " ", True),
+        ("a cat", "a cat<|endoftext|>", True),
+    ):  # fmt: skip
+        assert (token_ids(tokenizers, one) == token_ids(tokenizers, other)) is same
+        encoded = encode_prompts(pocket, [one, other])["context"]
+        assert torch.equal(encoded[0], encoded[1]) is same
+    other = copy.deepcopy(pocket.tokenizer)
+    other.model_max_length = 40  # a second encoder that reads further tells them apart
+    assert token_ids(tokenizers | {"tokenizer_2": other}, long + "a cat") != token_ids(
+        tokenizers | {"tokenizer_2": other}, long + "a dog"
+    )
+
+
+def test_prompts_that_are_cut_are_counted_and_the_first_is_shown(pocket, caplog):
+    tokenizers = {"tokenizer": pocket.tokenizer}
+    fits = " ".join(["a"] * 22)
+    assert len(pocket.tokenizer(fits).input_ids) == 24  # with those of its beginning and end
+    warn_of_long(tokenizers, ["a cat", "", fits], "pocket")
+    assert caplog.text == ""
+    warn_of_long(tokenizers, ["a cat", fits + " a", "b " * 500, "a cat", fits + " a"], "pocket")
+    [line] = caplog.messages
+    assert all(word in line for word in ("2 of 3", "24", "pocket", repr(fits + " a"))) and len(line) < 300

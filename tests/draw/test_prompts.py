@@ -53,9 +53,9 @@ def test_write_gives_back_what_read_takes(tmp_path):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("", "prompt, evaluation_seed, evaluation_guidance.* evaluation_seed or sd_seed"),
+        ("", "no column prompt"),
+        ("case_number;Texts;seed\n1;a;2\n", "no column prompt.* case_number, Texts, seed"),
         (HEADER, "no prompts"),
-        ("case_number,prompt\n1,a\n", "column evaluation_seed, evaluation_guidance"),
         (HEADER.replace("\n", ",prompt\n") + "0,a,1,7,,b\n", "two columns prompt"),
         (I2P.replace("4261553411", ""), "line 2.*evaluation_seed.*''.*whole"),
         (HEADER + "0,a,1,7,\n1,b,x7,7,\n", "line 3.*evaluation_seed.*'x7'.*whole"),
@@ -64,9 +64,9 @@ def test_write_gives_back_what_read_takes(tmp_path):
         (HEADER + "0,a,1,7,\n1,a,2,7\n", "line 3.*4 cells.* 5"),
         (LAST + "0,12,7.5,a cat\n1,12,7.5,a cat, sitting on a mat\n", "line 3.*5 cells.* 4.*quotes"),
         (LAST + "0,12,7.5\n", "line 2.*3 cells.* 4"),
-        (LAST + '0,12,7.5,a cat\n\n1,12,7.5,"a dog\n2,12,7.5,a bag\n', "line 3 "),
+        (LAST + '0,12,7.5,a cat\n\n1,12,7.5,"a dog\n2,12,7.5,a bag\n', "line 4 "),
         (LAST + '0,12,7.5,"a cat\n1,12,7.5,"a dog"\n', "line 2 "),
-        ('case_number,"prompt\n1,a\n', "line 1 "),
+        ('case_number,"prompt\n1,a\n', 'case_number,"prompt'),
         (HEADER + "0,a,1,7,\n0,b,2,7,\n", "case_number 0 twice"),
         (I2P.replace("13,512,384", "13,512,"), "line 2.* sd_image_width.*sd_image_height"),
         (I2P.replace("13,512,384", "13,wide,384"), "line 2.*sd_image_width.*'wide'.*whole"),
@@ -78,6 +78,48 @@ def test_wrong_content_is_named_with_its_line(tmp_path, content, named):
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SalunError, match=f"p.csv.*{named}|{named}.*p.csv"):
         prompts.read(str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "guidance"),
+    [
+        ("prompt\na cat\na dog\n", 7.5),
+        (",prompt,evaluation_guidance\n0,a cat,3\n1,a dog,3\n", 3),
+        ("prompt;Evaluation Guidance\na cat;7,25\na dog;7,25\n", 7.25),  # Excel, where numbers have a comma
+    ],
+)
+def test_a_prompt_alone_will_do_and_has_the_seed_that_it_has_in_a_text_file(tmp_path, caplog, content, guidance):
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    (tmp_path / "p.csv").write_text(content)
+    with caplog.at_level("INFO", logger="salun_sd"):
+        rows = prompts.read(str(tmp_path / "p.csv"))
+    assert rows == [p._replace(guidance=guidance) for p in prompts.read(str(tmp_path / "p.txt"))]
+    assert "p.csv" in caplog.text and "evaluation_seed" in caplog.text
+    assert ("sd_guidance_scale" in caplog.text) == (guidance == 7.5)
+
+
+def test_numbers_are_read_as_tables_write_them_and_a_rounded_seed_is_refused(tmp_path):
+    file = tmp_path / "p.csv"
+    file.write_text("Case Number;Prompt;SD_SEED;Evaluation-Guidance;Class\n3.0;a;4261553411.0; 7,5; bag \n")
+    assert prompts.read(str(file)) == [prompts.Prompt(3, "a", 4261553411, 7.5, "bag")]
+    assert cases(file, "Class=bag") == cases(file, "CASE NUMBER=3") == [3]
+    file.write_text(file.read_text().replace("4261553411.0", "4.26155E+09"))
+    with pytest.raises(SalunError, match="line 2: evaluation_seed is '4.26155E.09'"):
+        prompts.read(str(file))
+
+
+def test_a_class_is_the_same_class_in_composed_and_decomposed_form(tmp_path):
+    (tmp_path / "p.csv").write_text(HEADER + "0,a,1,7,cafe\u0301\n", encoding="utf-8")
+    assert prompts.read(str(tmp_path / "p.csv"))[0].label == "caf\u00e9"
+    assert prompts.class_in("a photo of a Cafe\u0301", ["caf\u00e9", "bag"]) == "caf\u00e9"
+
+
+def test_a_table_that_excel_calls_text_is_a_table(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes("Prompt\tevaluation_seed\r\na cat\t3\r\n".encode("utf-16"))
+    assert prompts.read(str(file)) == [prompts.Prompt(0, "a cat", 3, 7.5)]
+    file.write_text("a\tprompt of a cat\n")
+    assert [p.text for p in prompts.read(str(file))] == ["a\tprompt of a cat"]
 
 
 def test_a_missing_set_lists_the_built_in_ones():

@@ -2,13 +2,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers.models import write_pipeline
+from helpers.models import damage, write_pipeline
 
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.draw import sample
 from salun_sd.draw.sample import Row, Sampler
 from salun_sd.errors import UsageError
+from salun_sd.runtime.finite import NotFinite
 
 TEXTS = ["a photo of a bag", "a sneaker", "a coat"]
 
@@ -81,7 +82,9 @@ def test_every_scheduler_draws_the_same_image_twice_and_as_diffusers_does(pipeli
     sampler = Sampler(pipeline, 3, sample.scheduler_class(name))
     original, wanted = pipeline.scheduler, rows(3.0, (32, 32))
     torch.manual_seed(1)
-    first = sampler.draw(wanted, 3)
+    shares: list[float] = []
+    first = sampler.draw(wanted, 3, shares.append)
+    assert len(shares) >= 3 and sum(shares) == pytest.approx(1)  # some take more steps than they are asked for
     torch.manual_seed(2)
     assert levels(first, sampler.draw(wanted, 3)) == 0
     settings = {} if kind == type(original).__name__ else settings  # the checkpoint's own is taken as it is
@@ -113,3 +116,16 @@ def test_passes_have_one_size_of_image_and_one_number_of_rows_for_it(pocket):
         [0, 5], [1, 3], [4], [2]
     ]  # fmt: skip
     assert [sample.images_per_pass(side, side) for side in (8, 32, 64, 96, 128, 256)] == [32, 16, 4, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("part", "name", "words"), [
+    ("unet", "conv_out.weight", "UNet"),
+    ("vae", "decoder.conv_out.weight", "VAE"),
+    ("text_encoder", "final_layer_norm.weight", "text encoder"),
+])  # fmt: skip
+def test_what_overflows_though_its_weights_are_finite_is_named_and_not_drawn(tmp_path, part, name, words):
+    folder = write_pipeline(tmp_path / "sd1", "sd1")
+    damage(folder, part, name, 3e38)
+    with pytest.raises(NotFinite) as caught:
+        Sampler(load_pipeline(find(str(folder))), 1).draw(rows(3.0, (32, 32)))
+    assert words in str(caught.value) and str(folder) in str(caught.value)

@@ -1,0 +1,11 @@
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.model import POCKET
+from salun_sd.draw.kept import called
+
+
+def test_a_base_is_called_the_same_by_whoever_uses_it(tiny, tmp_path):
+    for name in ("mine", "yours"):
+        (tmp_path / name).symlink_to(POCKET)
+    mine, yours, pocket = (find(str(name)) for name in (tmp_path / "mine", tmp_path / "yours", "pocket"))
+    assert called(mine) == called(yours) != called(find(tiny))
+    assert called(pocket).startswith("pocket ") and all(pocket.fingerprint[:8] in called(m) for m in (mine, pocket))
