@@ -45,9 +45,9 @@ class Bits(Mapping):
 def keep_count(density: float, total: int) -> int:
     """round(density x total). Raises UsageError unless 0 < density <= 1 and at least one weight is kept."""
     if not 0 < density <= 1:
-        raise UsageError(f"Density {density:g} is outside (0, 1]: give the share of weights to keep, such as 0.5.")
+        raise UsageError(f"Density {density} is outside (0, 1]: give the share of weights to keep, such as 0.5.")
     if (keep := round(density * total)) == 0:
-        raise UsageError(f"Density {density:g} keeps none of {total:,} weights: give a larger density.")
+        raise UsageError(f"Density {density} keeps none of {total:,} weights: give a larger density.")
     return keep
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from salun_sd.core.mask import pass_size
-from salun_sd.errors import SalunError
 from salun_sd.runtime import ranks
+from salun_sd.runtime.finite import finite
 
 # Sums of fewer weights than this are kept in double precision, so that the order of the addends, and with it the
 # number of processes, changes no mask: 0.8 GB at most.
@@ -34,13 +34,14 @@ class GradientSum:
     freed: the gradients never stand in memory together. In a run of several processes that the
     commands started, `result` adds all their sums.
 
-    `home` is the device of the sums; by default each sum lies beside its parameter. Entering makes every parameter
-    require a gradient, and raises ValueError where one holds a gradient already; leaving restores what was set before.
-    Buffers are not guarded: in training mode a forward pass moves the statistics of batch norm, so call model.eval().
+    `home` is the device of the sums; by default each sum lies beside its parameter. Errors call the module `name`.
+    Entering makes every parameter require a gradient, and raises ValueError where one holds a gradient already; leaving
+    restores what was set before. Buffers are not guarded: in training mode a forward pass moves the statistics of batch
+    norm, so call model.eval().
     """
 
-    def __init__(self, model: nn.Module, home: torch.device | str | None = None):
-        self._parameters = dict(model.named_parameters())
+    def __init__(self, model: nn.Module, home: torch.device | str | None = None, name: str = "the model"):
+        self._parameters, self._name = dict(model.named_parameters()), name
         self._home = home
         self._sums: dict[str, torch.Tensor] = {}
         self._hooks: list = []
@@ -83,7 +84,7 @@ class GradientSum:
 
         Asking again gives the same object. Raises RuntimeError before the end of the `with` block, and where an
         exception ended it or no gradient came; ValueError for another number of examples than before, or one below 1;
-        SalunError where a value is not finite.
+        NotFinite, which names the parameter, where a value is not finite.
         """
         if self._state != "complete":
             raise RuntimeError("The sum is complete once its `with` block has ended without an exception: ask for the "
@@ -99,9 +100,7 @@ class GradientSum:
         saliency, self._state = {}, "broken"  # until every value is found to be finite
         for name in list(self._sums):  # one after another, so that sums and result never stand in memory together
             value = ranks.summed(self._sums.pop(name)).div_(examples).abs_().float()
-            if not torch.isfinite(value).all():
-                raise SalunError(f"The saliency of {name} is not finite: check the forget data and the weights.")
-            saliency[name] = value
+            saliency[name] = finite(value, f"The saliency of {name} in {self._name}")
         self._result, self._state = (examples, MappingProxyType(saliency)), "complete"
         return self._result[1]
 

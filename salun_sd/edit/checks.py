@@ -1,15 +1,13 @@
 """What a run of `mask` or `erase` is given, checked before anything is drawn or loaded."""
 
 import logging
-import math
-import os
 import sys
-from collections.abc import Callable, Collection, Sequence
-from numbers import Integral, Real
+from collections.abc import Collection, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from salun_sd.checkpoint import save
+from salun_sd.checkpoint import provenance, save
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
 from salun_sd.draw import prompts
@@ -18,8 +16,9 @@ from salun_sd.edit import datasets, maskfile
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
 from salun_sd.edit.maskfile import Mask
+from salun_sd.edit.ranges import check_numbers
 from salun_sd.errors import SalunError, UsageError
-from salun_sd.runtime import ranks
+from salun_sd.runtime import files, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +41,10 @@ def check_replaceable(path: Path) -> None:
     """Raise UsageError unless a mask file can be written there. It may replace a mask of salun-sd, no other file."""
     if path.suffix != ".safetensors":
         raise UsageError(f"--out {path} has to end in .safetensors.")
-    folder = next(p for p in path.parents if os.path.exists(p))  # those below it are made when the mask is written
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder} is not a folder that can be written: choose another --out.")
+    files.check_place(path)
     if path.exists():
         try:
-            maskfile.unpack(path.read_bytes(), str(path))
+            maskfile.read(path)
         except (SalunError, OSError) as e:
             raise UsageError(f"{path} exists and is not a mask of salun-sd; choose another --out.") from e
 
@@ -57,6 +54,13 @@ def check_batch(batch_size: int, parts: int) -> None:
     if batch_size < (least := parts * ranks.count()):
         raise UsageError(f"--batch-size {batch_size} is too small for --parts {parts} in each of {ranks.count()} "
                          f"process(es): give {least} or more.")  # fmt: skip
+
+
+def warn_of_batch(batch_size: int, images: int) -> None:
+    """Log a warning where an update takes more forget images than there are."""
+    if batch_size > images:
+        logger.warning(f"--batch-size {batch_size} is more than the {images} images to forget: each update takes some "
+                       f"of them more than once. Give --batch-size {images}, or more images.")  # fmt: skip
 
 
 def check_format(out: Path, format: str, reversible: bool) -> None:
@@ -69,16 +73,22 @@ def check_format(out: Path, format: str, reversible: bool) -> None:
 def check_writable(base: Checkpoint, format: str) -> None:
     """Raise UsageError where the base cannot be written in a format."""
     if format == "single-file":
-        save.single_file(base, base.unet)  # raises where a tensor has no place in a single file
+        try:
+            save.single_file(base, base.unet)
+        except SalunError as e:  # a tensor has no place in it
+            raise UsageError(f"{base.name} cannot be written as a single file: {e} Give another --format.") from e
 
 
 def check_place(out: Path, format: str, formats: Collection[str]) -> None:
-    """Raise UsageError where --format is none of `formats`, or --out does not go with it."""
+    """Raise UsageError where --format is none of `formats`, or --out does not go with it or cannot be written."""
     check_choice("format", format, formats)
     if format == "diffusers" and out.suffix == ".safetensors":
         raise UsageError(f"--out {out} looks like a file, and a diffusers checkpoint is a folder: see --format.")
     if format != "diffusers" and out.suffix != ".safetensors":
         raise UsageError(f"--out {out} has to end in .safetensors for --format {format}.")
+    if out.name in ("", "..") or out.absolute() == Path.cwd():
+        raise UsageError(f"--out {out} is the folder that you are in, or above it: give the name of a new one.")
+    files.check_place(out, provenance.run_folder(out))
 
 
 def check_choice(option: str, value: str, choices: Collection[str]) -> None:
@@ -102,39 +112,25 @@ def checked_size(model: Checkpoint, size: int | None) -> int:
     return size or model.image_size
 
 
-# The range of an option in words, and its test. Adam moves a weight by about lr at each step, whatever the gradient;
-# no weight of a UNet is as large as 1.
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": ("a number above 0, at most 1", lambda v: 0 < v <= 1),
-    "clip_norm": ("a finite number above 0", lambda v: 0 < v < math.inf),
-    "sample_every": ("a whole number from 0 on", lambda v: isinstance(v, Integral) and v >= 0),
-    "seed": ("a whole number from 0 to 2147483647", lambda v: isinstance(v, Integral) and 0 <= v < 2**31),
-    **dict.fromkeys(
-        ("samples", "size", "steps", "batch_size", "parts"),
-        ("a whole number from 1 on", lambda v: isinstance(v, Integral) and v >= 1),
-    ),
-}
-OTHER_RANGE = ("a finite number from 0 on", lambda v: 0 <= v < math.inf)
-
-
-def check_numbers(**values: float | None) -> None:
-    """Raise UsageError for an option, by its parameter's name, whose value is out of range. None: it was not given."""
-    for name, value in values.items():
-        words, is_in_range = RANGES.get(name, OTHER_RANGE)
-        if value is not None and not (isinstance(value, Real) and is_in_range(value)):
-            raise UsageError(f"--{name.replace('_', '-')} is {value}: give {words}.")
-
-
 def densities_of(density: float | Sequence[float]) -> list[float]:
-    """One density or several, as a list. Raises UsageError where there is none, one twice, or one outside (0, 1]."""
+    """One density or several, as a list. Raises UsageError where there is none, one that is out of range, or two that
+    are one to six digits, as the names of the mask files have them."""
     densities = [plain(d) for d in ([density] if isinstance(density, Real) else density)]
     if not densities:
         raise UsageError("There is no --density: give the share of weights to keep, such as 0.5.")
-    if len({f"{d:g}" for d in densities}) < len(densities):
-        raise UsageError("The same --density is given twice.")
     for each in densities:
-        masks.keep_count(each, sys.maxsize)  # raises outside (0, 1]
+        check_numbers(density=each)
+    names = [f"{each:g}" for each in densities]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise UsageError(f"--density {twice} is given twice: give each once, as the mask files are named by it.")
     return densities
+
+
+def check_kept(base: Checkpoint, densities: Sequence[float]) -> None:
+    """Raise UsageError for a density that keeps no weight of the UNet."""
+    total = sum(t.shape.numel() for t in base.unet.values())
+    for each in densities:
+        masks.keep_count(each, total)
 
 
 def plain(value: Any) -> Any:
@@ -179,8 +175,12 @@ def images_to_retain(retain: str | None, caption: str | None, concepts: Sequence
     return images
 
 
-def check_mask(spec: str | None) -> None:
-    """Raise UsageError where --mask names neither a file nor a control. None: it was not given."""
+def check_mask(spec: str | None, density: float | None = None, guidance: float | None = None) -> None:
+    """Raise UsageError where --mask names neither a file nor a control, or is given beside the density and the guidance
+    of a mask that is computed. None: it was not given."""
+    if spec is not None and (density is not None or guidance is not None):
+        raise UsageError("--density and --saliency-guidance are for a mask that erase computes: leave them out with "
+                         "--mask.")  # fmt: skip
     if spec is None or spec == "none":
         return
     if spec.startswith("random:"):
@@ -210,7 +210,7 @@ def read_mask(spec: str | None, model: Checkpoint, concepts: Sequence[Concept], 
         density = _random_density(spec)
         bits = masks.random_bits(shapes, density, seed)
         return Mask(bits, {"base": model.fingerprint, "kind": "random", "density": density, "seed": seed})
-    stored = maskfile.unpack(Path(spec).read_bytes(), spec)
+    stored = maskfile.read(Path(spec))
     maskfile.check(stored, shapes, model.fingerprint)
     made_for = stored.settings.get("concepts", [])
     if {c.prompt for c in concepts} - set(made_for):

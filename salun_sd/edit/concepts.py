@@ -2,11 +2,14 @@
 
 import logging
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from salun_sd.draw import prompts as prompt_sets
+from salun_sd.draw.tables import read_text
+from salun_sd.edit.ranges import RANGES
 from salun_sd.errors import SalunError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -22,11 +25,6 @@ FOLDER = prompt_sets.FOLDER
 TEXT = "a text in quotes, not an empty one"
 TEXTS = "a list of texts in quotes"
 PROMPTS = "a list of prompts, or the name or CSV file of a prompt set"
-SHARE = "a number above 0, 1 at most"
-RATE = "a number above 0"
-NUMBER = "a number from 0 on"
-COUNT = "a whole number from 1 on"
-SEED = "a whole number from 0 to 2147483647"
 ANCHOR_FROM = '"current" or "base"'
 TABLE = "a table"
 TABLES = "written [[concept]], in two brackets, once for each concept"
@@ -35,22 +33,18 @@ CHECKS: dict[str, Callable[[object], bool]] = {
     TEXT: lambda v: isinstance(v, str) and bool(v.strip()),
     TEXTS: lambda v: isinstance(v, list) and all(map(CHECKS[TEXT], v)),
     PROMPTS: lambda v: CHECKS[TEXT](v) or (CHECKS[TEXTS](v) and v != []),
-    SHARE: lambda v: type(v) in (int, float) and 0 < v <= 1,
-    RATE: lambda v: type(v) in (int, float) and 0 < v < 1e300,
-    NUMBER: lambda v: type(v) in (int, float) and 0 <= v < 1e300,
-    COUNT: lambda v: type(v) is int and 1 <= v < 2**31,
-    SEED: lambda v: type(v) is int and 0 <= v < 2**31,
     ANCHOR_FROM: lambda v: v in ("current", "base"),
     TABLE: lambda v: isinstance(v, dict),
     TABLES: lambda v: isinstance(v, list) and all(map(CHECKS[TABLE], v)),
+    **{numbers.words: numbers.holds for numbers in RANGES.values()},
 }
 FILE = {"concept": TABLES, "retain": TABLE, "settings": TABLE}
 CONCEPT = {"prompt": TEXT, "anchor": TEXT, "synonyms": TEXTS, "images": TEXT}
 RETAIN = {"prompts": PROMPTS, "images": TEXT, "caption": TEXT}
-SETTINGS = {
-    "samples": COUNT, "density": SHARE, "saliency_guidance": NUMBER, "lr": RATE, "steps": COUNT, "batch_size": COUNT,
-    "retain_weight": NUMBER, "size": COUNT, "seed": SEED, "anchor_from": ANCHOR_FROM,
-}  # fmt: skip
+NUMBERS = (
+    "samples", "density", "saliency_guidance", "lr", "steps", "batch_size", "retain_weight", "size", "seed",
+)  # fmt: skip
+SETTINGS = {name: RANGES[name].words for name in NUMBERS} | {"anchor_from": ANCHOR_FROM}
 RENAMED = {"guidance": "saliency_guidance", "resolution": "size"}  # old names, which work for one more version
 
 
@@ -96,8 +90,8 @@ def read(name_or_path: str) -> Plan:
     if not path.is_file():
         raise UsageError(f"There is no plan or file {name_or_path}; built in are {', '.join(builtin())}.")
     try:
-        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e:  # of UTF-8, of TOML, of a number with thousands of digits, of nesting
+        content = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as e:  # of TOML, of a number with thousands of digits, of nesting
         raise SalunError(f"{path} is not a TOML file: {e}.") from e
     tables = _checked(content, FILE, str(path), "")
     retain = _checked(tables.get("retain", {}), RETAIN, str(path), "retain.")
@@ -124,8 +118,7 @@ def concepts_of(
     concept, where there is only one.
 
     Raises UsageError where these do not go together, where there is no concept or, with `needs_anchor`, no anchor, when
-    a text is blank, when a concept is there twice, and when a concept and its anchor are the same up to case and
-    spaces.
+    a text is blank, when a concept is there twice, and when an anchor is one of the concepts, up to case and spaces.
     """
     given = [concept] if isinstance(concept, str | Concept) else list(concept)
     anchors = [anchor] if isinstance(anchor, str) else list(anchor or ())
@@ -219,16 +212,17 @@ def _checked(table: dict, kinds: dict[str, str], where: str, prefix: str) -> dic
             raise SalunError(f"{where}: {prefix}{key} is not known; known are {known}.")
         if not CHECKS[kinds[key]](value):
             raise SalunError(f"{where}: {prefix}{key} has to be {kinds[key]}; it is {value!r}.")
-        values[key] = float(value) if kinds[key] in (SHARE, RATE, NUMBER) else value
+        values[key] = float(value) if key in RANGES and not RANGES[key].is_whole else value
     return values
 
 
 def _check_texts(
     concepts: Iterable[Concept], name: Callable[[int, str], str], error: type[SalunError], needs_anchor: bool
 ) -> None:  # fmt: skip
-    """Raise `error` where a text is blank, a concept is its own anchor or has none that it needs, or one is there
-    twice."""
-    seen = set()
+    """Raise `error` where a text is blank, a concept has no anchor that it needs, the anchor is a concept, its own or
+    another one, or a concept is there twice."""
+    concepts, seen = list(concepts), set()
+    place_of = {_plain(text): n for n, concept in enumerate(concepts) for text in concept.prompts()}
     for n, concept in enumerate(concepts):
         if concept.anchor is None and needs_anchor:
             raise error(f"{name(n, 'prompt')} {concept.prompt!r} has no anchor: give the prompt that takes its place.")
@@ -243,11 +237,14 @@ def _check_texts(
             if _plain(text) in seen:
                 raise error(f"{name(n, key)} is {text!r}, which is there already: give it once.")
             seen.add(_plain(text))
+        if (other := place_of.get(_plain(concept.anchor or ""), n)) != n:
+            raise error(f"{name(n, 'anchor')} is {concept.anchor!r}, and {name(other, 'prompt')} erases that: "
+                        "give an anchor that stays.")  # fmt: skip
 
 
 def _plain(text: str) -> str:
-    """The text without differences of case and spaces, which do not make another concept."""
-    return " ".join(text.casefold().split())
+    """The text without differences of case, spaces and the spelling of accents, which do not make another concept."""
+    return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
 def _beside(plan: Path, value: str) -> str:

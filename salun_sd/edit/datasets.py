@@ -1,20 +1,22 @@
 """Training images and their captions, from a folder or from a data set of the `datasets` library."""
 
-import csv
 import hashlib
-import io
 import json
+import logging
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from salun_sd.draw.images import images_in
+from salun_sd.draw.folders import images_in, left_out
+from salun_sd.edit.captions import CAPTION_COLUMNS, METADATA, caption_files, captions_of
 from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.runtime.contents import file_bytes
+from salun_sd.runtime.texts import checked_text
 
-CAPTION_COLUMNS = ("text", "caption")  # the first that exists is used
+logger = logging.getLogger(__name__)
+
 FILTERED = re.compile(r"(?P<id>.+):(?P<column>[^:=!]+)(?P<sign>!?=)(?P<value>.+)")  # greedy: the last colon that fits
 STRINGS = ("string", "large_string")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*){1,2}")
@@ -33,21 +35,44 @@ def items(spec: str) -> list[Item]:
     """The images that `spec` names: of a folder in the order of their names, of a data set in its own order.
 
     A spec is a folder with images in it, or a data set: `ID`, `ID:column=value` or `ID:column!=value`, where ID is
-    org/name or org/name/configuration on the Hugging Face Hub, or a folder that the `datasets` library can load.
-    Raises UsageError where what the spec names does not exist, SalunError where it cannot be used.
+    org/name or org/name/configuration on the Hugging Face Hub, or a folder that the `datasets` library can load. How
+    many images and captions there are is logged, and what of a folder is left out. Raises UsageError where what the
+    spec names does not exist, SalunError where it cannot be used.
     """
+    try:
+        found = _found(spec)
+    except UnicodeDecodeError as e:  # of a data set
+        raise SalunError(f"{spec} holds a text that is not UTF-8: repair it, or give the images as a folder.") from e
+    for item in found:
+        checked_text(f"{item.caption} {item.label}", f"The caption or label of {item.name}", SalunError)
+    with_captions = sum(item.caption is not None for item in found)
+    logger.info(f"{spec}: {len(found)} image(s), {with_captions} of them with captions.")
+    return found
+
+
+def _found(spec: str) -> list[Item]:
     if (folder := Path(spec)).is_dir():
         if files := images_in(folder):
-            captions = _captions(folder, files)
-            return [Item(str(f), captions.get(f.name), None, partial(file_bytes, f)) for f in files]
-        if not any(f.suffix in (".parquet", ".arrow") for f in folder.rglob("*")):
-            raise UsageError(f"Image folder {spec} holds no images: give one with .png, .jpg or other image files.")
+            return _of_folder(folder, files)
+        data = (f for f in folder.rglob("*") if f.suffix in (".parquet", ".arrow") and f.name not in METADATA)
+        if not any(data):
+            others = left_out(folder)
+            raise UsageError(f"Image folder {spec} holds no images that can be read: give one with .png, .jpg or other "
+                             f"image files.{f' It has {others}.' if others else ''}")  # fmt: skip
         return _rows(spec)
     name, *condition = match.groups() if (match := FILTERED.fullmatch(spec)) else (spec,)
     if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
         raise UsageError(f"Image folder {spec} was not found: give a folder of images, or a data set as org/name, "
                          "org/name:column=value or org/name:column!=value.")  # fmt: skip
     return _rows(name, *(word.strip() for word in condition))
+
+
+def _of_folder(folder: Path, files: list[Path]) -> list[Item]:
+    """An item for each image file of a folder; a warning names what is left out."""
+    captions = captions_of(folder, files)
+    if others := left_out(folder, {f.name for f in caption_files(folder)}):
+        logger.warning(f"{folder}: left out are {others}.")
+    return [Item(str(f), captions.get(f.name), None, partial(file_bytes, f)) for f in files]
 
 
 def captioned(items: list[Item], prompt: str) -> list[Item]:
@@ -69,89 +94,6 @@ def digest(items: list[Item]) -> str:
     for item in items:
         digest.update(json.dumps([hashlib.sha256(item.read()).hexdigest(), item.caption]).encode())
     return digest.hexdigest()
-
-
-def file_bytes(file: Path) -> bytes:
-    """The content of a file. Raises SalunError where it cannot be read."""
-    try:
-        return file.read_bytes()
-    except OSError as e:
-        raise SalunError(f"{file} cannot be read: {e.strerror}.") from e
-
-
-def _captions(folder: Path, files: list[Path]) -> dict[str, str]:
-    """File name => caption, for the images that have one. Each run of white space becomes one space.
-
-    Captions are in metadata.jsonl or metadata.csv, as for the library's `imagefolder`, or in .txt files with the
-    images' stems. Raises SalunError for a .txt without an image and for a blank caption: nobody can tell what it was
-    meant to be.
-    """
-    metadata = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()]
-    if len(metadata) == 2:
-        raise SalunError(f"{folder} has captions in metadata.csv and in metadata.jsonl: remove one of them.")
-    rows = [row for file in metadata for row in _metadata_rows(file)]
-    stems = defaultdict(list)
-    for file in files:
-        stems[file.stem].append(file.name)
-    for file in sorted(f for f in folder.iterdir() if f.suffix.lower() == ".txt"):
-        rows += [(str(file), image, _text(file)) for image in stems.get(file.stem, [f"{file.stem}.*"])]
-    known = {file.name for file in files}
-    if missing := [(place, image) for place, image, _ in rows if image not in known]:
-        (place, image), *others = missing
-        more = f", and {len(others)} more like it" if others else ""
-        raise SalunError(f"{place} is a caption for {image}, which is not in {folder}{more}: remove captions without "
-                         "an image, or add the images.")  # fmt: skip
-    captions, places = {}, {}
-    for place, image, caption in rows:
-        if image in places:
-            raise SalunError(f"{image} has two captions, in {places[image]} and in {place}: remove one of them.")
-        if not isinstance(caption, str) or not caption.strip():
-            raise SalunError(f"{place} holds no caption for {image}: write one or remove it.")
-        captions[image], places[image] = " ".join(caption.split()), place
-    return captions
-
-
-def _metadata_rows(file: Path) -> Iterator[tuple[str, str, object]]:
-    """(place for messages, file name, caption) of each line. The caption is not checked yet: it may be no text."""
-    for number, row in (_csv_rows if file.suffix == ".csv" else _json_rows)(file):
-        place = f"{file} line {number}"
-        columns = ", ".join(row) or "none"
-        if not isinstance(row.get("file_name"), str):
-            raise SalunError(f"{place} has no file_name; its columns are {columns}.")
-        if not (column := next((c for c in CAPTION_COLUMNS if c in row), None)):
-            raise SalunError(f"{place} has no text or caption; its columns are {columns}.")
-        yield place, str(Path(row["file_name"])), row[column]
-
-
-def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise SalunError(f"{file} line {number} is not JSON: {e}.") from e
-            if not isinstance(row, dict):
-                raise SalunError(f"{file} line {number} is not a JSON object with file_name and text.")
-            yield number, row
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise SalunError(f"{file} line {reader.line_num} has more cells than the first line: "
-                                 "put a caption with commas in double quotes.")  # fmt: skip
-            yield reader.line_num, row
-    except csv.Error as e:
-        raise SalunError(f"{file} line {reader.reader.line_num} is not CSV: {e}.") from e
-
-
-def _text(file: Path) -> str:
-    try:
-        return file_bytes(file).decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise SalunError(f"{file} is not UTF-8 text: save it as UTF-8.") from e
 
 
 def _rows(name: str, column: str = "", sign: str = "", value: str = "") -> list[Item]:

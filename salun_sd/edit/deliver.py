@@ -1,6 +1,5 @@
 """The end of `erase`, and the work of `apply`: write a checkpoint in one of its formats, and read it back."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -8,15 +7,18 @@ from salun_sd.checkpoint import provenance, save, tensors
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
-from salun_sd.edit import maskfile
 from salun_sd.edit import patch as patches
 from salun_sd.edit.checks import check_place
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.patch import Patch
 from salun_sd.errors import SalunError, UsageError
-from salun_sd.runtime.files import new_file, new_folder
+from salun_sd.runtime import seals
+from salun_sd.runtime.files import new_file, new_folder, to_disk
+from salun_sd.runtime.texts import check_given
 
 logger = logging.getLogger(__name__)
+
+RUN = {"seconds": float, "peak_bytes": dict, "planned_bytes": dict}  # of run.json
 
 
 def proof(base: Checkpoint, patch: Patch, mask: Mask) -> dict:
@@ -30,7 +32,7 @@ def proof(base: Checkpoint, patch: Patch, mask: Mask) -> dict:
     kept, total = masks.kept(mask.bits)
     return {
         "base": provenance.of_base(base),
-        "erased": {"fingerprint": tensors.fingerprint(erased)},
+        "erased": provenance.of_erased(base, tensors.fingerprint(erased)),
         "mask": {**mask.settings, "kept": kept, "of": total},
         "changed": changed,
         "sizes": save.sizes(base, patch.tensors),
@@ -39,42 +41,30 @@ def proof(base: Checkpoint, patch: Patch, mask: Mask) -> dict:
     }
 
 
-def deliver(base: Checkpoint, patch: Patch, mask: Mask, format: str, out: Path, beside: Path) -> None:
-    """Write `out` in a format. `beside` is the folder that will become `out` or, where `out` is a file, lies beside
-    it."""
-    if format == "diffusers":
-        (beside / "mask.safetensors").write_bytes(maskfile.pack(mask))
-        write_checked(base, patch, format, beside)
-    else:
-        provenance.write_folder(patch.record, beside)
-        with new_file(out) as partial:
-            write_checked(base, patch, format, partial)
-
-
-def write_checked(base: Checkpoint, patch: Patch, format: str, place: Path, revert: bool = False) -> None:
-    """Write the base with the patch merged in, and read it back. `place` is a file or, for "diffusers", an empty
-    folder. Raises SalunError unless the saved UNet is, to the last bit, the one that the record names."""
+def deliver(base: Checkpoint, patch: Patch, format: str, out: Path, revert: bool = False) -> None:
+    """Write the base with the patch merged in or, with `revert`, taken out again: whole, or not there. Raises
+    SalunError unless the UNet that is read back from the disk is, to the last bit, the one that the record names."""
     unet = patches.merged(base.unet, patch, "old" if revert else "new")
-    if format == "patch":
-        patches.write(place, patch)
-        saved = patches.merged(base.unet, patches.read(place))
-    elif format == "single-file":
-        header = patch.record["base"]["header"] if revert else provenance.metadata(patch.record, base)
-        tensors.write(place, save.single_file(base, unet), header)
-        saved = _saved_unet(base, place)
-    else:
-        save.folder(base, unet, place)
-        if not revert:
-            provenance.write_folder(patch.record, place)
-        saved = _saved_unet(base, place)
-    if tensors.fingerprint(saved) != patch.record["base" if revert else "erased"]["fingerprint"]:
-        raise SalunError("What was read back from the disk is not what was written, so nothing was kept: please report "
-                         "it.")  # fmt: skip
+    with new_folder(out) if format == "diffusers" else new_file(out) as partial:
+        if format == "patch":
+            patches.write(partial, patch)
+        elif format == "single-file":
+            header = patch.record["base"]["header"] if revert else provenance.metadata(patch.record, base)
+            tensors.write(partial, save.single_file(base, unet), header)
+        else:
+            save.folder(base, unet, partial)
+            if not revert:
+                provenance.write_folder(patch.record, partial)
+        to_disk(partial)
+        saved = patches.merged(base.unet, patches.read(partial)) if format == "patch" else _saved(base, partial).unet
+        if tensors.fingerprint(saved) != patch.record["base" if revert else "erased"]["fingerprint"]:
+            raise SalunError("What was read back from the disk is not what was written, so nothing was kept: please "
+                             "report it.")  # fmt: skip
 
 
-def _saved_unet(base: Checkpoint, place: Path) -> tensors.Tensors:
-    """The UNet of a checkpoint that was made of the base: a folder or a single file."""
-    return Checkpoint(str(place), place, place if place.is_dir() else base.config, base.family).unet
+def _saved(base: Checkpoint, place: Path) -> Checkpoint:
+    """A checkpoint that was made of the base: a folder or a single file."""
+    return Checkpoint(str(place), place, place if place.is_dir() else base.config, base.family)
 
 
 def _is_free(out: Path, format: str) -> bool:
@@ -86,9 +76,6 @@ def finished(out: Path, format: str, base: Checkpoint, settings: dict, inputs: d
     """The record in `out`, where an earlier run left it there with the same settings and inputs; None where `out` does
     not exist, or is an empty folder. Raises UsageError where `out` is anything else, SalunError where the result in it
     was changed since."""
-    beside = provenance.run_folder(out)
-    if format != "diffusers" and not out.exists() and beside.is_dir() and any(beside.iterdir()):
-        raise UsageError(f"{beside} is of another run, whose {out.name} is gone: choose another --out, or remove it.")
     if _is_free(out, format):
         return None
     try:
@@ -96,12 +83,13 @@ def finished(out: Path, format: str, base: Checkpoint, settings: dict, inputs: d
         record = patch.record if patch else provenance.read(out)
         same = record["settings"] == settings and record["inputs"] == inputs
     except (OSError, SalunError, KeyError, TypeError) as e:
-        raise UsageError(f"{out} holds something else: choose another --out, or remove it.") from e
+        raise UsageError(f"{out} holds something else, or is damaged: choose another --out, or remove it.") from e
     if not same:
         raise UsageError(f"{out} was erased with other settings or inputs: choose another --out, or remove it.")
-    unet = patches.merged(base.unet, patch) if patch else _saved_unet(base, out)
-    if tensors.fingerprint(unet) != record["erased"]["fingerprint"]:
-        raise SalunError(f"The UNet in {out} is not the one that was saved there: remove {out} and run again.")
+    if not patch:
+        provenance.check(_saved(base, out))
+    elif tensors.fingerprint(patches.merged(base.unet, patch)) != record["erased"]["fingerprint"]:
+        raise SalunError(f"{out} is damaged: remove it and run again.")
     logger.info(f"{out} was already made from these inputs with these settings; nothing to do.")
     return record
 
@@ -110,11 +98,12 @@ def apply(
     model: str | Path | Checkpoint, patch: str | Path, *, out: str | Path, format: str = "diffusers",
     revert: bool = False, config: str | None = None, revision: str | None = None, variant: str | None = None,
 ) -> dict:  # fmt: skip
-    """Write the checkpoint that a patch makes of its base or, with `revert`, the base again; gives the patch's record.
-    Parameters are those of `salun-sd apply`. Only one tensor at a time is in memory.
+    """Write the checkpoint that a patch makes of its base or, with `revert`, the base again; gives the record of the
+    erased one. Parameters are those of `salun-sd apply`. Only one tensor at a time is in memory.
 
     Raises UsageError for arguments that are wrong or cannot go together, SalunError for anything else that fails.
     """
+    check_given(model=model, patch=patch, out=out, config=config, revision=revision, variant=variant)
     file, out = Path(patch), Path(out)
     check_place(out, format, ("diffusers", "single-file"))
     if not _is_free(out, format):
@@ -122,9 +111,10 @@ def apply(
     changes = patches.read(file)
     base = opened(model, config, revision, variant)
     patches.check(changes, file, base.unet, base.name, base.fingerprint, revert)
-    with new_folder(out) if format == "diffusers" else new_file(out) as partial:
-        write_checked(base, changes, format, partial, revert)
-    return changes.record
+    erased = provenance.of_erased(base, changes.record["erased"]["fingerprint"])  # a patch fits any VAE, say
+    record = provenance.in_format(changes.record, format) | {"erased": erased}
+    deliver(base, changes._replace(record=record), format, out, revert)
+    return record
 
 
 def size_on_disk(path: Path) -> int:
@@ -135,5 +125,5 @@ def size_on_disk(path: Path) -> int:
 def run_of(out: Path) -> dict | None:
     """The run.json of the run that wrote `out`: seconds, and for each step peak_bytes and, where planned,
     planned_bytes. None where the file is gone."""
-    file = (out if out.is_dir() else provenance.run_folder(out)) / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    file = provenance.run_folder(out) / "run.json"
+    return seals.read(file, RUN, "It only says how long the run took: remove it.") if file.is_file() else None

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
+from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint.tensors import Tensors
 from salun_sd.core.mask import Bits
 from salun_sd.errors import SalunError, some
+from salun_sd.runtime.documents import parse_json
+
+SETTINGS = {"shapes?": dict, "base?": str, "concepts?": [str], "density?": float}  # of a mask file
 
 
 class Mask(NamedTuple):
@@ -33,30 +35,35 @@ def kept_per_block(bits: Bits) -> dict[str, tuple[int, int]]:
     return blocks
 
 
-def pack(mask: Mask) -> bytes:
-    """The bytes of a mask file: safetensors, per parameter uint8 [ceil(n / 8)], bit i of byte j is weight 8 j + i.
+def write(file: Path, mask: Mask) -> None:
+    """Write a mask file: safetensors, sealed, per parameter uint8 [ceil(n / 8)]; bit i of byte j is weight 8 j + i.
 
-    The settings and the shapes are JSON under one metadata key, "salun_sd": safetensors writes several keys in random
-    order, and the same mask has to be the same bytes.
+    The settings and the shapes are JSON under the metadata key "salun_sd". The same mask is the same bytes.
     """
     shapes = {name: list(shape) for name, shape in mask.bits.shapes.items()}
-    return save_tensors(mask.bits.packed, {"salun_sd": json.dumps({**mask.settings, "shapes": shapes})})
+    packed = {name: tensors.in_memory(t) for name, t in mask.bits.packed.items()}
+    tensors.write(file, packed, {"salun_sd": json.dumps({**mask.settings, "shapes": shapes})}, sealed=True)
 
 
-def unpack(data: bytes, name: str) -> Mask:
-    """The inverse of `pack`. Raises SalunError, with the file's `name`, where it is not a mask file or truncated."""
+def read(file: Path) -> Mask:
+    """The mask in a file. Raises SalunError where it is not a mask file, or is damaged."""
+    content, metadata = tensors.read_sealed(file)
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        settings = json.loads(header["__metadata__"]["salun_sd"])
-        shapes = settings.pop("shapes")
-        packed = load_tensors(data)
-        sizes = {key: -(-math.prod(shape) // 8) for key, shape in shapes.items()}
-        if sizes != {key: t.numel() for key, t in packed.items()}:
-            raise ValueError("the shapes in the header do not fit the bits")
-        bits = Bits({key: packed[key] for key in shapes}, shapes)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
-        raise SalunError(f"{name} is not a salun-sd mask, or it is truncated; make it again with: salun-sd mask") from e
-    return Mask(bits, settings)
+        settings = parse_json(metadata["salun_sd"], str(file), SETTINGS)
+        return Mask(bits_of(content, settings.pop("shapes")), settings)
+    except KeyError as e:
+        raise SalunError(f"{file} is not a mask of salun-sd: make one with: salun-sd mask") from e
+
+
+def bits_of(packed: Tensors, shapes: dict) -> Bits:
+    """The bits of tensors on disk. Raises KeyError where the tensors are not the bits of these shapes."""
+    try:
+        sizes = {name: (torch.uint8, (-(-math.prod(shape) // 8),)) for name, shape in shapes.items()}
+        if sizes == {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}:
+            return Bits({name: packed[name].read() for name in shapes}, shapes)
+    except (TypeError, RuntimeError) as e:  # a shape that is none
+        raise KeyError("shapes") from e
+    raise KeyError("shapes")
 
 
 def check(mask: Mask, shapes: dict[str, torch.Size], fingerprint: str) -> None:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint import provenance, tensors
 from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
 from salun_sd.core.mask import Bits, unpacked_bits
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime.documents import parse_json
 
 
 class Patch(NamedTuple):
@@ -65,33 +66,30 @@ def _merge(base: Lazy, mask: Lazy, values: Lazy) -> torch.Tensor:
 
 
 def write(file: Path, patch: Patch) -> None:
-    """Write a patch file: safetensors, with the record as JSON under the metadata key "salun_sd"."""
-    tensors.write(file, patch.tensors, {"salun_sd": json.dumps(patch.record, ensure_ascii=False)})
+    """Write a patch file: safetensors, sealed, with the record as JSON under the metadata key "salun_sd"."""
+    record = json.dumps(patch.record, ensure_ascii=False)
+    tensors.write(file, patch.tensors, {provenance.KEY: record}, sealed=True)
 
 
 def read(file: Path) -> Patch:
-    """A patch file, its tensors still on disk. Raises UsageError if it is missing, SalunError if it is not a patch."""
+    """A patch file, its tensors still on disk. Raises UsageError if it is missing, SalunError if it is not a patch or
+    is damaged."""
     if not file.is_file():
         raise UsageError(f"Patch {file} was not found: give a file that salun-sd erase --format patch wrote.")
-    try:
-        content, metadata = tensors.read(file)
-        record = json.loads(metadata["salun_sd"])
-        record["base"]["fingerprint"], record["erased"]["fingerprint"]
-        names = {key.partition("/")[2] for key in content}
-        if not names or any(f"{kind}/{name}" not in content for name in names for kind in ("mask", "new")):
-            raise ValueError("no values")
-    except (ValueError, KeyError, TypeError) as e:
-        raise SalunError(
-            f"{file} is not a patch of salun-sd: give a file that salun-sd erase --format patch wrote."
-        ) from e
-    return Patch(content, record)
+    content, metadata = tensors.read_sealed(file)
+    names = {key.partition("/")[2] for key in content}
+    whole = names and all(f"{kind}/{name}" in content for name in names for kind in ("mask", "new"))
+    if not whole or provenance.KEY not in metadata:
+        raise SalunError(f"{file} is not a patch of salun-sd: give a file that salun-sd erase --format patch wrote.")
+    return Patch(content, parse_json(metadata[provenance.KEY], str(file), provenance.RECORD))
 
 
 def check(patch: Patch, file: Path, weights: Tensors, name: str, fingerprint: str, revert: bool) -> None:
     """Raise SalunError unless the weights are those that the patch is for: the base's or, to revert, the erased."""
     base, erased = patch.record["base"], patch.record["erased"]["fingerprint"]
     if revert and not patch.is_reversible:
-        raise SalunError("The patch does not hold the base's values: it was made without --reversible.")
+        raise SalunError(f"{file} does not hold the base's values: it was made without --reversible. Take the base "
+                         "itself.")  # fmt: skip
     before, after = (erased, base["fingerprint"]) if revert else (base["fingerprint"], erased)
     if fingerprint == before:
         values = "old" if revert else "new"
@@ -99,10 +97,11 @@ def check(patch: Patch, file: Path, weights: Tensors, name: str, fingerprint: st
             raise SalunError(f"{file} is damaged: what it makes of {name} is not what its record says. Fetch it again.")
         return
     if fingerprint == after:
-        state = "is the base already: there is nothing to revert" if revert else "has this patch already"
+        state = "is the base already: there is nothing to revert" if revert else "has this patch already: take it as is"
         raise SalunError(f"{name} {state}.")
     wanted = f"what it made of {base['model']}" if revert else base["model"]
-    raise SalunError(f"The patch is for {wanted} (UNet {before[:12]}), not for {name} (UNet {fingerprint[:12]}).")
+    raise SalunError(f"{file} is for {wanted} (UNet {before[:12]}), not for {name} (UNet {fingerprint[:12]}): give "
+                     "that model.")  # fmt: skip
 
 
 def _fits(patch: Patch, weights: Tensors) -> bool:

@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from salun_sd.checkpoint.load import load_scheduler, load_unet
+from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint.load import alphas_cumprod, check, load_part
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.diffusion import Schedule
+from salun_sd.draw import rehearsal
 from salun_sd.draw.sample import images_per_pass
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Drawing, Work
 from salun_sd.edit.checks import check_dtype
-from salun_sd.errors import SalunError
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
 logger = logging.getLogger(__name__)
@@ -28,19 +29,12 @@ class Forecast(NamedTuple):
     plans: dict[str, dict[str, int]]  # for each step, bytes by what they are for
     fits: bool
     advice: list[tuple[str, int]]  # options that lower the largest step, with the bytes that it then needs
+    disk: dict[str, int]  # bytes that will be written at --out and beside it, by what they are for
 
 
 def schedule_of(model: Checkpoint) -> Schedule:
-    """The noise schedule that a checkpoint was trained with. Raises SalunError if it predicts neither noise nor v."""
-    return schedule_from(load_scheduler(model))
-
-
-def schedule_from(scheduler) -> Schedule:
-    """As `schedule_of`, from a scheduler of diffusers."""
-    if (predicts := scheduler.config.get("prediction_type")) not in ("epsilon", "v_prediction"):
-        name = type(scheduler).__name__
-        raise SalunError(f"The checkpoint's {name} trains for {predicts}; salun-sd knows epsilon and v_prediction.")
-    return Schedule(scheduler.alphas_cumprod.float(), predicts)
+    """The noise schedule that a checkpoint was trained with. Raises UsageError if its scheduler's config has none."""
+    return Schedule(alphas_cumprod(model), model.prediction_type)
 
 
 class Compute(NamedTuple):
@@ -49,27 +43,46 @@ class Compute(NamedTuple):
     model: Checkpoint
     precision: Precision
     checkpointing: bool  # activations are recomputed in the backward pass
-    is_large: bool  # LARGE weights or more
+    weights: int  # of the UNet
 
     @classmethod
     def of(cls, model: Checkpoint, dtype: str | None, checkpointing: bool | None) -> "Compute":
-        """As the options say or, where they are None, as it suits the device and the model. Logs the dtype and why."""
+        """As the options say or, where they are None, as it suits the device and the model. Logs the dtype and why.
+
+        Raises SalunError where the model's parts do not fit one another.
+        """
         check_dtype(dtype)
+        check(model)
         precision = Precision.of(dtype, default_device())
         logger.info(f"The UNet is held in {dtype_name(precision.dtype)}: {precision.reason}.")
-        is_large = sum(t.shape.numel() for t in model.unet.values()) >= LARGE
-        return cls(model, precision, is_large if checkpointing is None else checkpointing, is_large)
+        weights = sum(t.shape.numel() for t in model.unet.values())
+        return cls(model, precision, weights >= LARGE if checkpointing is None else checkpointing, weights)
 
     def unet(self) -> torch.nn.Module:
-        return self.precision.prepare(load_unet(self.model, self.precision.dtype), self.checkpointing)
+        return self.precision.prepare(load_part(self.model, "unet", self.precision.dtype), self.checkpointing)
 
     def work(self, kind: type[Work], resolution: int, batch: int, **rest) -> Work:
         """A step with the UNet, for the memory plan."""
         return kind(resolution, batch, self.precision, self.checkpointing, self.model.pixels_per_latent, **rest)
 
+    def mask_bytes(self) -> int:
+        """Size of a mask file, without its header."""
+        return sum(-(-t.shape.numel() // 8) for t in self.model.unet.values())
+
+    def disk(self, kept: int, format: str, reversible: bool) -> dict[str, int]:
+        """Bytes that an erasure writes for `kept` weights in its mask, without the drawn images in the cache."""
+        [dtype, *_] = {t.dtype for t in self.model.unet.values()}
+        patch = self.mask_bytes() + kept * dtype.itemsize * (2 if reversible else 1)
+        whole = sum(tensors.size(part) for part in self.model.parts.values())
+        return {"the result": patch if format == "patch" else whole, "the mask": self.mask_bytes(),
+                "the state, while it runs": self.mask_bytes() + 12 * kept}  # fmt: skip
+
     def drawing(self, resolution: int, draws: bool) -> Drawing:
-        """The step that encodes images, and draws them where `draws`; in float32."""
-        latents = self.model.settings("unet")["sample_size"]
+        """The step that encodes images, and draws them where `draws`; in float32. Raises UsageError where the model's
+        own scheduler cannot draw it."""
+        if draws:
+            rehearsal.check(self.model, self.model.scheduler, self.model.sampling[0])
+        latents = self.model.image_size // self.model.pixels_per_latent
         others = sum(t.shape.numel() for part, ts in self.model.parts.items() if part != "unet" for t in ts.values())
         return Drawing(
             resolution, images_per_pass(latents, latents), Precision(torch.float32, False, ""),
@@ -77,18 +90,18 @@ class Compute(NamedTuple):
             drawn=self.model.image_size if draws else 0,
         )  # fmt: skip
 
-    def forecast(self, steps: Sequence[Work], settings: dict) -> Forecast:
+    def forecast(self, steps: Sequence[Work], settings: dict, disk: dict[str, int]) -> Forecast:
         """What --dry-run gives."""
         device, plans = default_device(), self._plans(steps)
         fits = all(budget.fits(sizes, device) for sizes in plans.values())
         largest = max(steps, key=lambda work: budget.needed(plans[work.step]))
         advice = [] if fits else budget.advice(self.model.settings("unet"), largest, device)
-        return Forecast(settings, plans, fits, advice)
+        return Forecast(settings, plans, fits, advice, disk)
 
     def planned_bytes(self, steps: Sequence[Work]) -> dict[str, int]:
         """Bytes that each step will take; a warning names a step that does not fit the device. Only for a large UNet,
         and without the step of the images, which may be cached."""
-        plans = self._plans([work for work in steps if not isinstance(work, Drawing)]) if self.is_large else {}
+        plans = self._plans([work for work in steps if not isinstance(work, Drawing)]) if self.weights >= LARGE else {}
         for step, sizes in plans.items():
             if not budget.fits(sizes, default_device()):
                 size = f"{sum(sizes.values()) / 2**30:.1f} GiB"

@@ -1,4 +1,5 @@
-"""The saved state of an erasure, from which the same command resumes after a kill or Ctrl-C."""
+"""The folder beside the result of an erasure: what its maker keeps, and while the run goes on its state, from which the
+same command resumes after a kill or Ctrl-C."""
 
 import json
 import logging
@@ -15,19 +16,25 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint import provenance, tensors
 from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
-from salun_sd.core.mask import Bits
 from salun_sd.core.masked import MaskedAdam
+from salun_sd.edit import maskfile
 from salun_sd.edit.maskfile import Mask
-from salun_sd.errors import SalunError, UsageError
-from salun_sd.runtime import ranks
-from salun_sd.runtime.files import new_file
+from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.runtime import ranks, seals
+from salun_sd.runtime.documents import parse_json
+from salun_sd.runtime.files import is_full, new_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
 STATE, LOSSES, LOCK = "state.safetensors", "losses.jsonl", ".lock"
-OURS = re.compile(rf"\.?{STATE}(\..*)?|{LOSSES}|{LOCK}|samples/step-\d+\.png")  # in a run's folder
+MASK, RUN = "mask.safetensors", "run.json"
+KEPT = (MASK, RUN, "salun.json", "README.md")  # what stays beside a result
+OURS = re.compile(  # in a run's folder: files, and the partial ones that a kill leaves
+    rf"{LOCK}|samples/step-\d+\.png|\.?({LOSSES}|{STATE}|{MASK}|{RUN}|salun\.json|README\.md)(\.[0-9a-f]+\..+)?"
+)
+HEADER = {"run": dict, "steps": int, "mask": dict, "shapes": dict}  # of a state
 
 
 class State(NamedTuple):
@@ -39,19 +46,21 @@ class State(NamedTuple):
 
 
 class Progress:
-    """The folder `<out>.state` of a run: its state, and the losses and strips that become part of the result.
+    """The folder `<out>.run` of a run: while it goes on, its state; afterwards the mask, the losses, the strips and
+    run.json. Who publishes `out` keeps them: the places of a concept's weights help to bring it back (arXiv
+    2603.06640).
 
     run: settings and inputs, by which a state is known as this run's. minutes: between saved states; 0: at Ctrl-C only.
     """
 
     def __init__(self, out: Path, run: dict, minutes: float):
         self.out, self.run, self.minutes = out, json.loads(json.dumps(run)), minutes
-        self.folder, self.saved_at = out.with_name(f"{out.name}.state"), time.monotonic()
+        self.folder, self.saved_at = provenance.run_folder(out), time.monotonic()
 
     @contextmanager
     def held(self) -> Iterator[State | None]:
-        """Lock the folder for this run; gives the state that an earlier run of the same command left. At the end the
-        folder is removed, unless the run ends early and has saved a state.
+        """Lock the folder for this run; gives the state that an earlier run of the same command left. The state is
+        removed at the end; the whole folder, if the run ends early and has saved no state.
 
         Raises UsageError where the folder is another command's or holds other files, or a running process has it.
         """
@@ -68,15 +77,19 @@ class Progress:
         try:
             with FileLock(self.folder / LOCK).acquire(blocking=False):
                 state = self._read()
+                if state is None and any((self.folder / name).exists() for name in KEPT):
+                    raise UsageError(f"{self.folder} is of a run whose {self.out.name} is gone: choose another --out, "
+                                     "or remove it.")  # fmt: skip
                 if state is None:  # the strips may be of another run, which saved no state
                     shutil.rmtree(self.folder / "samples", ignore_errors=True)
                 try:
                     ranks.wait()
                     yield state
-                    self._remove_state()
-                finally:
+                except BaseException:
                     if not (self.folder / STATE).is_file():
                         shutil.rmtree(self.folder, ignore_errors=True)
+                    raise
+                self._end()
         except Timeout as e:
             raise UsageError(f"Another run is making {self.out}: wait for it, or choose another --out.") from e
 
@@ -91,29 +104,29 @@ class Progress:
             raise
 
     def clean_up(self) -> None:
-        """Remove the folder of a run that has its result: it was killed after it wrote that."""
+        """Remove the state of a run that has its result: it was killed after it wrote that."""
         with suppress(SalunError, Timeout):
             if ranks.is_main() and self._read():
                 with FileLock(self.folder / LOCK).acquire(blocking=False):
-                    shutil.rmtree(self.folder)
+                    self._end()
 
     def _read(self) -> State | None:
         file = self.folder / STATE
         if not file.is_file():
             return None
         try:
-            content, metadata = tensors.read(file)
-            header = json.loads(metadata["salun_sd"])
-            run, steps, shapes, settings = (header[key] for key in ("run", "steps", "shapes", "mask"))
-        except (SalunError, KeyError, ValueError) as e:
+            content, metadata = tensors.read_sealed(file)
+            header = parse_json(metadata["salun_sd"], str(file), HEADER)
+            packed = {name.removeprefix("mask/"): t for name, t in content.items() if name.startswith("mask/")}
+            mask = Mask(maskfile.bits_of(packed, header["shapes"]), header["mask"])
+        except (SalunError, KeyError) as e:
             raise SalunError(f"{file} is damaged: remove {self.folder}, and run the same command again.") from e
-        if run != self.run:
+        if header["run"] != self.run:
             raise UsageError(
                 f"{self.folder} is of an erasure with other settings or inputs that was interrupted: repeat its "
                 "command, choose another --out, or remove it."
             )
-        packed = {name.removeprefix("mask/"): t.read() for name, t in content.items() if name.startswith("mask/")}
-        return State(steps, Mask(Bits(packed, shapes), settings), content)
+        return State(header["steps"], mask, content)
 
     def save(self, mask: Mask, adam: MaskedAdam | None = None) -> None:
         """Replace the saved state, whole or not at all. Before the first step there is no Adam, only the mask."""
@@ -123,8 +136,13 @@ class Progress:
         content |= {name: Lazy(t.dtype, t.shape, t.cpu) for name, t in adam.state().items()} if adam else {}
         header = {"run": self.run, "steps": adam.steps if adam else 0, "mask": mask.settings,
                 "shapes": {name: list(shape) for name, shape in mask.bits.shapes.items()}}  # fmt: skip
-        with new_file(self.folder / STATE) as partial:
-            tensors.write(partial, content, {"salun_sd": json.dumps(header)})
+        try:
+            with new_file(self.folder / STATE) as partial:
+                tensors.write(partial, content, {"salun_sd": json.dumps(header)}, sealed=True)
+        except OSError as e:  # the result may be smaller
+            if not is_full(e):
+                raise
+            logger.warning(f"The disk is full, so this state was not saved: {self.folder}. The run goes on.")
         self.saved_at = time.monotonic()
 
     def save_or_stop(self, mask: Mask, adam: MaskedAdam, noted: list) -> None:
@@ -140,6 +158,17 @@ class Progress:
     def _remove_state(self) -> None:
         (self.folder / STATE).unlink(missing_ok=True)
 
+    def _end(self) -> None:
+        """Leave only what belongs to the result. The lock is still held: who waits for it finds the result."""
+        self._remove_state()
+        (self.folder / LOCK).unlink(missing_ok=True)
+
+    def keep(self, mask: Mask, run: dict) -> None:
+        """Write what stays beside the result."""
+        with new_file(self.folder / MASK) as partial:
+            maskfile.write(partial, mask)
+        write_atomic(self.folder / RUN, seals.line(run))
+
     @contextmanager
     def losses(self, start: int) -> Iterator:
         """The file of losses, open to write one line per step; its lines after step `start` are removed."""
@@ -148,16 +177,13 @@ class Progress:
                 yield nowhere
             return
         file = self.folder / LOSSES
-        with file.open("r+" if start else "w", buffering=1) as lines:
-            for _ in range(start):
-                lines.readline()
-            lines.seek(lines.tell())
-            lines.truncate()
+        rows = seals.read_lines(file, {"step": int}, skip=True) if start and file.is_file() else ()
+        kept = {row["step"]: seals.line(row) for row in rows if row["step"] <= start}
+        if lost := [str(step) for step in range(1, start + 1) if step not in kept]:
+            logger.warning(f"{file} has lost the losses of these steps: {some(lost)}. The weights are not concerned.")
+        write_atomic(file, "".join(kept.values()))
+        with file.open("a", buffering=1) as lines:
             yield lines
-
-    def hand_over(self, folder: Path) -> None:
-        """Copy losses and strips into the folder of the result."""
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", STATE))
 
 
 @contextmanager

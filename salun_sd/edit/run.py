@@ -1,9 +1,7 @@
 """The work of `mask` and `erase`: files in, files out."""
 
 import gc
-import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from salun_sd.edit.checks import (
     check_choice,
     check_dtype,
     check_format,
+    check_kept,
     check_mask,
     check_numbers,
     check_replaceable,
@@ -35,6 +34,7 @@ from salun_sd.edit.checks import (
     images_of,
     plain,
     read_mask,
+    warn_of_batch,
 )
 from salun_sd.edit.concepts import RENAMED, Concept, concepts_of, text_of
 from salun_sd.edit.deliver import deliver, finished, proof
@@ -43,14 +43,24 @@ from salun_sd.edit.patch import Patch
 from salun_sd.edit.resources import Compute, Forecast, schedule_of
 from salun_sd.edit.resume import Progress, State
 from salun_sd.edit.training import strip_writer, train
-from salun_sd.edit.training_data import LoadedBase, Sources, collect, encode, forget_items, sources_in_words
+from salun_sd.edit.training_data import (
+    LoadedBase,
+    Sources,
+    check_texts,
+    collect,
+    encode,
+    forget_items,
+    sources_in_words,
+)
 from salun_sd.methods import salun
 from salun_sd.runtime import memory, ranks
 from salun_sd.runtime.device import dtype_name
-from salun_sd.runtime.files import new_folder, write_atomic
+from salun_sd.runtime.files import new_file
+from salun_sd.runtime.texts import check_given
 
 logger = logging.getLogger(__name__)
 
+DENSITY, GUIDANCE = 0.5, 7.5  # of a mask that `erase` computes, if not given
 OPTIONS = RENAMED | {"clip": "clip_norm"}  # keys of a record's settings that are not the option's name
 
 
@@ -75,6 +85,7 @@ def mask(
     are wrong or cannot go together, SalunError for anything else that fails, each with a sentence for a person.
     """
     # prepare: what can be wrong is checked here
+    check_given(model=model, concept=concept, forget=forget, out=out, config=config, revision=revision, variant=variant)
     started, out = time.monotonic(), Path(out)
     seed, densities = plain(seed), densities_of(density)
     paths = [out if len(densities) == 1 else out.with_name(f"{out.stem}-{d:g}{out.suffix}") for d in densities]
@@ -85,7 +96,9 @@ def mask(
         check_replaceable(path)
     base = opened(model, config, revision, variant)
     size = checked_size(base, size)
+    check_kept(base, densities)
     images = [images_of(c.images, c.prompt) for c in concepts]
+    check_texts(base, concepts, images)
     compute = Compute.of(base, dtype, checkpointing)
     steps = [compute.drawing(size, draws=not all(images)),
              compute.work(Masking, size, batch=batch_size, guidance=saliency_guidance)]  # fmt: skip
@@ -93,7 +106,7 @@ def mask(
         settings = {"model": base.name, "concepts": [text for c in concepts for text in c.prompts()],
                     "densities": densities, "saliency_guidance": saliency_guidance, "batch_size": batch_size,
                     "seed": seed, "size": size, "dtype": dtype_name(compute.precision.dtype)}  # fmt: skip
-        return compute.forecast(steps, settings)
+        return compute.forecast(steps, settings, {"masks": len(densities) * compute.mask_bytes()})
     for path in filter(Path.exists, paths):
         logger.info(f"{path} exists; the new mask replaces it.")
     planned = compute.planned_bytes(steps)
@@ -113,7 +126,8 @@ def mask(
     peaks["mask"] = memory.reset_peak()
     if ranks.is_main():
         for path, result in zip(paths, results, strict=True):
-            write_atomic(path, maskfile.pack(result))
+            with new_file(path) as partial:
+                maskfile.write(partial, result)
     return Masks(list(zip(paths, results, strict=True)), run_record(started, peaks, planned))
 
 
@@ -124,9 +138,9 @@ def make_masks(
     """One pass over D_f for the gradient, then one mask for each density. `empty` is the prompt ""."""
     weights = sum(p.numel() for p in unet.parameters())
     counts = [masks.keep_count(d, weights) for d in densities]
-    sums = GradientSum(unet, memory.device_with_room(unet.device, weights * sum_dtype(weights).itemsize))
+    sums = GradientSum(unet, memory.device_with_room(unet.device, weights * sum_dtype(weights).itemsize), model.name)
     passes = salun.forget_gradient(
-        unet, schedule_of(model), forget, empty, guidance=guidance, seed=seed, batch_size=batch_size
+        unet, schedule_of(model), forget, empty, guidance=guidance, seed=seed, batch_size=batch_size, name=model.name
     )
     with sums, tqdm(total=len(forget), desc="saliency", unit="image") as bar:
         for done in passes:
@@ -149,7 +163,7 @@ def run_record(started: float, peaks: dict[str, int], planned: dict[str, int]) -
 def erase(
     model: str | Path | Checkpoint, concept: str | Concept | Sequence[str | Concept],
     anchor: str | Sequence[str] | None = None, *, out: str | Path, mask: str | Path | None = None,
-    density: float = 0.5, saliency_guidance: float = 7.5, forget: str | Path | None = None,
+    density: float | None = None, saliency_guidance: float | None = None, forget: str | Path | None = None,
     retain: str | Path | None = None, retain_caption: str | None = None,
     retain_prompts: str | Path | Sequence[str] | None = None, samples: int = 800, size: int | None = None,
     retain_weight: float = 0.5, lr: float = 1e-5, clip_norm: float | None = None,
@@ -159,7 +173,7 @@ def erase(
     revision: str | None = None, variant: str | None = None, command: str = "salun_sd.erase()",
 ) -> dict | Forecast:  # fmt: skip
     """Erase concepts from a checkpoint, and write the result. Parameters are those of `salun-sd erase`; `command` is
-    what the record names as the maker.
+    what the record names as the maker. Without a mask, `density` is 0.5 and `saliency_guidance` 7.5 if not given.
 
     Gives the record that the result carries. Where `out` holds the same result from the same inputs, gives its record;
     where such a run was interrupted, resumes from its state. With `dry_run`, gives the settings and the planned memory,
@@ -167,28 +181,35 @@ def erase(
     else that fails, each with a sentence for a person.
     """
     # prepare: what can be wrong is checked here
+    check_given(
+        model=model, concept=concept, anchor=anchor, out=out, mask=mask, forget=forget, retain=retain,
+        retain_caption=retain_caption, retain_prompts=retain_prompts, config=config, revision=revision, variant=variant,
+    )  # fmt: skip
     started, out, seed, mask, retain = time.monotonic(), Path(out), plain(seed), text_of(mask), text_of(retain)
     retain_prompts = str(retain_prompts) if isinstance(retain_prompts, Path) else retain_prompts
     concepts = concepts_of(concept, anchor, text_of(forget), needs_anchor=True)
-    check_numbers(saliency_guidance=saliency_guidance, lr=lr, clip_norm=clip_norm, retain_weight=retain_weight,
-                  samples=samples, size=size, steps=steps, batch_size=batch_size, parts=parts, seed=seed,
-                  sample_every=sample_every, save_every=save_every)  # fmt: skip
+    check_numbers(density=density, saliency_guidance=saliency_guidance, lr=lr, clip_norm=clip_norm,
+                  retain_weight=retain_weight, samples=samples, size=size, steps=steps, batch_size=batch_size,
+                  parts=parts, seed=seed, sample_every=sample_every, save_every=save_every)  # fmt: skip
     check_batch(batch_size, parts)
     check_choice("anchor-from", anchor_from, ("current", "base"))
     check_dtype(dtype)
     check_format(out, format, reversible)
     check_retain(retain, retain_caption, retain_prompts)
-    check_mask(mask)
-    masks.keep_count(density, sys.maxsize)  # raises outside (0, 1]
+    check_mask(mask, density, saliency_guidance)
+    if mask is None:
+        density = DENSITY if density is None else density
+        saliency_guidance = GUIDANCE if saliency_guidance is None else saliency_guidance
     base = opened(model, config, revision, variant)
     size = checked_size(base, size)
     check_writable(base, format)
+    check_kept(base, [] if density is None else [density])
     given_mask = read_mask(mask, base, concepts, seed)
     sources = Sources.of(base, concepts, samples, retain, retain_caption, retain_prompts)
     compute = Compute.of(base, dtype, checkpointing)
     settings = {
         "model": base.name, "concepts": [c.record() for c in concepts], "mask": mask,
-        "density": None if given_mask else density, "guidance": None if given_mask else saliency_guidance,
+        "density": density, "guidance": saliency_guidance,
         "retain": retain, "retain_caption": retain_caption, "samples": samples, "resolution": size,
         "retain_prompts": retain_prompts if isinstance(retain_prompts, str | None) else list(retain_prompts),
         "retain_weight": retain_weight, "lr": lr, "clip": clip_norm,
@@ -197,9 +218,12 @@ def erase(
         "dtype": dtype_name(compute.precision.dtype), "parts": parts, "format": format, "reversible": reversible,
     }  # fmt: skip
     settings = {name: plain(value) for name, value in settings.items()}
+    warn_of_batch(batch_size, sources.count())
     steps_to_plan = _steps_to_plan(compute, settings, given_mask, draws=sources.draws())
     if dry_run:
-        return compute.forecast(steps_to_plan, {OPTIONS.get(name, name): value for name, value in settings.items()})
+        kept = round((masks.density(given_mask.bits) if given_mask else density) * compute.weights)
+        of_options = {OPTIONS.get(name, name): value for name, value in settings.items()}
+        return compute.forecast(steps_to_plan, of_options, compute.disk(kept, format, reversible))
     inputs = {"base": base.identity, "mask": maskfile.digest(mask), **sources.digests()}
     progress = Progress(out, {"settings": settings, "inputs": inputs}, save_every)
     if (record := finished(out, format, base, settings, inputs)) is not None:
@@ -266,15 +290,15 @@ def _train(job: Job, progress: Progress, state: State | None) -> Trained:
 def _deliver(job: Job, trained: Trained, progress: Progress, out: Path, command: str) -> dict:
     """Write the result and read it back; gives its record."""
     settings, format = job.settings, job.settings["format"]
-    record = {"schema": 2, "command": command, "concepts": settings["concepts"], "settings": settings,
+    record = {"schema": provenance.SCHEMA, "command": command, "concepts": settings["concepts"], "settings": settings,
               "inputs": job.inputs, "images": trained.images, "data": sources_in_words(settings)}  # fmt: skip
     if ranks.is_main():
         record |= proof(job.base, trained.patch, trained.mask)
         run = run_record(job.started, trained.peaks, job.planned)
-        with new_folder(out if format == "diffusers" else provenance.run_folder(out)) as beside:
-            progress.hand_over(beside)
-            write_atomic(beside / "run.json", json.dumps(run) + "\n")
-            deliver(job.base, trained.patch._replace(record=record), trained.mask, format, out, beside)
+        progress.keep(trained.mask, run)
+        if format != "diffusers":
+            provenance.write_folder(record, progress.folder)
+        deliver(job.base, trained.patch._replace(record=record), format, out)
     ranks.wait()
     return record
 

@@ -1,7 +1,7 @@
 """The training loop of an erasure: its losses, states and sample images on disk."""
 
-import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,10 +18,15 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.resources import Compute, schedule_of
 from salun_sd.edit.resume import Progress, State, note_interrupts
 from salun_sd.edit.training_data import Data
+from salun_sd.errors import SalunError, first_line
 from salun_sd.methods import salun
-from salun_sd.runtime import ranks
+from salun_sd.runtime import ranks, seals
+from salun_sd.runtime.finite import NotFinite
 
 logger = logging.getLogger(__name__)
+
+ROUNDING = 1e-8  # a forget loss in float32: a prompt against itself gives 1e-13, near synonyms 5e-6
+LITTLE = 1e-6  # a change of the salient weights, as a share of their norm: about one in 30 steps of --lr 1e-9
 
 
 def train(
@@ -32,7 +37,7 @@ def train(
     parameter with k salient weights.
 
     Writes the losses into the folder of `progress`. Calls `write_strip` with the number of steps done, before the first
-    step and after each.
+    step and after each. Logs where the training changed nothing that matters.
     """
     adam = MaskedAdam(
         unet, mask.bits, settings["lr"], values=tensors.PlainTensors(model.unet), clip=settings["clip"],
@@ -46,22 +51,46 @@ def train(
     names = ("steps", "batch_size", "retain_weight", "anchor_from", "seed", "parts")
     loop = salun.erase(
         unet, adam, schedule_of(model), data.forget, data.anchors, data.concepts, data.retain,
-        **{name: settings[name] for name in names},
+        **{name: settings[name] for name in names}, name=model.name,
     )  # fmt: skip
+    forgetting = []
     with (
         progress.losses(adam.steps) as losses, note_interrupts() as interrupts,
         tqdm(loop, total=settings["steps"], initial=adam.steps, desc="erase") as bar,
     ):  # fmt: skip
         for row in bar:
-            losses.write(json.dumps(row) + "\n")
+            losses.write(seals.line(row))
             bar.set_postfix(forget=f"{row['forget']:.4f}", retain=f"{row['retain']:.4f}")
+            forgetting.append(row["forget"])
             write_strip(row["step"])
             progress.save_or_stop(mask, adam, interrupts)
     if progress.minutes:  # writing the result takes time, too
         progress.save(mask, adam)
     values = adam.values()
     adam.close()
+    if ranks.is_main():
+        _warn_of_no_erasure(model, values, mask, max(forgetting, default=None), unet.dtype)
     return values
+
+
+def _warn_of_no_erasure(
+    model: Checkpoint, values: Mapping[str, torch.Tensor], mask: Mask, forgetting: float | None, dtype: torch.dtype
+) -> None:  # fmt: skip
+    """Log where the largest forget loss of a training in a dtype is only rounding, or where the trained values, as they
+    will be on disk, are hardly others than the base's."""
+    rounding = max(ROUNDING, torch.finfo(dtype).eps ** 2 / 2)
+    if forgetting is not None and forgetting < rounding:
+        logger.warning(f"Nothing was erased: the forget loss was {forgetting:.1e} at most, which is rounding. The "
+                       "model predicts the same for the concept and its anchor: choose others.")  # fmt: skip
+    moved = size = 0.0
+    for name, trained in values.items():
+        base = model.unet[name].read()[mask.bits[name]]
+        moved += float((trained.to(base.dtype).double() - base.double()).square().sum())
+        size += float(base.double().square().sum())
+    change = math.sqrt(moved / size) if size else float(moved > 0)
+    if change < LITTLE:
+        logger.warning(f"Hardly anything was erased: the weights in the mask changed by {change:.1e} of their norm. "
+                       "Raise --lr or --steps.")  # fmt: skip
 
 
 def strip_writer(compute: Compute, unet, texts: list[str], folder: Path, every: int) -> Callable[[int], None]:
@@ -74,8 +103,14 @@ def strip_writer(compute: Compute, unet, texts: list[str], folder: Path, every: 
         pipeline.to(unet.dtype)
 
     def write(step: int) -> None:
-        if step % every == 0:
+        if step % every:
+            return
+        try:
             _write_strip(pipeline, compute.model, texts, folder / f"step-{step:05d}.png")
+        except NotFinite as e:
+            if not step:  # the weights are still the base's
+                raise
+            raise SalunError(f"After step {step} no sample can be drawn: lower --lr. {first_line(e)}.") from e
 
     return write
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +15,23 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from salun_sd.checkpoint import tensors
-from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.checkpoint.load import load_pipeline, load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.diffusion import Condition, Examples
-from salun_sd.draw.encode import encode_image, encode_prompts, pixels
-from salun_sd.draw.images import read_image
-from salun_sd.draw.kept import kept_images
+from salun_sd.draw.encode import encode_image, encode_prompts, pixels, token_ids, warn_of_long
+from salun_sd.draw.images import is_blank, read_image
+from salun_sd.draw.kept import called, kept_images
 from salun_sd.draw.sample import Row
 from salun_sd.edit import datasets
 from salun_sd.edit.checks import images_of, images_to_retain, prompts_to_retain
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item, file_bytes
-from salun_sd.errors import SalunError
+from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime import cache, ranks
+from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import new_file
+
+logger = logging.getLogger(__name__)
 
 
 class Sources(NamedTuple):
@@ -48,6 +53,8 @@ class Sources(NamedTuple):
         prompts = prompts_to_retain(retain_prompts, concepts, base.sampling[1])
         images = [images_of(c.images, c.prompt) for c in concepts]
         retain_images = images_to_retain(retain, caption, concepts)
+        texts = [text for text, _ in prompts] if retain_prompts else []
+        check_texts(base, concepts, images, [*texts, *filter(None, [caption])], retain_images)
         return cls(concepts, images, retain_images, caption, prompts, samples)
 
     def count(self) -> int:
@@ -70,6 +77,36 @@ class Sources(NamedTuple):
             "retain": self.retain and datasets.digest(self.retain),
             "retain_prompts": None if self.retain else prompts,
         }
+
+
+def check_texts(
+    base: Checkpoint, concepts: Sequence[Concept], images: Sequence[list[Item] | None], to_retain: Sequence[str] = (),
+    retain: list[Item] | None = None,
+) -> None:  # fmt: skip
+    """Raise UsageError where the text encoders cannot tell texts apart that have to differ: a concept, or a caption of
+    its images, and its anchor; a concept and a prompt `to_retain`, another concept, or no prompt at all. Logs prompts
+    and captions that are longer than they read.
+    """
+    tokenizers = load_tokenizers(base)
+    ids = partial(token_ids, tokenizers)
+
+    def check(text: str, others: Mapping[tuple, str]) -> None:
+        if other := others.get(ids(text)):
+            raise UsageError(f"{base.name} cannot tell {text!r} from {other}: its text encoder is given the same "
+                             "tokens for both. Let them differ at the beginning, not in case or spaces.")  # fmt: skip
+
+    empty = {ids(""): "an empty prompt"}
+    taken = {ids(text): f"the prompt to retain {text!r}" for text in to_retain} | empty
+    captions = [[item.caption for item in items or () if item.caption] for items in [*images, retain]]
+    for concept, of_images in zip(concepts, captions[:-1], strict=True):
+        anchor = {} if concept.anchor is None else {ids(concept.anchor): f"the anchor {concept.anchor!r}"}
+        for text in concept.prompts():
+            check(text, taken | anchor)
+            taken[ids(text)] = f"the concept {text!r}"
+        for text in dict.fromkeys(of_images):
+            check(text, empty | anchor)
+    prompts = [text for c in concepts for text in (*c.prompts(), c.anchor) if text]
+    warn_of_long(tokenizers, [*prompts, *to_retain, *chain(*captions)], base.name)
 
 
 class Data(NamedTuple):
@@ -180,7 +217,7 @@ def encode(base: LoadedBase, items: list[Item], texts: Iterable[str]) -> tuple[E
     """
     needed = list(dict.fromkeys([*texts, *(item.caption for item in items)]))
     key = f"{base.model.identity} {base.size} {datasets.digest(items)}"
-    about = f"{len(items)} images at {base.size} pixels, by {Path(base.model.name).name}"
+    about = f"{len(items)} images at {base.size} pixels, by {called(base.model)}"
     with cache.held("encoded", hashlib.sha256(key.encode()).hexdigest()[:16], about) as folder:
         file = folder / "encoded.safetensors"
         known, encoded = _read(file)
@@ -188,12 +225,12 @@ def encode(base: LoadedBase, items: list[Item], texts: Iterable[str]) -> tuple[E
         if missing and ranks.is_main():
             pipeline = base.encoders()
             if not encoded:
-                encoded = _encode_images(pipeline.vae, items, base.size)
+                encoded = _encode_images(pipeline, items, base.size)
             for k, rows in encode_prompts(pipeline, missing).items():
                 encoded[f"prompt/{k}"] = torch.cat([encoded[f"prompt/{k}"], rows]) if known else rows
             with new_file(file) as partial:
                 header = {"texts": json.dumps(known + missing)}
-                tensors.write(partial, {k: tensors.in_memory(v) for k, v in encoded.items()}, header)
+                tensors.write(partial, {k: tensors.in_memory(v) for k, v in encoded.items()}, header, sealed=True)
         ranks.wait()
         known, encoded = _read(file)
     prompts: Condition = {k.removeprefix("prompt/"): v for k, v in encoded.items() if k.startswith("prompt/")}
@@ -204,17 +241,28 @@ def encode(base: LoadedBase, items: list[Item], texts: Iterable[str]) -> tuple[E
 
 
 def _read(file: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """The texts whose embeddings a cache file holds, and its tensors, mapped into memory; empty where there is none."""
+    """The texts whose embeddings a cache file holds, and its tensors, mapped into memory; empty where there is none, or
+    where it is damaged, with a log line."""
     try:
-        return json.loads(tensors.read(file)[1]["texts"]), load_file(file)
-    except (FileNotFoundError, SalunError, KeyError):  # missing or damaged: encode again
+        metadata = tensors.read_sealed(file)[1]
+        texts = parse_json(metadata["texts"], str(file), [str]) if "digest" in metadata else []
+        return (texts, load_file(file)) if texts else ([], {})
+    except FileNotFoundError:
+        return [], {}
+    except (SalunError, KeyError):
+        logger.warning(f"{file} is damaged: its images and prompts are encoded again.")
         return [], {}
 
 
-def _encode_images(vae, items: list[Item], size: int) -> dict[str, torch.Tensor]:
-    latents, ids = [], []
+def _encode_images(pipeline, items: list[Item], size: int) -> dict[str, torch.Tensor]:
+    latents, ids, blank = [], [], []
     for item in tqdm(items, desc="encode", unit="image"):
-        values, time_ids = pixels(read_image(item.read(), item.name), size)
-        latents.append(encode_image(vae, values))
+        image = read_image(item.read(), item.name)
+        values, time_ids = pixels(image, size)
+        latents.append(encode_image(pipeline, values))
         ids.append(time_ids)
+        if is_blank(image):
+            blank.append(item.name)
+    if blank:
+        logger.warning(f"{len(blank)} of {len(items)} training images are one colour and show nothing: {some(blank)}.")
     return {"latents": torch.stack(latents), "time_ids": torch.stack(ids)}

@@ -24,6 +24,7 @@ from salun_sd.core.diffusion import (
 from salun_sd.core.masked import Masked
 from salun_sd.errors import SalunError
 from salun_sd.runtime import ranks
+from salun_sd.runtime.finite import NotFinite, finite
 
 # A prediction of zero scores 1 under the retain loss, whatever the target; ten times that is no model any more.
 EXPLODED = 10.0
@@ -51,13 +52,13 @@ def forget_loss(
 
 def forget_gradient(
     unet: nn.Module, schedule: Schedule, forget: Examples, empty: Condition, *, guidance: float, seed: int,
-    batch_size: int,
+    batch_size: int, name: str = "the model",
 ) -> Iterator[int]:  # fmt: skip
     """Backward passes of the forgetting loss over the forget set, for a GradientSum of the UNet. Yields how many images
     are done, estimated over all processes.
 
     Each image's timestep and noise depend on (seed, its position), so the batch size changes only the rounding. Several
-    processes take batches in turn.
+    processes take batches in turn. Raises NotFinite where a loss is not finite; errors call the model `name`.
     """
     device, empty = unet.device, on_device(empty, unet.device)
     for start in range(ranks.rank() * batch_size, len(forget), ranks.count() * batch_size):
@@ -66,7 +67,7 @@ def forget_gradient(
         condition = on_device(forget.condition(torch.arange(start, index.stop)), device)
         t, noise = noise_for(index, x0.shape[1:], len(schedule.alphas_cumprod), seed)
         losses = forget_loss(unet, schedule, x0, condition, empty, noise.to(device), t.to(device), guidance)
-        losses.sum().backward()
+        finite(losses, f"The loss of the UNet of {name}").sum().backward()
         yield min(len(forget), (start // batch_size + ranks.count() - ranks.rank()) * batch_size)
 
 
@@ -104,6 +105,7 @@ def erase(
     anchor_from: str,
     seed: int,
     parts: int = 1,
+    name: str = "the model",
 ) -> Iterator[dict]:
     """Fine-tune the UNet in place; yields {"step", "forget", "retain", "loss"} after each update.
 
@@ -116,7 +118,8 @@ def erase(
 
     A batch is shared among the processes, and each works through its share in `parts`: the same update, to rounding.
     Where adam has steps behind it, goes on after them: the random numbers before are drawn again and not used.
-    Raises SalunError when a loss is not finite or explodes, naming the step and what to lower.
+    Raises NotFinite when the model, which errors call `name`, gives no usable loss or gradient before it is changed;
+    SalunError when that happens later, naming the step and what to lower.
     """
     device = unet.device
     generator = torch.Generator().manual_seed(seed)
@@ -146,14 +149,32 @@ def erase(
                 shares = torch.stack([losses[:n].sum(), losses[n:].sum()]) / batch_size
                 of_part = ranks.summed(shares.detach().double().cpu())
                 means += of_part
-                if not of_part.isfinite().all() or of_part.max() * parts > EXPLODED:
-                    raise SalunError(
-                        f"The loss exploded at step {step} (forget {of_part[0] * parts:.3g}, retain "
-                        f"{of_part[1] * parts:.3g}): lower --lr, now {adam.lr:g}."
-                    )
+                _check_losses(of_part * parts, step, adam.lr, name)
                 (shares[0] + retain_weight * shares[1]).backward()
-        if step == steps and not adam.are_finite():
-            raise SalunError(f"A weight is no longer finite after step {step}: lower --lr, now {adam.lr:g}.")
+        if step in (1, steps):
+            _check_weights(adam, step, retain_weight, name)
         of_forgetting, of_retaining = means.tolist()
         yield {"step": step, "forget": of_forgetting, "retain": of_retaining,
                "loss": of_forgetting + retain_weight * of_retaining}  # fmt: skip
+
+
+def _check_losses(losses: torch.Tensor, step: int, lr: float, name: str) -> None:
+    """Raise an error unless the losses [2] of a step, to forget and to retain, are those of a model that works. At the
+    first step the weights are still the model's own."""
+    if losses.isfinite().all() and losses.max() <= EXPLODED:
+        return
+    words = "forget {:.3g}, retain {:.3g}".format(*losses.tolist())
+    if step == 1:
+        raise NotFinite(f"The UNet of {name} is damaged: before training, its losses are {words}. Use another copy of "
+                        "this model.")  # fmt: skip
+    raise SalunError(f"The loss exploded at step {step} ({words}): lower --lr, now {lr:g}.")
+
+
+def _check_weights(adam: Masked, step: int, retain_weight: float, name: str) -> None:
+    """Raise an error unless all weights are finite after a step. No learning rate makes the first step infinite."""
+    if adam.are_finite():
+        return
+    if step == 1:
+        raise NotFinite(f"The gradient of the UNet of {name} is not finite: lower --retain-weight, now "
+                        f"{retain_weight:g}, or use another copy of this model.")  # fmt: skip
+    raise SalunError(f"A weight is no longer finite after step {step}: lower --lr, now {adam.lr:g}.")

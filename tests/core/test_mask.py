@@ -103,39 +103,64 @@ def test_kept_per_block():
     assert maskfile.kept_per_block(bits) == {"conv_in": (4, 4), "down_blocks.0": (1, 8), "down_blocks.1": (1, 1)}
 
 
-def test_pack_has_these_bytes_and_unpack_gives_everything_back():
+def test_a_file_has_these_bytes_and_gives_everything_back(tmp_path):
     mask = Mask(bits_of(w=torch.tensor([[True, False, False], [True, True, False], [False, False, True]])),
                 {"density": 0.5})  # fmt: skip
-    packed = maskfile.pack(mask)
-    length = int.from_bytes(packed[:8], "little")
-    header = json.loads(packed[8 : 8 + length])
+    one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    maskfile.write(one, mask)
+    written = one.read_bytes()
+    length = int.from_bytes(written[:8], "little")
+    header = json.loads(written[8 : 8 + length])
     assert header["w"] == {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
     assert json.loads(header["__metadata__"]["salun_sd"]) == {"density": 0.5, "shapes": {"w": [3, 3]}}
-    assert packed[8 + length :] == bytes([0b00011001, 0b1])  # weight i is bit i % 8 of byte i // 8
-    again = maskfile.unpack(packed, "file")
+    assert written[8 + length :] == bytes([0b00011001, 0b1])  # weight i is bit i % 8 of byte i // 8
+    again = maskfile.read(one)
     assert torch.equal(again.bits["w"], mask.bits["w"]) and again.settings == mask.settings
-    assert maskfile.pack(again) == packed
+    maskfile.write(two, again)
+    assert two.read_bytes() == written
 
 
-def test_round_trip_at_every_length():
-    for n in range(1, 40):
-        bits = bits_of(w=torch.rand(n) < 0.5)
-        assert torch.equal(maskfile.unpack(maskfile.pack(Mask(bits, {})), "file").bits["w"], bits["w"])
+def test_round_trip_at_every_length(tmp_path):
+    bits = bits_of(**{f"w{n}": torch.rand(n) < 0.5 for n in range(1, 40)})
+    maskfile.write(tmp_path / "m.safetensors", Mask(bits, {}))
+    again = maskfile.read(tmp_path / "m.safetensors").bits
+    assert all(torch.equal(again[name], bits[name]) for name in bits)
 
 
-def test_a_truncated_or_foreign_file_is_named():
-    packed = maskfile.pack(Mask(bits_of(w=torch.ones(100).bool()), {}))
-    fewer, more = (
-        {"w": torch.zeros(12, dtype=torch.uint8)},
-        {"w": torch.zeros(13, dtype=torch.uint8), "x": torch.ones(1)},
-    )
-    header = {"salun_sd": json.dumps({"shapes": {"w": [100]}})}
-    for odd in (fewer, more):
-        with pytest.raises(SalunError, match=r"here\.safetensors"):
-            maskfile.unpack(save(odd, header), "here.safetensors")
+FOREIGN = {  # what stands in the place of a mask's tensors, and of its shapes
+    "fewer bits": ({"w": torch.zeros(12, dtype=torch.uint8)}, {"w": [100]}),
+    "more tensors": ({"w": torch.zeros(13, dtype=torch.uint8), "x": torch.ones(1)}, {"w": [100]}),
+    "no bits": ({"w": torch.zeros(13)}, {"w": [100]}),
+    "a shape of text": ({"w": torch.zeros(13, dtype=torch.uint8)}, {"w": "many"}),
+    "a shape of fractions": ({"w": torch.zeros(13, dtype=torch.uint8)}, {"w": [2.5, 40]}),
+    "no list of shapes": ({"w": torch.zeros(13, dtype=torch.uint8)}, 100),
+    "no shapes": ({"w": torch.zeros(13, dtype=torch.uint8)}, None),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_file_is_named(tmp_path, name):
+    tensors, shapes = FOREIGN[name]
+    file = tmp_path / "here.safetensors"
+    file.write_bytes(save(tensors, {"salun_sd": json.dumps({} if shapes is None else {"shapes": shapes})}))
+    with pytest.raises(SalunError, match=r"here\.safetensors"):
+        maskfile.read(file)
+
+
+def test_a_file_that_is_cut_off_or_no_mask_is_named_and_one_of_an_earlier_version_is_read(tmp_path, caplog):
+    file = tmp_path / "here.safetensors"
+    maskfile.write(file, Mask(bits_of(w=torch.ones(100).bool()), {}))
+    packed = file.read_bytes()
     for data in (b"", packed[:5], packed[:40], packed[:-1], b"not a mask at all", packed[:8] + b"{}" + packed[10:]):
+        file.write_bytes(data)
         with pytest.raises(SalunError, match=r"here\.safetensors"):
-            maskfile.unpack(data, "here.safetensors")
+            maskfile.read(file)
+    file.write_bytes(save({"w": torch.full((2,), 255, dtype=torch.uint8)}, {"salun_sd": '{"shapes": {"w": [16]}}'}))
+    assert maskfile.read(file).bits["w"].all() and str(file) in caplog.text
+    written = {"salun_sd": '{"shapes": {"w": [16]}}', "digest": "0" * 64}  # of another place in the header
+    file.write_bytes(save({"w": torch.full((2,), 255, dtype=torch.uint8)}, written))
+    with pytest.raises(SalunError, match=r"here\.safetensors"):
+        maskfile.read(file)
 
 
 def test_a_mask_of_another_unet_is_refused():

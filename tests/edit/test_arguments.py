@@ -1,6 +1,7 @@
 """What Python may give to mask, erase and apply beside what the command line can: paths, numbers of numpy, objects."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -23,6 +24,8 @@ SHARED = {
     **{f"seed {n}": ({"seed": n}, "--seed ") for n in (-1, 2**31, 0.5)},
     "a dtype": ({"dtype": "float64"}, "--dtype "),
     "a blank concept": ({"concept": " "}, "--concept "),
+    **{f"{n} of guidance": ({"saliency_guidance": n}, "--saliency-guidance ") for n in (1e300, float("nan"), -1e-9)},
+    "a density just above 1": ({"density": 1.0000001}, "1.0000001"),
 }  # fmt: skip
 MASKED = {
     **SHARED,
@@ -41,6 +44,22 @@ ERASED = {
     "a format": ({"format": "zip"}, "--format"),
     "a file for a folder": ({"out": Path("out.safetensors")}, "--out"),
     "reversible": ({"reversible": True}, "--reversible"),
+    **{
+        f"{name} {n}": ({name: n}, f"--{name.replace('_', '-')} is {re.escape(str(n))}")
+        for name, n in (
+            ("lr", 1e-320),
+            ("lr", 1.5),
+            ("retain_weight", 1e300),
+            ("density", 0),
+            ("clip_norm", 0.0),
+            ("save_every", -1),
+            ("steps", True),
+            ("samples", 2**31),
+            ("size", 10**6),
+        )
+    },
+    "a density beside a mask": ({"mask": "none", "density": 0.5}, "--density"),
+    "a guidance beside a mask": ({"mask": "random:0.5", "saliency_guidance": 7.5}, "--saliency-guidance"),
     "no such mask": ({"mask": Path("nowhere.safetensors")}, "nowhere.safetensors"),
     "a mask of no density": ({"mask": "random:x"}, "random:x"),
     "images and prompts": ({"retain": Path("photos"), "retain_prompts": "pocket"}, "--retain-prompts"),
@@ -86,6 +105,14 @@ def test_a_dry_run_writes_nothing(tiny, tmp_path):
     with pytest.raises(UsageError, match=NOWHERE):
         salun_sd.mask(NOWHERE, CAT, out="new/m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["mask", "erase"])
+def test_a_density_that_keeps_no_weight_is_refused_before_anything_is_drawn(tiny, tmp_path, call):
+    given = {"anchor": DOG, "out": tmp_path / "out"} if call == "erase" else {"out": tmp_path / "m.safetensors"}
+    with pytest.raises(UsageError, match="1e-07"):
+        getattr(salun_sd, call)(tiny, CAT, density=1e-7, dry_run=True, **given)
+    assert isinstance(getattr(salun_sd, call)(tiny, CAT, density=1e-5, dry_run=True, **given), Forecast)
 
 
 @pytest.mark.parametrize("option", ["config", "revision", "variant"])

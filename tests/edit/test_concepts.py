@@ -104,7 +104,8 @@ def settings(line: str) -> str:
 WRONG = {  # content, and words of the refusal
     "a string without an end": ('[settings\ndensity = "', "TOML 'line 1'"),
     "no value": (CONCEPT + "density 0.5", "TOML 'line 4'"),
-    "no text": (b"\xff\xfe\x00", "TOML decode"),
+    "no text": (b"\xff\xfe\x00", "UTF-8"),
+    "half a pair": ('[[concept]]\nprompt = "\\ud800"', "TOML"),
     "a number too long": (settings("steps = 1" + "0" * 5000), "TOML"),
     "empty": ("", "[[concept]]"),
     "settings alone": (settings("density = 0.5").replace(CONCEPT, ""), "[[concept]]"),
@@ -126,6 +127,11 @@ WRONG = {  # content, and words of the refusal
     "no samples": (settings("samples = 0"), "settings.samples 'it is 0'"),
     "a share above 1": (settings("density = 1.5"), "settings.density 1.5"),
     "a rate of 0": (settings("lr = 0.0"), "settings.lr 0.0"),
+    "a rate without effect": (settings("lr = 1e-320"), "settings.lr 1e-320 1e-10"),
+    "a rate above 1": (settings("lr = 2"), "settings.lr 'it is 2'"),
+    "a weight beyond float32": (settings("retain_weight = 1e300"), "settings.retain_weight 1e+300"),
+    "a little above 1": (settings("density = 1.0000001"), "settings.density 1.0000001"),
+    "more steps than numbers": (settings("steps = 2147483648"), "settings.steps 2147483648"),
     "a negative weight": (settings("retain_weight = -1"), "settings.retain_weight -1"),
     "infinite guidance": (settings("saliency_guidance = inf"), "settings.saliency_guidance inf"),
     "infinite guidance by its old name": (settings("guidance = inf"), "settings.saliency_guidance inf"),
@@ -144,6 +150,10 @@ WRONG = {  # content, and words of the refusal
     "its own anchor": ('[[concept]]\nprompt = "a cat"\nanchor = "A  Cat "', "'concept 1: prompt' \"'a cat'\""),
     "a concept twice": (CONCEPT + CONCEPT.replace("a cat", "A CAT"), "'concept 2: prompt' \"'A CAT'\""),
     "a synonym as the anchor": (CONCEPT + 'synonyms = ["a pet", "A dog"]', "'concept 1: synonym 2' \"'A dog'\""),
+    "an anchor that another concept erases": (
+        CONCEPT + '[[concept]]\nprompt = "a cow"\nsynonyms = ["a DOG"]\nanchor = "a pig"',
+        "'concept 1: anchor' \"'a dog'\" 'concept 2'",
+    ),
     "a synonym as the concept": (CONCEPT + 'synonyms = ["a cat"]', "'concept 1: synonym 1' \"'a cat'\""),
     "prompts and images": (CONCEPT + '[retain]\nprompts = "people"\nimages = "x"', "retain.prompts retain.images"),
     "a caption of nothing": (CONCEPT + '[retain]\ncaption = "a {label}"', "retain.caption retain.images"),
@@ -265,6 +275,9 @@ def test_pairs_go_together_in_their_order():
         (["a cat", "a cow"], ["\t", "a pig"], "^--anchor 1 is"),
         (["A  cat"], ["a cat "], "^--concept .*'A  cat'"),
         (["a cat", "a CAT"], ["a dog", "a pig"], "^--concept 2 .*'a CAT'"),
+        (["caf\u00e9", "cafe\u0301"], ["a dog", "a pig"], "^--concept 2 .*'cafe\u0301'"),
+        (["a cat", "a dog"], ["a dog", "a cat"], "^--anchor 1 .*'a dog'.*--concept 2"),
+        (["a cat", "a cow"], ["a pig", "A  CAT"], "^--anchor 2 .*'A  CAT'.*--concept 1"),
     ],
 )
 def test_pairs_that_do_not_go_together_are_refused(prompts, anchors, named):

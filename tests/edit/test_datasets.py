@@ -1,7 +1,9 @@
 import io
 import json
+import os
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -121,30 +123,103 @@ def test_text_files_fill_what_metadata_leaves_open(folder):
     assert captions(folder) == ["one", "two", None]
 
 
+def test_captions_come_from_kohyas_files_and_from_a_table_of_any_form(folder):
+    (folder / "b.caption").write_text("two")
+    (folder / "metadata.csv").write_bytes("sep=;\r\nFile Name;Text\r\na.JPG;one, two\r\n".encode("utf-16"))
+    assert captions(folder) == ["one, two", "two", None]
+    (folder / "b.txt").write_text("the same image")
+    refused(folder, "b.png", "b.caption", "b.txt")
+
+
+def test_captions_come_from_parquet_as_in_imagefolder(folder):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    table = arrow.table({"file_name": ["a.JPG", "c.d.webp"], "text": ["one", "ü"], "x": [1, 2]})
+    parquet.write_table(table, folder / "metadata.parquet")
+    assert captions(folder) == ["one", None, "ü"]
+    parquet.write_table(table.drop(["file_name"]), folder / "metadata.parquet")
+    refused(folder, "metadata.parquet", "file_name", "text, x")
+    (folder / "metadata.parquet").write_bytes(b"PAR1 rubbish")
+    refused(folder, "metadata.parquet", "Parquet")
+
+
+def test_parquet_without_its_library_says_what_to_install(folder, monkeypatch):
+    (folder / "metadata.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(folder, "metadata.parquet", "salun-sd[datasets]")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_is_found_in_composed_and_decomposed_form(tmp_path, form):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    for stem in ("café", "ärger"):
+        (tmp_path / unicodedata.normalize(form, f"{stem}.png")).write_bytes(encoded(0, "PNG"))
+    row = {"file_name": unicodedata.normalize(other, "café.png"), "text": "one"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    (tmp_path / unicodedata.normalize(other, "ärger.txt")).write_text("two")
+    assert sorted(captions(tmp_path)) == ["one", "two"]
+
+
+def test_what_is_found_and_what_is_left_out_is_said(folder, caplog):
+    (folder / "b.txt").write_text("a shoe")
+    (folder / "._b.txt").write_bytes(b"\0\5\x16\7\xff")
+    (folder / "10_shoe").mkdir()
+    (folder / "10_shoe" / "d.png").write_bytes(encoded(3, "PNG"))
+    for name in ("e.jxl", "f"):
+        (folder / name).write_bytes(encoded(4))
+    (folder / "e.txt").write_text("of an image that is left out with its caption")
+    with caplog.at_level("INFO", logger="salun_sd"):
+        assert captions(folder) == [None, "a shoe", None]
+    words = (str(folder), "3 image", "1 of them", "10_shoe", "kohya", "e.jxl, f, notes.md")
+    assert [word for word in words if word not in caplog.text] == []
+    assert "b.txt" not in caplog.text and "e.txt" not in caplog.text
+
+
+def test_a_folder_without_an_image_says_what_it_has(tmp_path):
+    (tmp_path / "10_shoe").mkdir()
+    (tmp_path / "10_shoe" / "a.png").write_bytes(encoded(0, "PNG"))
+    (tmp_path / "b.jxl").write_bytes(b"")
+    refused(tmp_path, "10_shoe", "kohya", "b.jxl", kind=UsageError)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "d.png", "metadata.jsonl"])
+def test_a_pipe_is_no_caption_and_no_image(folder, caplog, name):
+    os.mkfifo(folder / name)
+    assert captions(folder) == [None] * 3 and name in caplog.text
+
+
+def test_an_image_whose_name_is_no_unicode_is_read(folder):
+    os.rename(os.fsencode(folder / "b.png"), os.fsencode(folder) + b"/caf\xe9.png")
+    assert len(digest(sources.captioned(items(str(folder)), "a shoe"))) == 64
+
+
 GOOD = '{"file_name": "a.JPG", "text": "one"}\n'
 
 
 UNCLEAR = {  # files, and what the refusal names
     "two files of captions": (
         {"metadata.jsonl": GOOD, "metadata.csv": "file_name,text\n"}, ["metadata.csv", "metadata.jsonl"]),
-    "a line of text": ({"metadata.jsonl": GOOD + "a shoe\n"}, ["metadata.jsonl line 2", "JSON", "Expecting value"]),
-    "a list": ({"metadata.jsonl": GOOD + '\n["a.JPG"]'}, ["metadata.jsonl line 3", "JSON"]),
+    "a line of text": ({"metadata.jsonl": GOOD + "a shoe\n"}, ["metadata.jsonl, line 2", "Expecting value"]),
+    "a list": ({"metadata.jsonl": GOOD + '\n["a.JPG"]'}, ["metadata.jsonl, line 3", "object"]),
     "no file name": ({"metadata.jsonl": '{"image": "a.JPG", "text": "x"}'}, ["line 1", "file_name", "image, text"]),
     "no caption": ({"metadata.jsonl": '{"file_name": "a.JPG", "prompt": "x"}'}, ["caption", "file_name, prompt"]),
-    "no file name in a table": ({"metadata.csv": "file,text\na.JPG,x\n"}, ["csv line 2", "file_name", "file, text"]),
-    "no caption in a table": ({"metadata.csv": "file_name\na.JPG\n"}, ["csv line 2", "text", "caption"]),
-    "a comma without quotes": ({"metadata.csv": "file_name,text\na.JPG,one, two\n"}, ["csv line 2", "quotes"]),
-    "a quote without an end": ({"metadata.csv": 'file_name,text\na.JPG,"one\n'}, ["metadata.csv line 2", "CSV"]),
+    "no file name in a table": ({"metadata.csv": "file,text\na.JPG,x\n"}, ["metadata.csv", "file_name", "file, text"]),
+    "no caption in a table": ({"metadata.csv": "file_name\na.JPG\n"}, ["csv, line 2", "text", "caption", "file_name"]),
+    "a comma without quotes": ({"metadata.csv": "file_name,text\na.JPG,one, two\n"}, ["csv, line 2", "quotes"]),
+    "a quote without an end": ({"metadata.csv": 'file_name,text\na.JPG,"one\n'}, ["metadata.csv", "line 2 ", "CSV"]),
     "bytes": ({"metadata.jsonl": b"\xff\xfe{"}, ["metadata.jsonl", "UTF-8"]),
     "bytes in a text": ({"a.txt": b"caf\xe9"}, ["a.txt", "UTF-8"]),
-    "no such image": ({"metadata.jsonl": GOOD.replace("a.", "x.")}, ["metadata.jsonl line 1", "x.JPG"]),
+    "no such image": ({"metadata.jsonl": GOOD.replace("a.", "x.")}, ["metadata.jsonl, line 1", "x.JPG"]),
     "a text of no image": ({"README.txt": "hello"}, ["README.txt", "README.*"]),
     "several of no image": ({"x.txt": "1", "y.txt": "2", "b.txt": "3", "z.txt": "4"}, ["x.txt", "x.*", "2"]),
-    "an image twice": ({"metadata.jsonl": GOOD + GOOD}, ["a.JPG", "metadata.jsonl line 1", "metadata.jsonl line 2"]),
-    "an image in two places": ({"metadata.jsonl": GOOD, "a.txt": "one"}, ["a.JPG", "metadata.jsonl line 1", "a.txt"]),
+    "an image twice": ({"metadata.jsonl": GOOD + GOOD}, ["a.JPG", "metadata.jsonl, line 1", "metadata.jsonl, line 2"]),
+    "an image in two places": ({"metadata.jsonl": GOOD, "a.txt": "one"}, ["a.JPG", "metadata.jsonl, line 1", "a.txt"]),
     "a blank text": ({"a.txt": "\n"}, ["a.txt", "a.JPG"]),
-    "a blank cell": ({"metadata.csv": "file_name,text\na.JPG,\n"}, ["metadata.csv line 2", "a.JPG"]),
-    "null": ({"metadata.jsonl": GOOD.replace('"one"', "null")}, ["metadata.jsonl line 1", "a.JPG"]),
+    "a blank cell": ({"metadata.csv": "file_name,text\na.JPG,\n"}, ["metadata.csv, line 2", "a.JPG"]),
+    "half a pair": ({"metadata.jsonl": GOOD.replace("one", "\\ud800")}, ["metadata.jsonl, line 1", "Unicode"]),
+    "half a pair in a name": ({"metadata.jsonl": GOOD.replace("a.J", "\\udce9.J")}, ["jsonl, line 1", "Unicode"]),
+    "a deep list": ({"metadata.jsonl": '{"file_name": "a.JPG", "text": ' + "[" * 99_999}, ["jsonl, line 1", "nested"]),
+    "a line of code": ({"metadata.jsonl": '{"file_name": "a.JPG", "text": NaN}'}, ["metadata.jsonl, line 1", "a.JPG"]),
+    "null": ({"metadata.jsonl": GOOD.replace('"one"', "null")}, ["metadata.jsonl, line 1", "a.JPG"]),
 }  # fmt: skip
 
 
@@ -159,7 +234,7 @@ def test_what_cannot_be_what_was_meant_is_refused(folder, files, named):
 def test_the_second_place_and_the_number_of_others_are_said(folder):
     (folder / "metadata.jsonl").write_text(GOOD)
     (folder / "a.txt").write_text("two")
-    refused(folder, f"{folder / 'metadata.jsonl'} line 1", f"{folder / 'a.txt'}")
+    refused(folder, f"{folder / 'metadata.jsonl'}, line 1", f"{folder / 'a.txt'}")
     for name in "xyz":
         (folder / f"{name}.txt").write_text("three")
     refused(folder, str(folder / "x.txt"), " 2 more")
@@ -336,6 +411,22 @@ def test_a_folder_of_class_folders_is_read_when_a_class_is_asked_for(library, tm
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / f"{i}.jpg").write_bytes(encoded(i))
     assert [i.read() for i in items(f"{tmp_path}:label=golf ball")] == [encoded(2)]
+
+
+def test_texts_of_a_data_set_that_are_no_unicode_are_refused(library, tmp_path):
+    import pyarrow
+
+    (tmp_path / "names").mkdir()
+    table(library, 2, label=([0, 1], library.ClassLabel(names=["a", "\ud800"]))).to_parquet(
+        tmp_path / "names/t.parquet"
+    )
+    refused(tmp_path / "names", "Unicode", "train[1]")
+    texts = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xe9"))
+    rows = table(library, 1, text=(["x"], "string")).data.table
+    broken = rows.set_column(rows.column_names.index("text"), "text", texts)
+    (tmp_path / "texts").mkdir()
+    pyarrow.parquet.write_table(broken, tmp_path / "texts/t.parquet")
+    refused(tmp_path / "texts", "texts", "UTF-8")
 
 
 def test_a_row_without_an_image_is_named(library, tmp_path):

@@ -12,6 +12,7 @@ from helpers.runs import PAIR, SHORT, erased_fingerprint, record_of, write_photo
 
 import salun_sd
 from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.provenance import run_folder
 from salun_sd.cli import app as cli
 from salun_sd.edit import maskfile
 
@@ -45,7 +46,7 @@ def test_several_concepts_are_one_mask_and_one_run(two):
     record = record_of(two)
     assert [(c["prompt"], c["anchor"]) for c in record["concepts"]] == [(CONCEPT, ANCHOR), (COAT, DRESS)]
     assert record["images"] == {"forget": 8, "retain": 4} and record["settings"]["steps"] == 2
-    kept = maskfile.unpack((two / "mask.safetensors").read_bytes(), "")
+    kept = maskfile.read(run_folder(two) / "mask.safetensors")
     assert kept.settings["concepts"] == [CONCEPT, COAT] and kept.settings["images"] == 8
 
 
@@ -87,14 +88,14 @@ def test_same_command_same_bytes_and_other_seed_other_bytes(tiny, tmp_path):
     made = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         cli.run(["erase", tiny, *PAIR, *FEW, *SHORT, "--seed", seed, "--out", str(tmp_path / name)])
-        made.append([(tmp_path / name / file).read_bytes() for file in ("mask.safetensors", UNET)])
+        made.append([(tmp_path / file).read_bytes() for file in (f"{name}.run/mask.safetensors", f"{name}/{UNET}")])
     assert made[0] == made[1] and all(a != c for a, c in zip(made[0], made[2], strict=True))
 
 
 def test_erase_without_a_mask_computes_the_one_that_mask_writes(tiny, masks, tmp_path):
     argv = ["erase", tiny, *PAIR, *FEW, "--density", "0.1", "--batch-size", "8", "--out", str(tmp_path / "erased")]
     cli.run(argv)
-    assert (tmp_path / "erased" / "mask.safetensors").read_bytes() == (masks / "m-0.1.safetensors").read_bytes()
+    assert (tmp_path / "erased.run" / "mask.safetensors").read_bytes() == (masks / "m-0.1.safetensors").read_bytes()
     assert record_of(tmp_path / "erased")["settings"]["steps"] == 1  # one pass over the images
 
 
@@ -112,7 +113,7 @@ def test_a_mask_of_other_concepts_is_taken_and_said(tiny, masks, tmp_path, capsy
     cli.run([*argv, str(masks / "m-0.1.safetensors")])
     [line] = [line for line in capsys.readouterr().err.splitlines() if "m-0.1.safetensors" in line]
     assert repr(CONCEPT) in line
-    assert (tmp_path / "out" / "mask.safetensors").read_bytes() == (masks / "m-0.1.safetensors").read_bytes()
+    assert (tmp_path / "out.run" / "mask.safetensors").read_bytes() == (masks / "m-0.1.safetensors").read_bytes()
 
 
 # Results that are there already
@@ -162,9 +163,9 @@ def test_folders_of_images_to_forget_and_to_retain(tiny, tmp_path):
 
 def test_strips_are_drawn_where_the_mask_is_computed_first(tiny, tmp_path):
     cli.run(["erase", tiny, *PAIR, *FEW, *SHORT, "--sample-every", "2", "--out", str(tmp_path / "e")])
-    assert {file for file in files_in(tmp_path / "e") if file.startswith("samples/")} == {
+    assert {file for file in files_in(tmp_path / "e.run") if file.startswith("samples/")} == {
         "samples/step-00000.png", "samples/step-00002.png"}  # fmt: skip
-    lines = (tmp_path / "e" / "losses.jsonl").read_text().splitlines()
+    lines = (tmp_path / "e.run" / "losses.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 

@@ -1,9 +1,12 @@
 """What a run learns from: images that are given or drawn, encoded once, and kept."""
 
+import json
 import time
 
 import pytest
+import torch
 from helpers.commands import ANCHOR, CONCEPT, fails, spawn
+from helpers.models import damage, write_pipeline
 from helpers.runs import PAIR, SHORT, erased_fingerprint, record_of, write_photographs
 from PIL import Image
 
@@ -14,7 +17,9 @@ from salun_sd.draw import generate
 from salun_sd.draw import kept as kept_images
 from salun_sd.edit import datasets, training_data
 from salun_sd.edit.concepts import Concept
-from salun_sd.edit.training_data import Sources
+from salun_sd.edit.datasets import Item
+from salun_sd.edit.training_data import Sources, check_texts
+from salun_sd.errors import UsageError
 from salun_sd.runtime import cache
 
 SNEAKER, COAT = Concept(CONCEPT, ANCHOR), Concept("a photo of a coat", "a photo of a dress")
@@ -84,6 +89,23 @@ def test_the_digests_are_of_what_is_given(tiny, photographs):
     assert captioned["retain"] not in (None, digest)
 
 
+@pytest.mark.parametrize("at", [-1, 12, 40, 200])
+def test_an_encoding_that_was_damaged_is_made_again(tiny, own_cache, photographs, caplog, at):
+    def encoded():
+        return training_data.encode(base, [item._replace(caption="a coat") for item in items], ["", "a dress"])
+
+    base, items = training_data.LoadedBase(find(tiny), 32), datasets.items(str(photographs))
+    examples, row = encoded()
+    [file] = own_cache.glob("encoded/*/*.safetensors")
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[at] ^= 4
+    file.write_bytes(damaged)
+    again, same_row = encoded()
+    assert torch.equal(again.latents, examples.latents) and same_row == row
+    assert file.read_bytes() == whole
+
+
 # Captions and labels in a run
 
 
@@ -112,6 +134,91 @@ def test_a_data_set_with_labels(tiny, tmp_path, photographs, capsys):
     assert record_of(tmp_path / "erased")["images"] == {"forget": 1, "retain": 2}
     argv[argv.index("--forget") + 1] = f"{tmp_path / 'set'}:label=horn"
     assert "church, tench" in fails([*argv, "--out", tmp_path / "x"], 2, capsys)
+
+
+# Texts and the tokens that the encoders are given
+
+LONG = "a photo of " * 12  # more than the 24 tokens that the encoder reads
+
+
+@pytest.mark.parametrize(("concepts", "retain", "named"), [
+    ([Concept("a cat", "A  CAT")], (), ["'a cat'", "the anchor 'A  CAT'"]),
+    ([Concept(LONG + "a cat", LONG + "a dog")], (), [repr(LONG + "a cat"), repr(LONG + "a dog")]),
+    ([Concept("a cat", "a dog", ("A Dog",))], (), ["'A Dog'", "the anchor"]),
+    ([Concept("a cat", "a dog"), Concept("a CAT", "a bag")], (), ["the concept 'a cat'", "'a CAT'"]),
+    ([Concept("a cat", "a dog")], ("a bag", "A cat"), ["'a cat'", "to retain 'A cat'"]),
+    ([Concept("<|endoftext|>", "a dog")], (), ["empty"]),
+    ([Concept(LONG, None), Concept(LONG + "b", None)], (), [repr(LONG)]),
+])  # fmt: skip
+def test_texts_that_the_encoder_cannot_tell_apart_are_refused_by_name(tiny, concepts, retain, named):
+    with pytest.raises(UsageError) as caught:
+        check_texts(find(tiny), concepts, [None] * len(concepts), retain)
+    assert all(word in str(caught.value) for word in [*named, tiny])
+
+
+def test_texts_that_the_encoder_can_tell_apart_are_taken_though_their_ends_are_cut(tiny, caplog):
+    """The caption of a forget image may be anything but the anchor; the anchor may be retained."""
+    items = [Item(str(n), text, None, None) for n, text in enumerate(["a dog", "in a garden", None, LONG + "far away"])]
+    concept = Concept("a cat " + LONG, "a dog " + LONG, ("a kitten",))
+    check_texts(find(tiny), [concept], [items], [concept.anchor], [Item("9", "a tree", None, None)])
+    [line] = caplog.messages
+    assert "3 of 7" in line and "'a cat a photo" in line
+    with pytest.raises(UsageError, match="'a dog' from the anchor 'a Dog'"):
+        check_texts(find(tiny), [Concept("a cat", "a Dog")], [items])
+    caplog.clear()
+    check_texts(find(tiny), [Concept("a cat", "a bag")], [items[:3]])
+    assert not caplog.messages
+
+
+def test_texts_are_told_apart_by_any_encoder(tmp_path):
+    """SDXL whose second tokenizer reads on to where the first has ended."""
+    folder = write_pipeline(tmp_path / "sdxl", "sdxl")
+    with pytest.raises(UsageError):
+        check_texts(find(str(folder)), [Concept(LONG + "a cat", LONG + "a dog")], [None])
+    for file, key, value in (("tokenizer_2/tokenizer_config.json", "model_max_length", 77),
+                             ("text_encoder_2/config.json", "max_position_embeddings", 77)):  # fmt: skip
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | {key: value}))
+    check_texts(find(str(folder)), [Concept(LONG + "a cat", LONG + "a dog")], [None])
+
+
+@pytest.mark.parametrize("command", ["mask", "erase"])
+def test_texts_are_compared_before_anything_is_drawn(tiny, own_cache, tmp_path, capsys, command):
+    argv = {"mask": ["--concept", LONG + "a cat", "--concept", LONG + "a dog"],
+            "erase": ["--concept", LONG + "a cat", "--anchor", LONG + "a dog"]}  # fmt: skip
+    out = tmp_path / ("m.safetensors" if command == "mask" else "erased")
+    assert "a dog" in fails([command, tiny, *argv[command], "--out", out], 2, capsys)
+    assert not list(tmp_path.rglob("*.png")) and not out.exists()
+
+
+def test_training_images_of_one_colour_are_named(tiny, photographs, tmp_path, capsys):
+    Image.new("RGB", (64, 64), (3, 3, 3)).save(photographs / "0.png")
+    argv = ["mask", tiny, "--concept", CONCEPT, "--forget", str(photographs), "--out", str(tmp_path / "m.safetensors")]
+    cli.run(argv)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "one colour" in line]
+    assert "1 of 3" in line and "0.png" in line
+
+
+# A base that is broken
+
+
+@pytest.mark.parametrize(("name", "value"), [("conv_out.weight", float("nan")), ("conv_out.weight", 3e38)])
+@pytest.mark.parametrize("command", ["mask", "erase"])
+def test_a_base_that_gives_no_numbers_is_the_cause_and_leaves_nothing(
+    tmp_path, own_cache, photographs, capsys, command, name, value
+):  # fmt: skip
+    """Drawing, and with images of one's own the gradient; neither a weight that is NaN nor one that overflows."""
+    base = write_pipeline(tmp_path / "base", "sd1")
+    damage(base, "unet", name, value)
+    for images in ((), ("--forget", photographs)):
+        argv = ["mask", base, "--concept", CONCEPT, "--samples", "2", *images, "--out", tmp_path / "m.safetensors"]
+        if command == "erase":
+            argv = ["erase", base, *ERASE, *images, *(("--retain", photographs) if images else ()), "--samples", "2",
+                    "--out", tmp_path / "out"]  # fmt: skip
+        sentence = fails(argv, 1, capsys)
+        assert "UNet" in sentence and str(base) in sentence and "--lr" not in sentence
+    assert not list(own_cache.rglob("*.png")) and {p.name for p in tmp_path.iterdir()} <= {
+        "base", "cache", "photographs"
+    }  # fmt: skip
 
 
 # The cache
@@ -146,7 +253,8 @@ def test_images_are_kept_by_prompt_seed_and_checkpoint_and_each_entry_says_what_
         assert image.info[generate.PROVENANCE].startswith(find(tiny).identity)
     about = sorted((entry.kind, entry.files, entry.about) for entry in cache.entries())
     assert [(kind, files) for kind, files, _ in about] == [("drawn", 6)] + [("encoded", 1)] * 3
-    words = {"drawn": ["tiny", "2 steps", "PNDM"], "encoded": ["tiny", "images", "32"]}
+    base = find(tiny).fingerprint[:8]  # whatever the folder is called
+    words = {"drawn": [base, "2 steps", "PNDM"], "encoded": [base, "images", "32"]}
     assert all(word in text for kind, _, text in about for word in words[kind])
 
 

@@ -12,6 +12,7 @@ from salun_sd.core.masked import MaskedAdam
 from salun_sd.core.saliency import GradientSum
 from salun_sd.errors import SalunError
 from salun_sd.methods.salun import balanced, batches, erase, forget_gradient, forget_loss
+from salun_sd.runtime.finite import NotFinite
 
 
 def bits_of(unet, density=0.3):
@@ -169,19 +170,36 @@ def test_the_base_anchor_is_not_the_current_one(fresh_unet, schedule, forget, co
     assert rows["current"][2]["forget"] != rows["base"][2]["forget"]
 
 
-def test_an_exploding_or_undefined_loss_names_the_step_and_what_to_lower(
+def test_an_exploding_loss_names_the_step_and_what_to_lower(fresh_unet, schedule, forget, contexts, retain):
+    with pytest.raises(SalunError, match=r"step \d+ .*--lr.*100") as caught:
+        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, retain, steps=20, lr=100.0)
+    assert not isinstance(caught.value, NotFinite)
+
+
+@pytest.mark.parametrize("settings", [{}, {"parts": 2}, {"anchor_from": "base"}])
+@pytest.mark.parametrize("value", [float("nan"), 1e30, 1e3])
+def test_a_model_that_is_broken_before_training_is_named_and_the_learning_rate_is_not(
+    fresh_unet, schedule, forget, contexts, retain, value, settings
+):
+    """NaN, a loss beyond float32, and one that no model has."""
+    fresh_unet.conv_out.weight.data.fill_(value)
+    with pytest.raises(NotFinite, match="UNet of here/erased") as caught:
+        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, retain, name="here/erased", **settings)
+    assert "--lr" not in str(caught.value)
+
+
+def test_a_saliency_of_a_broken_model_is_refused_at_the_first_batch(fresh_unet, schedule, forget, contexts):
+    fresh_unet.conv_out.weight.data.fill_(1e30)
+    how = {"guidance": 7.5, "seed": 0, "batch_size": 4, "name": "here/base"}
+    with pytest.raises(NotFinite, match="UNet of here/base"), GradientSum(fresh_unet):
+        next(forget_gradient(fresh_unet, schedule, forget, empty_of(contexts), **how))
+
+
+def test_a_gradient_that_is_not_finite_at_the_first_step_is_of_the_model_or_the_retain_weight(
     fresh_unet, schedule, forget, contexts, retain
 ):
-    with pytest.raises(SalunError, match=r"step \d+ .*--lr.*100"):
-        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, retain, steps=20, lr=100.0)
-    undefined = replace(retain, latents=retain.latents * float("nan"))
-    with pytest.raises(SalunError, match=r"step 1 .*nan.*--lr"):
-        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, undefined)
-
-
-def test_a_last_update_that_breaks_a_weight_is_noticed(fresh_unet, schedule, forget, contexts, retain):
-    with pytest.raises(SalunError, match="finite.*step 1.*--lr"):
-        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, retain, steps=1, retain_weight=1e39)
+    with pytest.raises(NotFinite, match="UNet of .*--retain-weight.*1e\\+39"):
+        run(fresh_unet, bits_of(fresh_unet), schedule, forget, contexts, retain, retain_weight=1e39)
 
 
 def test_a_run_that_goes_on_draws_the_same_numbers(fresh_unet, schedule, forget, contexts, retain):
