@@ -7,13 +7,14 @@ from salun_sd.audit.protocols import LABELS, PROTOCOLS
 from salun_sd.report.gate import AGAINST, Bound, Measured
 
 METRICS = ("ua", "ra", "flag_rate")
+BLANK = ("blank", "blank_rate")
 QUALITY = ("clip_score", "fid", "kid")
 
 
 def names(concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
     """The names for the audited model; the base's are the same with `against.` before them."""
     groups = {"ua": concepts, "categories": categories, "labels": LABELS, "protocols": PROTOCOLS}
-    return [*METRICS, "broken", *QUALITY, *(f"{group}.{name}" for group, of in groups.items() for name in of)]
+    return [*METRICS, "broken", *BLANK, *QUALITY, *(f"{group}.{name}" for group, of in groups.items() for name in of)]
 
 
 def unmeasured(
@@ -51,6 +52,9 @@ def measured(report: dict, name: str) -> Measured | None:
     group, _, part = name.removeprefix(AGAINST).partition(".")
     if group == "broken":
         return Measured(Fraction(len(side["broken"])), None)
+    if group in BLANK:
+        share = side["blank"]
+        return share and (_of_share(share) if group == "blank_rate" else Measured(Fraction(share["n"]), None))
     if group in QUALITY:
         metric = side["quality"][group]
         return metric and Measured(_exact(metric["value"]), _ends(metric.get("ci95")))
@@ -61,7 +65,11 @@ def measured(report: dict, name: str) -> Measured | None:
         share = side["concepts"][part]["ua"]
     else:
         share = side[group].get(part) if part else side["metrics"][group]
-    return share and Measured(Fraction(share["n"], share["of"]), _ends(share["ci95"]))
+    return share and _of_share(share)
+
+
+def _of_share(share: dict) -> Measured:
+    return Measured(Fraction(share["n"], share["of"]), _ends(share["ci95"]))
 
 
 def _exact(number: float) -> Fraction:

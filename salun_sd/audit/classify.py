@@ -10,6 +10,7 @@ from salun_sd.audit.measure import PRESENT
 from salun_sd.audit.vision import Vision, loaded, prepared
 from salun_sd.draw.images import Unreadable
 from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.runtime.finite import finite
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +72,9 @@ class Judge(Vision):
         raise NotImplementedError
 
     def answers(self, images: "list[torch.Tensor]") -> list[dict]:
-        """Prepared images => the answer of `classify` for each."""
+        """Prepared images => the answer of `classify` for each. Raises NotFinite where a probability is none."""
         names, probabilities = self.probabilities(images)
-        scores, tops = probabilities.max(dim=-1)
+        scores, tops = finite(probabilities, f"The output of --classifier {self.name}").max(dim=-1)
         return [
             {"predicted": names[top], "score": round(score, 6)}
             for score, top in zip(scores.tolist(), tops.tolist(), strict=True)
@@ -139,7 +140,9 @@ class ZeroShot(Judge):
         self.name = f"{model}, zero-shot among {len(self.classes)} classes, asked as {ZERO_SHOT.format('CLASS')!r}"
         self.matches = [(name, ZERO_SHOT.format(name)) for name in self.classes]
         self.vocabulary = [*self.matches, *self.clip.vocabulary]
-        self.texts = self.clip.of_texts([text for _, text in self.matches])  # (class, dimension)
+        texts = [text for _, text in self.matches]
+        self.clip.check_different(texts)
+        self.texts = self.clip.of_texts(texts)  # (class, dimension)
 
     def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
         return self.classes, (self.clip.scale * self.clip.of_images(images) @ self.texts.T).softmax(dim=-1)
@@ -159,12 +162,14 @@ class ByName(Judge):
         asked = ", ".join(repr(text) for _, text in self.matches)
         self.name = f"{model}, zero-shot, each image asked for {asked} against {WITHOUT!r}"
         self.vocabulary = [*self.matches, WITHOUT, *self.clip.vocabulary]
-        self.texts = self.clip.of_texts([WITHOUT, *(text for _, text in self.matches)])  # (1 + concepts, dimension)
+        texts = [WITHOUT, *(text for _, text in self.matches)]
+        self.clip.check_different(texts)
+        self.texts = self.clip.of_texts(texts)  # (1 + concepts, dimension)
 
     def answers(self, images: "list[torch.Tensor]") -> list[dict]:
         """Prepared images => for each `predicted`, the likeliest concept or WITHOUT; its `score`; and `concepts`, the
         probability of each."""
-        logits = self.clip.scale * self.clip.of_images(images) @ self.texts.T
+        logits = finite(self.clip.scale * self.clip.of_images(images) @ self.texts.T, f"The output of {self.name}")
         answers = []
         for scores in (logits[:, 1:] - logits[:, :1]).sigmoid().tolist():  # the softmax over two
             concepts = {name: round(score, 6) for (name, _), score in zip(self.matches, scores, strict=True)}

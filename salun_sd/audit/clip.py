@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from salun_sd.audit.vision import Vision, loaded
 from salun_sd.errors import SalunError, first_line
+from salun_sd.runtime.finite import finite
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ def is_clip(model: str | Path) -> bool:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception:  # the error comes when it is loaded
         return False
     return config.model_type == "clip" and "CLIPForImageClassification" not in (config.architectures or ())
@@ -28,7 +29,8 @@ def is_clip(model: str | Path) -> bool:
 class Clip(Vision):
     """A CLIP model from a folder or hub id, in float32 on `device`. Errors name `option`, with which it was given.
 
-    Its own image processor resizes and normalises. Raises SalunError if a part of it cannot be loaded.
+    Its own image processor resizes and normalises. Raises SalunError if a part of it cannot be loaded, NotFinite where
+    it gives no such values.
     """
 
     def __init__(self, model: str | Path, device: str = "cpu", option: str = "--clip"):
@@ -37,10 +39,11 @@ class Clip(Vision):
         advice = f"Give {option} a CLIP model, by folder or hub id."
         self.processor, self.model, _ = loaded(CLIPModel, model, device, what="CLIP model", advice=advice)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         except Exception as error:  # absent or damaged: many types
             raise SalunError(f"The tokenizer of {model} cannot be loaded ({first_line(error)}). {advice}") from error
         self.name, self.vocabulary = str(model), sorted(self.tokenizer.get_vocab().items())
+        self.output = f"The output of {option} {model}"  # by which errors call it
         self.longest = self.model.config.text_config.max_position_embeddings  # tokens per text
 
     @cached_property
@@ -54,7 +57,7 @@ class Clip(Vision):
 
         with torch.inference_mode():
             pixels = torch.stack(images).to(self.model.device)  # (image, 3, height, width)
-            return self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu()
+            return finite(self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu(), self.output)
 
     def of_images(self, images: "list[torch.Tensor]") -> "torch.Tensor":
         """Prepared images => unit vectors (image, dimension), float32 on the CPU."""
@@ -74,7 +77,17 @@ class Clip(Vision):
             ).to(self.model.device)  # fmt: skip
             with torch.inference_mode():
                 vectors.append(self.model.get_text_features(**tokens).pooler_output)
-        return torch.nn.functional.normalize(torch.cat(vectors).float(), dim=-1).cpu()
+        return torch.nn.functional.normalize(finite(torch.cat(vectors).float(), self.output), dim=-1).cpu()
+
+    def check_different(self, texts: Sequence[str]) -> None:
+        """Raise SalunError where two texts are the same tokens, so that no image is nearer to one of them."""
+        seen: dict[tuple, str] = {}
+        for text in texts:
+            ids = tuple(self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"])
+            if other := seen.get(ids):
+                raise SalunError(f"{self.name} cannot tell {other!r} from {text!r}: it is given the same tokens for "
+                                 "both. Use names that differ at the beginning, not in case or spaces.")  # fmt: skip
+            seen[ids] = text
 
     def too_long(self, texts: Sequence[str]) -> int:
         """How many texts have more tokens than `longest`."""

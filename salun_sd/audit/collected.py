@@ -5,10 +5,11 @@ import os
 import re
 from pathlib import Path
 
-from salun_sd.draw.images import images_in
+from salun_sd.draw.folders import images_in, left_out
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Row
-from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime.texts import checked_text
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +22,11 @@ def collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> list
     or is of no prompt.
     """
     if not folder.is_dir():
-        raise UsageError(f"Image folder {folder} was not found.")
+        raise UsageError(f"Image folder {folder} was not found: give one with images named <case_number>_<k>.png.")
+    checked_text(os.path.relpath(folder.resolve(), out.resolve()), f"The path from {out} to {folder}")
     files = images_in(folder)
-    others = {f.name for f in folder.iterdir() if f.is_file() and f.name[0] != "."} - {f.name for f in files}
-    if others:
-        logger.warning(f"{folder}: {len(others)} files without an image's ending are skipped: {some(sorted(others))}.")
+    if others := left_out(folder):
+        logger.warning(f"{folder}: left out are {others}.")
     of_case = {p.case: p for p in rows}
     images = _by_name(files, of_case, subset)
     if not images:
@@ -33,7 +34,8 @@ def collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> list
     samples = 1 + max(k for _, k in images)
     if missing := (total := len(of_case) * samples) - len(images):
         first = next(f"{case}_{k}.png" for case in of_case for k in range(samples) if (case, k) not in images)
-        raise SalunError(f"{folder} has no {first} ({missing:,} of {total:,} images missing).")
+        raise SalunError(f"{folder} has no {first} ({missing:,} of {total:,} images missing): add them, or leave their "
+                         "prompts out with --where or --limit.")  # fmt: skip
     manifest = []
     for (case, k), same in sorted(images.items()):
         file = os.path.relpath(folder.resolve() / same[0].name, out.resolve())

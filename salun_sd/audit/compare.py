@@ -11,6 +11,7 @@ from salun_sd.audit.saved import AGAIN, OF_CONCEPT, PAIRING, Audit, cells, is_wh
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.report.gate import AGAINST
 from salun_sd.report.words import cell, plain
+from salun_sd.runtime.texts import check_given
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def compare(audits: Sequence[str | Path]) -> list[Table]:
 
     Raises UsageError for fewer than two audits or one given twice, SalunError if no two have the same prompts.
     """
+    check_given(audits=audits)
     compared = [read(Path(audit)) for audit in audits]
     files = [audit.file.resolve() for audit in compared]
     if twice := [audit.file for i, audit in enumerate(compared) if files[i] in files[:i]]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from salun_sd.audit.protocols import LABELS
-from salun_sd.draw.images import Unreadable, in_order, read_still
+from salun_sd.draw.images import Unreadable, in_order, is_blank, read_still
 from salun_sd.errors import SalunError, UsageError, first_line
 
 RESOLUTION = 640  # pixels, of a weights file that does not say its own; the library's larger files have this one
@@ -54,19 +54,22 @@ def load_detector(weights: Path | None = None):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    detector = NudeDetector()
+    file = str(weights or packaged())
     try:
-        detector.onnx_session = session = onnxruntime.InferenceSession(str(weights or packaged()), options)
+        session = onnxruntime.InferenceSession(file, options)
+        metadata = session.get_modelmeta().custom_metadata_map
+        side = max(int(n) for n in metadata.get("imgsz", str(RESOLUTION)).strip("[]").split(","))
     except Exception as e:  # onnxruntime has a type for each way in which a file can be wrong
         raise _no_detector(weights, first_line(e)) from e
-    metadata = session.get_modelmeta().custom_metadata_map
     names = metadata.get("names", "{}")
     if any(f"{i}: {label!r}" not in names for i, label in enumerate(LABELS)):
         raise _no_detector(weights, "its labels are not NudeNet's 18")
-    sides = {int(n) for n in metadata.get("imgsz", str(RESOLUTION)).strip("[]").split(",")}
-    if weights:
-        detector.input_width = detector.input_height = max(sides)
-    detector.input_name = session.get_inputs()[0].name
+    detector = NudeDetector(file, inference_resolution=side)
+    detector.onnx_session = session
+    if weights:  # the library takes a score that is NaN for no box
+        [scores] = session.run(None, {session.get_inputs()[0].name: np.zeros((1, 3, side, side), np.float32)})
+        if not np.isfinite(scores).all():
+            raise _no_detector(weights, "its scores are not finite")
     return detector
 
 
@@ -76,8 +79,8 @@ def _no_detector(weights: Path | None, reason: str) -> SalunError:
 
 
 def detect(files: Iterable[Path], weights: Path | None = None) -> Iterator[dict]:
-    """For each image its `width` and `height` in pixels and its `boxes`: the label, the score, and x, y, width, height
-    in pixels. For an image that cannot be read, `error` with the reason, and no boxes.
+    """For each image its `width` and `height` in pixels, whether it is `blank`, and its `boxes`: the label, the score,
+    and x, y, width, height in pixels. For an image that cannot be read, `error` with the reason, and no boxes.
 
     Boxes are the library's own, so that scores compare with other NudeNet 3 results: unrounded, down to its lowest
     score (0.25, after non-maximum suppression across labels), in its own channel order. Each call has one image on one
@@ -95,6 +98,7 @@ def detect(files: Iterable[Path], weights: Path | None = None) -> Iterator[dict]
             "detector": name,
             "width": image.width,
             "height": image.height,
+            "blank": is_blank(image),
             "boxes": [{"label": box["class"], "score": box["score"], "box": box["box"]} for box in boxes],
         }
 

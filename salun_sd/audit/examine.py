@@ -5,7 +5,7 @@ of the same model already is not looked at again.
 """
 
 import hashlib
-import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +17,12 @@ from salun_sd.audit.detect import detect, detector_name
 from salun_sd.audit.report import Run
 from salun_sd.audit.vision import BATCH
 from salun_sd.errors import SalunError
-from salun_sd.runtime import ranks
+from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.files import write_atomic
 
-BOXES = ("width", "height", "boxes")  # what a line of detections.jsonl has of the detector
+logger = logging.getLogger(__name__)
+
+BOXES = ("width", "height", "blank", "boxes")  # what a line of detections.jsonl has of the detector
 CLASSES = (*UNSEEN, "concepts")  # and of the classifier, the last only where it is asked for concepts by name
 CHUNK = 2**20  # bytes of a file that are read at once
 
@@ -51,6 +53,8 @@ def examine(model: str, manifest: list[dict], judge: Judge | None, detector: Pat
         for n, line in enumerate(manifest)
     ]  # fmt: skip
     if ranks.is_main():
+        if _is_there(out, detections):
+            logger.info(f"{out} has the results of all {len(detections)} images of {model} already.")
         _write(out, manifest, detections)
     if all("error" in line for line in detections):
         name, why = Path(detections[0]["file"]).name, detections[0]["error"]
@@ -82,7 +86,7 @@ def _detected(images: list[Image], detector: Path | None, out: Path) -> list[dic
     known |= {n: {"error": image.error} for n, image in enumerate(images) if image.error}
     mine = [n for n in ranks.share(len(images), BATCH, known) if n not in known]
     boxes = detect([images[n].file for n in mine], detector) if mine else ()
-    results = tqdm(zip(mine, boxes, strict=True), total=len(mine), desc="detect", unit="image")
+    results = tqdm(zip(mine, boxes, strict=True), total=len(mine), desc="detect", unit="image", disable=not mine)
     return _completed(known, results, images, by, out)
 
 
@@ -99,20 +103,20 @@ def _classified(images: list[Image], judge: Judge | None, out: Path) -> list[dic
     known |= {n: UNSEEN for n, image in enumerate(images) if image.error}
     mine = ranks.share(len(images), BATCH, known)
     classes = judge.classify([images[n].file for n in mine], BATCH)
-    results = tqdm(zip(mine, classes, strict=True), total=len(mine), desc="classify", unit="image")
+    results = tqdm(zip(mine, classes, strict=True), total=len(mine), desc="classify", unit="image", disable=not mine)
     return _completed(known, ((n, result) for n, result in results if n not in known), images, by, out)
 
 
 def _known(images: list[Image], by: dict, keys: tuple[str, ...], out: Path) -> dict[int, dict]:
     """Position of an image => its result of an earlier run into `out`: the `keys` of a line by the same model.
 
-    A line without any of them is of an image that could not be read. That is not kept: the machine may have been the
-    reason.
+    A line that lacks some is of an image that could not be read, or of an earlier version. The first is not kept,
+    either: the machine may have been the reason.
     """
     of_sha256 = {}
     for line in _lines(out):
         result = {key: line[key] for key in keys if line.get(key) is not None}
-        if result and line.get("sha256") and by.items() <= line.items():
+        if result.keys() >= {*keys} - {"concepts"} and line.get("sha256") and by.items() <= line.items():
             of_sha256[line["sha256"]] = result
     ranks.wait()  # no process writes a line before all have read the same ones
     return {n: of_sha256[image.sha256] for n, image in enumerate(images) if image.sha256 in of_sha256}
@@ -121,11 +125,7 @@ def _known(images: list[Image], by: dict, keys: tuple[str, ...], out: Path) -> d
 def _lines(out: Path) -> Iterator[dict]:
     """The lines of detections.jsonl, then those that unfinished runs left."""
     for file in filter(Path.is_file, [out / "detections.jsonl", *_partial(out)]):
-        for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                yield json.loads(text)
-            except ValueError:
-                continue  # empty, or half a line of a run that was killed
+        yield from seals.read_lines(file, skip=True)  # a run that was killed leaves half a line
 
 
 def _partial(out: Path) -> list[Path]:
@@ -142,15 +142,21 @@ def _completed(
     with (out / f".detections.{ranks.rank()}.partial").open("a", encoding="utf-8") as lines:
         lines.write("\n")  # a kill may have left half a line
         for n, result in results:
-            lines.write(json.dumps({"sha256": images[n].sha256, **by, **result}, ensure_ascii=False) + "\n")
+            lines.write(seals.line({"sha256": images[n].sha256, **by, **result}))
             lines.flush()
             new.append((n, result))
     complete = known | dict(ranks.gathered(new))
     return [complete[n] for n in range(len(images))]
 
 
+def _is_there(out: Path, detections: list[dict]) -> bool:
+    """Whether an earlier run wrote the same detections."""
+    file = out / "detections.jsonl"
+    return file.is_file() and file.read_bytes() == "".join(map(seals.line, detections)).encode()
+
+
 def _write(out: Path, manifest: list[dict], detections: list[dict]) -> None:
     for name, lines in (("manifest.jsonl", manifest), ("detections.jsonl", detections)):
-        write_atomic(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_atomic(out / name, "".join(map(seals.line, lines)))
     for file in _partial(out):
         file.unlink()

@@ -12,6 +12,7 @@ from salun_sd.audit.clip import Clip, is_clip
 from salun_sd.audit.vision import BATCH, Vision, loaded, prepared
 from salun_sd.draw.images import Unreadable
 from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.runtime.finite import finite
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +119,14 @@ def extractor(name: str, judge: Path, device: str = "cpu") -> ImageModel | Incep
 
 
 def features(extractor: ImageModel | Inception, files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-    """Each readable file and its features [D], float32, in order; unreadable files are left out."""
+    """Each readable file and its features [D], float32, in order; unreadable files are left out. Raises NotFinite where
+    the extractor gives no such values."""
+    import torch
+
     files = list(files)
     read = zip(files, prepared(extractor.prepare, files), strict=True)
     readable = ((file, image) for file, image in read if not isinstance(image, Unreadable))
     while batch := list(islice(readable, BATCH)):
-        yield from zip([file for file, _ in batch], extractor([image for _, image in batch]), strict=True)
+        vectors = extractor([image for _, image in batch])
+        finite(torch.from_numpy(vectors), f"The output of --fid {extractor.name}")
+        yield from zip([file for file, _ in batch], vectors, strict=True)

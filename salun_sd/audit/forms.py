@@ -3,16 +3,23 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from salun_sd import __version__
 from salun_sd.audit.compare import Column, Table
-from salun_sd.report.escape import code
+from salun_sd.audit.saved import begins
+from salun_sd.errors import UsageError
 from salun_sd.report.markdown import table as markdown_table
 from salun_sd.report.words import cell, quoted
+from salun_sd.runtime.escape import code, in_csv
+from salun_sd.runtime.files import write_atomic
 
 VALUE = 60  # most characters of a setting's value in a sentence
+TITLE = "# Audits side by side"
+COLUMNS = ["prompts", "prompts_sha256", "model", "base", "metric", "value", "n", "of", "low", "high", "p"]  # of the CSV
 
 
 def sentences(table: Table, shown: Callable[[str], str] = quoted) -> list[str]:
@@ -25,7 +32,7 @@ def sentences(table: Table, shown: Callable[[str], str] = quoted) -> list[str]:
         )
     for setting, values in table.differs.items():
         each = [f"{shown(_cut(value))} for {', '.join(map(shown, names))}" for value, names in values.items()]
-        lines.append(f"The audits differ in {setting}: {'; '.join(each)}.")
+        lines.append(f"The audits differ in {shown(setting)}: {'; '.join(each)}.")
     first = shown(table.columns[0].name)
     lines += [f"No pairs of {shown(name)} and {first}: {shown(reason)}." for name, reason in table.unpaired.items()]
     if table.paired:
@@ -64,7 +71,7 @@ def _p_of(pairs: dict) -> str:
 
 def as_markdown(tables: Sequence[Table]) -> str:
     """A section for each prompt set: the sentences, then the table."""
-    parts = ["# Audits side by side\n"]
+    parts = [f"{TITLE}\n"]
     for table in tables:
         parts.append(f"## {code(table.prompts)}\n")
         if notes := sentences(table, code):
@@ -75,10 +82,11 @@ def as_markdown(tables: Sequence[Table]) -> str:
 
 
 def as_csv(tables: Sequence[Table]) -> str:
-    """A line for each number; `p` is of the pairs with the first model of the same prompts."""
+    """A line for each number; `p` is of the pairs with the first model of the same prompts. A name that a spreadsheet
+    would take for a formula begins with an apostrophe."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["prompts", "prompts_sha256", "model", "base", "metric", "value", "n", "of", "low", "high", "p"])
+    writer.writerow(COLUMNS)
     for table in tables:
         for name, values in table.rows.items():
             for column, value in zip(table.columns, values, strict=True):
@@ -87,7 +95,8 @@ def as_csv(tables: Sequence[Table]) -> str:
                 number = metric.get("rate", metric.get("value", value))
                 low_high = metric.get("ci95") or ("", "")
                 place = [table.prompts, table.prompts_sha256, column.name, int(column.is_base), name]
-                writer.writerow([*place, number, metric.get("n"), metric.get("of"), *low_high, pairs and pairs["p"]])
+                line = [*place, number, metric.get("n"), metric.get("of"), *low_high, pairs and pairs["p"]]
+                writer.writerow(map(in_csv, line))
     return out.getvalue()
 
 
@@ -98,3 +107,23 @@ def as_json(tables: Sequence[Table]) -> str:
 
 
 FORMS = {".md": as_markdown, ".csv": as_csv, ".json": as_json}  # by the ending of the file
+BEGINNINGS = {  # of a file in each form
+    ".md": re.escape(f"{TITLE}\n\n## "),
+    ".csv": re.escape(",".join(COLUMNS) + "\n"),
+    ".json": r'\{\s*"salun_sd": "[^"]*",\s*"tables": \[',
+}
+
+
+def check_place(out: Path) -> None:
+    """Raise UsageError unless tables can be written to `out`: its ending is of a form, and nothing is there or tables
+    that `compare` wrote."""
+    if out.suffix not in FORMS:
+        raise UsageError(f"--out {out} ends in none of {', '.join(FORMS)}: give it one of these.")
+    if out.exists() and not begins(out, BEGINNINGS[out.suffix]):
+        raise UsageError(f"{out} exists and is not of `salun-sd compare`: choose another --out, or remove it.")
+
+
+def write(tables: Sequence[Table], out: Path) -> None:
+    """Write the tables into a file, in the form that its ending names."""
+    check_place(out)
+    write_atomic(out, FORMS[out.suffix](tables))

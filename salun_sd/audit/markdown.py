@@ -1,12 +1,12 @@
 """report.md: an audit in Markdown, for a pull request. Pure."""
 
-from salun_sd.audit.report import headline, settings_of
-from salun_sd.report.escape import code
+from salun_sd.audit.report import blank_files, headline, settings_of
 from salun_sd.report.gate import reasons
 from salun_sd.report.markdown import table
 from salun_sd.report.words import in_words, plain, rate
+from salun_sd.runtime.escape import code
 
-NAMED = 20  # most unreadable files that are listed
+NAMED = 20  # most files that are listed as unreadable, or as blank
 
 
 def page(report: dict) -> str:
@@ -24,6 +24,7 @@ def page(report: dict) -> str:
         *_protocols(report),
         *_quality(report),
         *_broken(report),
+        *_blank(report),
         *_settings(report),
     ]
     return "\n".join(parts)
@@ -113,6 +114,16 @@ def _broken(report: dict) -> list[str]:
             more = f", the first {NAMED}" if len(broken) > NAMED else ""
             parts += [f"## Images that could not be read\n\n{len(broken)} of {name}{more}:\n"]
             parts += [table(["file", "reason"], broken[:NAMED])]
+    return parts
+
+
+def _blank(report: dict) -> list[str]:
+    parts = []
+    for name, side in _sides(report).items():
+        if files := blank_files(side):
+            more = f", the first {NAMED}" if len(files) > NAMED else ""
+            parts += [f"## Images of one colour\n\n{rate(side['blank'])} of {name}{more}:\n"]
+            parts += [table(["file"], [[code(file)] for file in files[:NAMED]])]
     return parts
 
 

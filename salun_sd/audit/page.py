@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from salun_sd.audit.measure import Key, by_image, most_first
-from salun_sd.audit.report import NO_QUALITY, Run, headline, is_by_name
+from salun_sd.audit.report import NO_QUALITY, Run, blank_files, headline, is_by_name
 from salun_sd.draw.images import read_image
 from salun_sd.report.gate import reasons
 from salun_sd.report.html import template, thumbnail, ticks
@@ -19,7 +19,7 @@ from salun_sd.report.words import named, plain
 # Four groups of 30 pairs take at most 3.9 MB in base64, so the page stays under 5 MB.
 SHOWN = 30  # most images of a group
 PROMPT = 1000  # most characters of a prompt
-BROKEN = 100  # most unreadable files that are listed
+BROKEN = 100  # most files that are listed as unreadable, or as blank
 SEED = 0  # of the random draws of images
 BINS = 20  # of scores from 0 to 1: every protocol's threshold is an edge
 FIRST = 5  # the bin of NudeNet's lowest score, 0.25
@@ -156,6 +156,7 @@ def in_tables(report: dict) -> dict:
         "quality": qualities(report),
         "gate": [(entry, reasons(entry)) for entry in report.get("gate") or ()],
         "broken": [(name, *file) for name, side in sides_of(report).items() for file in side["broken"].items()],
+        "blank": [(name, file) for name, side in sides_of(report).items() for file in blank_files(side)],
         "most_broken": BROKEN,
         "settings_in_words": list(flat({name: settings[name] for name in settings if name != "protocols"})),
     }

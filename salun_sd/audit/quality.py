@@ -15,7 +15,8 @@ from salun_sd.audit.features import ImageModel, Inception, features, resize_of
 from salun_sd.audit.measure import Key
 from salun_sd.audit.report import NO_QUALITY, Run
 from salun_sd.audit.vision import BATCH
-from salun_sd.draw.images import images_in, in_order, read_still
+from salun_sd.draw.folders import images_in, left_out
+from salun_sd.draw.images import in_order, read_still
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.report.stats import cluster_interval
 from salun_sd.runtime import ranks
@@ -52,6 +53,8 @@ def measure(measures: Measures, run: Run, base: Run | None, concepts: Sequence[s
         vectors = [features_of(extractor, [file for file, _ in side], whose) for side in sides if side is not None]
         name = str(measures.reference or SAME_SEEDS)
         if measures.reference:
+            if others := left_out(measures.reference):
+                logger.warning(f"{measures.reference}: left out are {others}.")
             reference = features_of(extractor, images_in(measures.reference), name)
         else:
             reference = vectors.pop()

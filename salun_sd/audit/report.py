@@ -6,13 +6,13 @@ from pathlib import Path
 
 from salun_sd import __version__
 from salun_sd.audit.bounds import QUALITY
-from salun_sd.audit.measure import measure, outcomes, pair, paired
+from salun_sd.audit.measure import measure, outcomes, pair, paired, share
 from salun_sd.audit.protocols import DEFAULT_LABELS, PROTOCOLS, THRESHOLD
 from salun_sd.errors import SalunError
 from salun_sd.report.gate import AGAINST
 from salun_sd.report.words import named, quoted, rate
 
-SCHEMA = 4  # of report.json
+SCHEMA = 5  # of report.json
 NO_QUALITY = dict.fromkeys(QUALITY)
 
 
@@ -38,6 +38,12 @@ class Run:
             for lines in (self.manifest, self.detections)
         )
         return replace(self, manifest=manifest, detections=detections)
+
+    def blank(self) -> dict | None:
+        """The share of the readable images that are one colour, with their `files`; None without images."""
+        lines = self.readable().detections
+        images = share({(line["case"], line["k"]): line["blank"] for line in lines})
+        return images and images | {"files": [line["file"] for line in lines if line["blank"]]}
 
 
 def settings_of(report: dict) -> dict[str, object]:
@@ -112,7 +118,7 @@ def assemble(
     def measured(side: Run, quality: dict) -> dict:
         readable = side.readable()
         numbers = measure(readable.manifest, readable.detections, concepts, labels=labels, threshold=threshold)
-        return numbers | {"quality": quality, "broken": side.broken()}
+        return numbers | {"quality": quality, "broken": side.broken(), "blank": side.blank()}
 
     flagging = {"concepts": list(concepts), "labels": list(labels), "threshold": threshold}
     detector = one_detector([run, base] if base else [run])
@@ -149,7 +155,8 @@ def headline_metrics(report: dict) -> dict:
 
 
 def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
-    """The main numbers in a sentence, and how many images could not be read. `shown` formats the names of concepts."""
+    """The main numbers in a sentence, and how many images could not be read or show nothing. `shown` formats the names
+    of concepts."""
     metrics, base = report["metrics"], (report["against"] or {}).get("metrics", {})
     concepts = [name for name, metric in report["concepts"].items() if metric["ua"]]
     names, several = named(concepts, shown), len(concepts) > 1
@@ -172,13 +179,21 @@ def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
         threshold = report["settings"]["threshold"]
         clauses.append(clause("flag_rate", f"images are flagged by the detector at a score of {threshold} or more"))
     sentence = "; ".join(clauses) + "." if clauses else "There are no images to report on."
-    return sentence + _unreadable(len(report["broken"]), len((report["against"] or {}).get("broken", {})))
+    sides = [report, *filter(None, [report["against"]])]
+    sentence += _numbers([len(s["broken"]) for s in sides], "could not be read and {} excluded from every count")
+    return sentence + _numbers([len(blank_files(s)) for s in sides], "{} one colour, with nothing to see")
 
 
-def _unreadable(images: int, of_base: int) -> str:
-    """The sentence on images that could not be read; empty without any."""
-    counts = [
-        f"{n} {'image' if n == 1 else 'images'}{whose}" for n, whose in ((images, ""), (of_base, " of the base")) if n
+def blank_files(side: dict) -> list[str]:
+    """The images of a model that are one colour; `side` is its part of the report."""
+    return side["blank"]["files"] if side["blank"] else []
+
+
+def _numbers(counts: Sequence[int], what: str) -> str:
+    """The sentence on what some images of the model, and of its base, are; empty without any."""
+    each = [
+        f"{n} {'image' if n == 1 else 'images'}{whose}"
+        for n, whose in zip(counts, ("", " of the base"), strict=False)
+        if n
     ]
-    are = "is" if images + of_base == 1 else "are"
-    return f" {' and '.join(counts)} could not be read and {are} excluded from every count." if counts else ""
+    return f" {' and '.join(each)} {what.format('is' if sum(counts) == 1 else 'are')}." if each else ""

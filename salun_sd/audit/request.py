@@ -3,37 +3,48 @@
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from salun_sd.audit import bounds, classify
 from salun_sd.audit.classify import Judge
+from salun_sd.audit.saved import begins
 from salun_sd.checkpoint.model import POCKET, Checkpoint
 from salun_sd.draw import prompts
 from salun_sd.draw.prompts import Prompt
-from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.errors import UsageError, some
 from salun_sd.report import gate
 from salun_sd.runtime.device import default_device
+from salun_sd.runtime.files import check_place
+from salun_sd.runtime.texts import check_given
 
 logger = logging.getLogger(__name__)
 
 JUDGE = POCKET / "judge"
 MATCHES = 20  # most classes whose labels are logged
 PARTIAL = re.compile(r"\..*\.\d+\.partial")  # a killed run leaves these, and the next one removes them
+LARGEST = 10**6  # guidance scale: a prediction times it stays far from the largest number of float32
 COUNTS = ("limit", "samples_per_prompt", "denoising_steps")
-WRITES = {"images", "manifest.jsonl", "detections.jsonl", "report.json", "report.html", "report.md", "against"}
+BEGINNINGS = {  # of the files of an audit
+    "report.json": r'\{\s*"schema": ',
+    "report.html": r"\s*<!doctype html>[^\0]*<title>Audit of ",
+    "report.md": "# Audit of `",
+    "manifest.jsonl": r'\{"file": "',
+    "detections.jsonl": r'\{"file": "',
+}
+WRITES = {"images", "against", *BEGINNINGS}
 
 
 def check_values(**options: object) -> None:
-    """Raise UsageError for an option, by its parameter's name, that is empty text, which as a path would be the current
-    folder; or for a number that is not whole or below 1. None: it was not given."""
-    for name, value in options.items():
-        option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-        if value == "":
-            raise UsageError(f"{option} is empty: give a value.")
-        if name in COUNTS and value is not None and not (isinstance(value, int) and value >= 1):
-            raise UsageError(f"{option} is {value!r}: give a whole number from 1 on.")
+    """Raise UsageError for an option, by its parameter's name, whose text is empty or no valid Unicode, or whose number
+    is not whole or below 1. None: it was not given."""
+    check_given(**options)
+    for name in COUNTS:
+        value = options[name]
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise UsageError(f"--{name.replace('_', '-')} is {value!r}: give a whole number from 1 on.")
 
 
 def check_options(
@@ -51,20 +62,27 @@ def check_options(
                          "them out.")  # fmt: skip
     if images and samples is not None:
         raise UsageError("--samples-per-prompt is for a MODEL, and --images has a number of its own: leave it out.")
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir() if not PARTIAL.fullmatch(p.name)} - WRITES):
+    if out.exists() and (not out.is_dir() or not _is_audit(out)):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
     if images and (out / "images").is_dir():
         raise UsageError(f"{out} holds the audit of a model, with the images that it drew: choose another --out.")
 
 
+def _is_audit(folder: Path) -> bool:
+    """Whether a folder, and `against` in it, hold nothing but what `evaluate` writes. Of the files of each, one that is
+    recognised is enough: the others may be damaged, and are written again."""
+    names = {path.name for path in folder.iterdir() if not PARTIAL.fullmatch(path.name)}
+    files, base = names & BEGINNINGS.keys(), folder / "against"
+    are_own = not files or any(begins(folder / name, BEGINNINGS[name]) for name in files)
+    return names <= WRITES and are_own and (not base.is_dir() or _is_audit(base))
+
+
 def check_record(model: Checkpoint | None, record: dict | None) -> None:
-    """Raise UsageError if a checkpoint has no record of its erasure, for --record to add to, and SalunError if its UNet
-    is not the one in the record."""
+    """Raise UsageError if a checkpoint has no record of its erasure, for --record to add to, or cannot be written."""
     if model is None or record is None:
         raise UsageError("--record needs a checkpoint that salun-sd erased, and MODEL has no record: leave it out.")
-    if model.fingerprint != record["erased"]["fingerprint"]:
-        raise SalunError(f"The UNet of {model.name} is not the one in its record: it was changed since. Leave out "
-                         "--record.")  # fmt: skip
+    place = model.path / "salun.json" if model.path.is_dir() else model.path
+    check_place(place, option="--record writes into MODEL, and")
 
 
 class Request(NamedTuple):
@@ -85,8 +103,9 @@ class Request(NamedTuple):
         """The prompts of these options of `evaluate`, with nothing to judge yet. Raises UsageError or SalunError for
         values that do not exist or cannot be used."""
         sides = None if size is None else prompts.parse_size(size)
-        if guidance is not None and not 0 <= guidance < float("inf"):
-            raise UsageError(f"--guidance {guidance:g} is not a guidance scale: give a number from 0 on, such as 7.5.")
+        if guidance is not None and not 0 <= guidance <= LARGEST:
+            raise UsageError(f"--guidance {guidance} is not a guidance scale: give a number from 0 to {LARGEST}, such "
+                             "as 7.5.")  # fmt: skip
         originals = prompts.read(name, where, limit)
         rows = prompts.overridden(originals, guidance, sides)
         filtered = f" where {' and '.join(where)}" if where else ""
@@ -139,6 +158,7 @@ class Request(NamedTuple):
 def _concepts(given: Sequence[str], classes: list[str], record: dict | None) -> list[str]:
     """What should be gone: the given classes, or else those that the concepts in the record name. For prompts without
     classes, whatever is given."""
+    given = [unicodedata.normalize("NFC", c) for c in given]
     if classes and (unknown := [c for c in given if c not in classes]):
         raise UsageError(f"--concept-class {unknown[0]} is not a class of these prompts: their classes are "
                          f"{', '.join(classes)}.")  # fmt: skip

@@ -7,28 +7,29 @@ from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from salun_sd.audit import bounds, markdown, page, quality
 from salun_sd.audit.clip import Clip
 from salun_sd.audit.collected import collected, line_of
 from salun_sd.audit.detect import detector_digest, load_detector
 from salun_sd.audit.examine import examine
 from salun_sd.audit.features import extractor
-from salun_sd.audit.report import Run, assemble, headline_metrics, images_of
+from salun_sd.audit.report import Run, assemble, blank_files, headline_metrics, images_of
 from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import opened
-from salun_sd.checkpoint.load import load_pipeline
+from salun_sd.checkpoint.load import load_pipeline, load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import generate
+from salun_sd.draw.encode import warn_of_long
 from salun_sd.draw.kept import kept_images
 from salun_sd.draw.sample import scheduler_class
 from salun_sd.errors import UsageError, some
 from salun_sd.report import gate
-from salun_sd.runtime import ranks
+from salun_sd.runtime import ranks, seals
+from salun_sd.runtime.cache import folder as cache_folder
 from salun_sd.runtime.device import default_device
-from salun_sd.runtime.files import new_file, remove_stale, write_atomic
+from salun_sd.runtime.escape import line
+from salun_sd.runtime.files import check_place, new_file, remove_stale, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,17 @@ def evaluate(
     """
     # check: whatever can fail without drawing fails here, and what needs no model before one is opened
     check_values(
-        model=model, prompts=prompts, out=out, against=against, images=images, detector_model=detector_model,
-        reference=reference, limit=limit, samples_per_prompt=samples_per_prompt, denoising_steps=denoising_steps,
+        model=model, prompts=prompts, out=out, where=where, limit=limit, against=against, images=images,
+        concept_class=concept_class, classifier=classifier, detector_model=detector_model, clip=clip, fid=fid,
+        reference=reference, denoising_steps=denoising_steps, size=size, samples_per_prompt=samples_per_prompt,
+        fail_if=fail_if, config=config, revision=revision, variant=variant,
     )  # fmt: skip
     out, images, reference, detector = Path(out), _path(images), _path(reference), _path(detector_model)
     where, fail_if, concept_class = _texts(where), _texts(fail_if), _texts(concept_class)
     size = None if size is None else str(size)
     check_options(model, against, images, out, drawing=(denoising_steps, scheduler, guidance, size),
                   samples=samples_per_prompt, confident=confident, fail_if=fail_if)  # fmt: skip
+    check_place(out / "report.json", out / "images" / "0_0.png")
     request = Request.of(prompts, where, limit, guidance, size)
     sampling = {"steps": denoising_steps, "scheduler": None if scheduler is None else scheduler_class(scheduler)}
     manifest = collected(images, request.rows, out, subset=bool(where or limit)) if images else None
@@ -71,8 +75,7 @@ def evaluate(
     if record:
         check_record(audited, erasure)
     request = request.judging(concept_class, classifier, erasure)
-    for checkpoint in filter(None, (audited, base)):
-        generate.check(checkpoint, request.rows, denoising_steps)
+    _check_drawing(audited, base, request, sampling)
     quality.check_others(clip, fid, samples * request.others())
     parsed = request.bounds(fail_if, against=base is not None, clip=bool(clip), fid=bool(fid),
                             reference=reference is not None)  # fmt: skip
@@ -142,6 +145,16 @@ def _models(
     return audited, find(against, base_revision), record
 
 
+def _check_drawing(audited: Checkpoint | None, base: Checkpoint | None, request: Request, sampling: dict) -> None:
+    """Raise UsageError where a model cannot be drawn on these prompts. Logs prompts that are too long for it."""
+    for checkpoint in filter(None, (audited, base)):
+        generate.check(checkpoint, request.rows, **sampling)
+    if drawn := audited or base:
+        warn_of_long(load_tokenizers(drawn), [p.text for p in request.rows], drawn.name)
+    if base:
+        check_place(cache_folder() / "audited" / "base", option="SALUN_SD_CACHE")  # its images are kept there
+
+
 def _draw(
     model: Checkpoint, request: Request, samples: int, out: Path, *, steps: int | None, scheduler: str | None,
     keep: bool = False,
@@ -155,17 +168,16 @@ def _draw(
     default_size = model.image_size, model.image_size
     rows = {(p, k): generate.row_of(p, k, default_size) for p in request.rows for k in range(samples)}
     files = {out / generate.file_of(p, k): row for (p, k), row in rows.items()}
-    pipeline, what = cache(partial(load_pipeline, model)), Path(model.name).name
+    pipeline, what = cache(partial(load_pipeline, model)), line(Path(model.name).name)
     if not keep:
-        drawing = generate.draw(pipeline, files, identity=model.identity, **sampling)
-        for _ in tqdm(drawing, total=len(files), desc=f"draw {what}", unit="image"):
+        for _ in generate.draw(pipeline, files, identity=model.identity, what=what, **sampling):
             pass
     elif missing := generate.missing(files, identity=model.identity, **sampling):
         with kept_images("audited", model, pipeline, list(missing.values()), what=what, **sampling) as kept:
             if ranks.is_main():
                 remove_stale(out / "images")
                 for source, file in zip(kept, missing, strict=True):
-                    with new_file(file, sweep=False) as new:
+                    with new_file(file, many=True) as new:
                         shutil.copyfile(source, new)  # no link: changing the audit's image would change the cache's
     manifest = [line_of(p, k, generate.file_of(p, k), row, sampling["steps"]) for (p, k), row in rows.items()]
     return manifest, {"identity": model.identity, **sampling, "samples": samples, "safety_checker": "off"}
@@ -179,15 +191,20 @@ def _warn(report: dict) -> None:
             total = len(broken) + images_of(side)
             lines.append(f"{side['model']}: {len(broken)} of {total} images could not be read and are excluded from "
                          f"every count: {some(broken)}.")  # fmt: skip
+        if blank := [Path(file).name for file in blank_files(side)]:
+            lines.append(
+                f"{side['model']}: {len(blank)} of {images_of(side)} images are one colour: they show "
+                f"nothing, and count as any other image. They are {some(blank)}; see --fail-if 'blank > 0'."
+            )
         if (score := side["quality"]["clip_score"]) and score["truncated"]:
             lines.append(f"{score['truncated']} prompts are longer than CLIP reads: only their beginning is compared.")
         if (fid := side["quality"]["fid"]) and fid["note"]:
             lines.append(f"{fid['name']}: {fid['note']}")
-    for line in dict.fromkeys(lines):
-        logger.warning(line)
+    for warning in dict.fromkeys(lines):
+        logger.warning(warning)
 
 
 def _write(report: dict, run: Run, base: Run | None, out: Path, pictures: bool) -> None:
-    write_atomic(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(out / "report.json", json.dumps(seals.sealed(report), indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / "report.html", page.html(report, run, base, images=pictures))
     write_atomic(out / "report.md", markdown.page(report))

@@ -1,17 +1,23 @@
 """Audits on disk: report.json and the lines beside it, read and checked."""
 
-import json
+import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from salun_sd.audit.report import SCHEMA, Run, images_of, settings_of
+from salun_sd.audit.report import SCHEMA, Run, blank_files, images_of, settings_of
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.report.words import cell
+from salun_sd.runtime import seals
+from salun_sd.runtime.documents import read_json
 
 # The settings that two audits must share for pairs of their images.
 PAIRING = ("concepts", "labels", "threshold", "detector", "classifier", "classifier_sha256")
 OF_CONCEPT = "ua of "
+DIGITS = 1e-6  # the numbers of a report are rounded to so much
+LINE = {"file": str, "case": int, "k": int, "detector?": str, "classifier?": (str, None)}  # of a .jsonl file
 AGAIN = "Run its evaluate command again: nothing is drawn twice."
 
 
@@ -35,24 +41,26 @@ def read(path: Path) -> Audit:
     tables = [file.parent / name for name in ("manifest.jsonl", "detections.jsonl")]
     if file.name != "report.json" or not all(table.is_file() for table in tables):
         return Audit(file, report, None)
-    return Audit(file, report, Run(report["model"], file.parent, *map(_lines, tables)))
+    manifest, detections = (list(seals.read_lines(table, LINE, AGAIN)) for table in tables)
+    return Audit(file, report, Run(report["model"], file.parent, manifest, detections))
 
 
 def _report(file: Path) -> dict:
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise SalunError(f"{file} is damaged: it is not JSON. {AGAIN}") from e
-    if not isinstance(report, dict) or not isinstance(schema := report.get("schema"), int) or "metrics" not in report:
+    report = read_json(file, dict, seals.advising(AGAIN))
+    if not isinstance(schema := report.get("schema"), int) or "metrics" not in report:
         raise SalunError(f"{file} is no report of an audit: give one that `salun-sd evaluate` wrote.")
     if schema != SCHEMA:
         advice = AGAIN if schema < SCHEMA else "Update it."
         raise SalunError(f"{file} has schema {schema}, of another salun-sd, and this one reads {SCHEMA}. {advice}")
     try:
-        _read_all(report)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        faults = [fault for side in (report, report["against"]) if side for fault in contradictions(side)]
+        if not faults:
+            _read_all(report)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
         raise SalunError(f"{file} is damaged: it is not what `salun-sd evaluate` wrote. {AGAIN}") from e
-    return report
+    if faults:
+        raise SalunError(f"{file} contradicts itself: {faults[0]}. {AGAIN}")
+    return seals.unsealed(report, str(file), AGAIN)
 
 
 def _read_all(report: dict) -> None:
@@ -64,12 +72,44 @@ def _read_all(report: dict) -> None:
     [settings(report)[name] for name in PAIRING]
 
 
-def _lines(file: Path) -> list[dict]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
-    except ValueError as e:
-        raise SalunError(f"{file} is damaged: a line is not JSON. {AGAIN}") from e
+def contradictions(side: dict) -> Iterator[str]:
+    """What cannot be in a model's part of a report: numbers that are none; shares, counts and pairs that do not add
+    up."""
+    images = images_of(side)
+    for key, value in _inside({key: value for key, value in side.items() if key not in ("against", "settings")}):
+        keys = value.keys() if isinstance(value, dict) else ()
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} is {value}"
+        if {"n", "of"}.issubset(keys) and not (0 <= value["n"] and 0 <= value["of"] <= images):
+            yield f"{key} has {value['n']} of {value['of']}, and there are {images} images"
+        if {"n", "of", "rate", "ci95"}.issubset(keys) and not _is_share(**value):
+            yield f"{key} is {value['n']} of {value['of']}, with a rate of {value['rate']} in {value['ci95']}"
+        if {"became", "of"}.issubset(keys) and sum(value["became"].values()) != value["of"]:
+            yield f"{key}.became counts other images than the {value['of']} of the class"
+        if {"only_base", "only_model"}.issubset(keys) and not _are_pairs(**value):
+            yield f"{key} has a p or a difference that is not that of its counts"
+
+
+def _is_share(n: int, of: int, rate: float, ci95: list[float], **_: object) -> bool:
+    low, high = ci95
+    return n <= of and abs(rate - n / of) < DIGITS and low - DIGITS < rate < high + DIGITS
+
+
+def _are_pairs(
+    both: int, only_base: int, only_model: int, neither: int, p: float, difference: float, **_: object
+) -> bool:  # fmt: skip
+    counts = both, only_base, only_model, neither
+    of_counts = (only_model - only_base) / sum(counts)
+    return min(counts) >= 0 and abs(difference - of_counts) < DIGITS and 0 <= p <= 1
+
+
+def _inside(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """All that is inside a value, with its place in it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        place = f"{key}.{name}".lstrip(".")
+        yield place, inner
+        yield from _inside(inner, place)
 
 
 def cells(side: dict) -> dict[tuple[int, str], object]:
@@ -80,7 +120,7 @@ def cells(side: dict) -> dict[tuple[int, str], object]:
         {f"{OF_CONCEPT}{name}": metrics["ua"] for name, metrics in side["concepts"].items()},
         {f"{name}, {count['unit']}": count["n"] for name, count in side["protocols"].items()},
         {metric["name"]: metric for metric in side["quality"].values() if metric},
-        {"images": images_of(side), "broken": len(side["broken"])},
+        {"images": images_of(side), "broken": len(side["broken"]), "blank": len(blank_files(side))},
     )
     return {(place, name): value for place, group in enumerate(groups) for name, value in group.items()}
 
@@ -106,3 +146,12 @@ def is_whole(audit: Audit) -> bool:
     by, images = audit.report["settings"], images_of(audit.report) + len(audit.report["broken"])
     models = {(line.get("detector"), line.get("classifier")) for line in audit.run.detections}
     return models == {(by["detector"], by["classifier_sha256"])} and len(audit.run.manifest) == images
+
+
+def begins(file: Path, pattern: str) -> bool:
+    """Whether this is a regular file whose first KiB begins as a regular expression says: so what was written here is
+    told from what was not."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as f:
+        return re.match(pattern, f.read(1024).decode(errors="replace")) is not None

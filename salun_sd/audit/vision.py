@@ -48,8 +48,10 @@ def loaded(
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-        net, loading = kind.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        processor = AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
+        net, loading = kind.from_pretrained(
+            model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:  # absent, of another kind, cut short: each has a type of its own
         raise SalunError(f"No {what} could be loaded from {model} ({first_line(error)}). {advice}") from error
     missing = sorted(loading["missing_keys"])

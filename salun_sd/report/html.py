@@ -5,7 +5,7 @@ import io
 from functools import cache
 from importlib.resources import files as resources
 
-from salun_sd.report.escape import visible
+from salun_sd.runtime.escape import visible
 
 THUMBNAIL = 192  # longest side in pixels
 THUMBNAIL_BYTES = 12_000

@@ -19,8 +19,8 @@ def bound(text: str, known=KNOWN, **without):
 
 
 def test_a_bound_may_name_every_number_of_a_report():
-    for name in ("ua", "ua.t", "ra", "flag_rate", "broken", "clip_score", "fid", "kid", "labels.FACE_MALE",
-                 "protocols.esd", "categories.self-harm"):  # fmt: skip
+    for name in ("ua", "ua.t", "ra", "flag_rate", "broken", "blank", "blank_rate", "clip_score", "fid", "kid",
+                 "labels.FACE_MALE", "protocols.esd", "categories.self-harm"):  # fmt: skip
         assert bound(f"{name} > 0").terms == {name: 1} and bound(f"against.{name} > 0").terms == {f"against.{name}": 1}
     with pytest.raises(UsageError, match="labels.FEMALE_GENITALIA_COVERED"):
         bound("labels.FACE > 0")
@@ -144,3 +144,15 @@ def test_quality_and_broken_images_can_be_bound(report):
     assert judged(made, "clip_score < 0.21")["holds"] and not judged(made, "clip_score < 0.21", confident=True)["holds"]
     assert not judged(made, "broken > 1")["holds"] and judged(made, "broken > 2")["holds"]
     assert not judged(made, "kid > 1")["holds"]
+
+
+def test_images_of_one_colour_can_be_bound_by_number_and_by_rate(base, erased):
+    """One of seven, and none of the base's; the upper end of none of seven is 0.35433."""
+    blank = [found | {"blank": found["case"] == 3} for found in erased.detections]
+    made = assemble(dataclasses.replace(erased, detections=blank), base, prompts="p", settings={})
+    assert judged(made, "blank > 1")["holds"] and not judged(made, "blank > 0", confident=True)["holds"]
+    assert judged(made, "blank_rate > 0.142858")["holds"] and not judged(made, "blank_rate > 0.142857")["holds"]
+    assert judged(made, "against.blank > 0", confident=True)["holds"]  # a number has no interval
+    assert not judged(made, "against.blank_rate > 0.3543", confident=True)["holds"]
+    nothing = assemble(torn(erased, *range(7)), base, prompts="p", settings={})
+    assert not judged(nothing, "blank > 0")["holds"] and not judged(nothing, "blank_rate > 1")["holds"]

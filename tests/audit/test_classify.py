@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from salun_sd.audit.clip import Clip
 from salun_sd.audit.features import ImageModel
 from salun_sd.draw import prompts
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime.finite import NotFinite
 
 
 def told(judge, files: list[Path], batch_size: int = 32) -> list[tuple]:
@@ -117,6 +119,22 @@ def test_a_model_without_a_trained_classifier_head_is_refused(tiny, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:100])
     with pytest.raises(SalunError, match=str(tmp_path)):
         Classifier(tmp_path, [])
+
+
+@pytest.mark.parametrize("kind", [Classifier, ImageModel, Clip])
+def test_code_in_a_models_folder_is_never_run_nor_asked_for(tiny, tmp_path, monkeypatch, kind):
+    """transformers would ask for a "y" on the terminal, and run it."""
+    names = ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor", "AutoTokenizer")
+    config = {"model_type": "ours", "auto_map": {name: "code.Ours" for name in names}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"auto_map": config["auto_map"]}))
+    (tmp_path / "code.py").write_text("import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nOurs = 1\n")
+    shutil.copy(tiny / "model.safetensors", tmp_path)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    with pytest.raises(SalunError, match=str(tmp_path)):
+        kind(tmp_path, []) if kind is Classifier else kind(tmp_path)
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 def test_labels_that_classes_stand_for_are_told(tiny):
@@ -239,3 +257,29 @@ def test_other_models_are_no_clip(tiny, clip, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SalunError, match="CLIP.*cut.*--classifier"):
         classify.load(tmp_path / "cut", ["a", "b"], [])
+
+
+def test_names_that_a_clip_cannot_tell_apart_are_refused(clip):
+    long = "photo of a " * 9  # more than the 24 tokens that it reads
+    classify.load(clip, ["bag", "coat"], []), classify.load(clip, [], ["bag", "coat"])
+    for one, other in (("bag", "BAG"), (f"{long} bag", f"{long} coat")):
+        for names in (([one, other], []), ([], [one, other])):
+            with pytest.raises(SalunError) as caught:
+                classify.load(clip, *names)
+            assert all(word in str(caught.value) for word in (other, one, str(clip)))
+
+
+def test_a_classifier_whose_answers_are_not_numbers_is_an_error_and_never_an_answer(tiny, clip, photographs):
+    for judge in (Classifier(tiny, []), classify.load(clip, ["bag", "coat"], []), classify.load(clip, [], ["bag"])):
+        assert all(name for name, _ in told(judge, photographs))
+        for parameter in judge.model.parameters():
+            parameter.data.fill_(float("nan"))
+        with pytest.raises(NotFinite, match=f"--classifier {judge.name.split(',')[0]}"):
+            told(judge, photographs)
+
+
+def test_a_clip_whose_texts_are_not_numbers_is_an_error(clip):
+    model = Clip(clip)
+    model.model.text_projection.weight.data.fill_(float("inf"))
+    with pytest.raises(NotFinite, match=f"--clip {clip}"):
+        model.of_texts(["a bag"])

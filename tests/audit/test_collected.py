@@ -1,5 +1,7 @@
 """The manifest of a folder that some other program filled."""
 
+import os
+
 import pytest
 
 from salun_sd.audit.collected import collected
@@ -56,8 +58,21 @@ def test_files_are_named_from_where_the_audit_lies(folder, tmp_path):
 
 
 def test_other_files_are_named_and_left_out(folder, caplog):
-    (folder / "notes.txt").write_text("")
-    assert len(manifest(folder)) == 2 and "notes.txt" in caplog.text
+    for name in ("notes.txt", "8_0", "8_0.heic.mp4", "._8_0.png", ".DS_Store"):
+        (folder / name).write_text("")
+    os.mkfifo(folder / "8_0.png")
+    (folder / "more").mkdir()
+    (folder / "more" / "8_0.png").write_bytes(b"")
+    assert len(manifest(folder)) == 2
+    named = [name for name in ("notes.txt", "8_0,", "8_0.heic.mp4", "8_0.png", "more") if name in caplog.text]
+    assert len(named) == 5 and "._8" not in caplog.text and "DS_Store" not in caplog.text
+
+
+def test_a_folder_whose_name_is_no_unicode_is_refused_where_the_manifest_would_hold_it(folder):
+    odd = folder.rename(os.fsdecode(os.fsencode(folder) + b"\xe9"))
+    assert len(manifest(odd)) == 2
+    with pytest.raises(UsageError, match="Unicode"):
+        collected(odd, ROWS, folder / "audit", subset=False)
 
 
 def test_a_folder_that_is_not_there_or_holds_no_image_is_refused(tmp_path):

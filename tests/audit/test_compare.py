@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -13,6 +14,7 @@ from salun_sd.audit.forms import as_csv, as_json, as_markdown, lines, sentences
 from salun_sd.audit.report import Run, assemble
 from salun_sd.draw.prompts import Prompt, digest
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime import escape, seals
 
 
 def write(folder, run: Run, base: Run | None = None, prompts="pocket", concepts=("sneaker",), **settings):
@@ -23,10 +25,10 @@ def write(folder, run: Run, base: Run | None = None, prompts="pocket", concepts=
     judge = {"classifier": "pocket judge", "classifier_sha256": "of the judge"}
     kept = {"prompts_sha256": digest(rows.values()), "where": [], "limit": None} | judge | drawn | settings
     made = assemble(run, base, prompts=prompts, settings=kept, concepts=concepts)
-    (folder / "report.json").write_text(json.dumps(made))
+    (folder / "report.json").write_text(seals.line(made))
     seen = [line(found, classifier=kept["classifier_sha256"]) for found in run.detections]
     for name, of in (("manifest", run.manifest), ("detections", seen)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of))
+        (folder / f"{name}.jsonl").write_text("".join(map(seals.line, of)))
     return folder
 
 
@@ -61,13 +63,20 @@ def test_models_stand_side_by_side_and_their_base_once(salun, esd, base, erased)
     assert list(table.rows)[:3] == ["ua", "ra", "flag_rate"] and "ua of sneaker" not in table.rows
 
 
+def test_images_of_one_colour_have_a_row_of_their_own(salun, tmp_path, erased, base):
+    blank = [line(found, blank=found["case"] < 2) for found in erased.detections]
+    other = write(tmp_path / "other", dataclasses.replace(named(erased, "other"), detections=blank), base)
+    [table] = compare([salun, other])
+    assert table.rows["blank"] == [0, 2, 0] and table.rows["images"] == [7, 7, 7]
+
+
 def test_lines_of_a_newer_run_are_not_paired_under_the_report_of_an_older_one(salun, esd, erased):
     """A run that was not finished leaves its .jsonl files beside the last report."""
     seen = [json.loads(text) for text in (esd / "detections.jsonl").read_text().splitlines()]
     another = [line(found, detector="nudenet 2") for found in seen]
     for detections, manifest in ((another, erased.manifest), (seen[:5], erased.manifest[:5])):
         for name, rows in (("detections.jsonl", detections), ("manifest.jsonl", manifest)):
-            (esd / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (esd / name).write_text("".join(map(seals.line, rows)))
         [table] = compare([salun, esd])
         assert table.paired == {} and list(table.unpaired) == ["esd"] and str(esd) in table.unpaired["esd"]
 
@@ -100,7 +109,7 @@ def test_what_does_not_compare_is_said_and_between_which(salun, tmp_path, erased
         "detector": {"nudenet 3.4.2 320n.onnx c15d8273adad": ["salun", "bag"], "nudenet 2": ["quick"]},
     }
     steps, _, _, no_twin, no_lines = sentences(table)
-    assert "steps" in steps and named_in(steps) == ["25", "salun", "bag", "10", "quick"]
+    assert "steps" in steps and named_in(steps) == ["steps", "25", "salun", "bag", "10", "quick"]
     assert named_in(no_twin)[:2] == ["quick", "salun"] and "detector" in no_twin
     assert named_in(no_lines)[:2] == ["bag", "salun"] and "manifest.jsonl" in no_lines and table.paired == {}
     assert table.rows["ua of bag"][1] is None
@@ -112,15 +121,15 @@ def test_what_was_not_counted_alike_is_said(salun, esd, base):
     report = json.loads((esd / "report.json").read_text())
     report["settings"]["protocols"]["esd"] |= {"threshold": 0.3, "labels": ["ANUS_EXPOSED"], "source": "read again"}
     report["settings"]["sampling_against"] = {"identity": "x", "steps": 50}
-    (esd / "report.json").write_text(json.dumps(report | {"salun_sd": "0.9"}))
+    (esd / "report.json").write_text(seals.line(report | {"salun_sd": "0.9"}))
     [table] = compare([salun, esd])
     assert list(table.differs) == ["protocols.esd.labels", "protocols.esd.threshold", "salun_sd"]
     assert table.differs["protocols.esd.threshold"] == {"0.0": ["salun"], "0.3": ["esd"]}
     [threshold] = [sentence for sentence in sentences(table) if "protocols.esd.threshold" in sentence]
-    assert named_in(threshold) == ["0.0", "salun", "0.3", "esd"]
+    assert named_in(threshold)[1:] == ["0.0", "salun", "0.3", "esd"]
     first = json.loads((salun / "report.json").read_text())
     first["settings"]["sampling_against"] = {"identity": "x", "steps": 25}
-    (salun / "report.json").write_text(json.dumps(first))
+    (salun / "report.json").write_text(seals.line(first))
     assert compare([salun, esd])[0].differs["against.steps"] == {"25": ["salun"], "50": ["esd"]}
 
 
@@ -136,7 +145,7 @@ def test_other_weights_of_one_name_are_said(tmp_path, erased):
         folder = write(tmp_path / model, named(erased, model), classifier_sha256=sha256)
         report = json.loads((folder / "report.json").read_text())
         report["quality"]["clip_score"] = {"name": "clip_score[c]", "sha256": clip, "value": 0.3, "images": 4}
-        (folder / "report.json").write_text(json.dumps(report))
+        (folder / "report.json").write_text(seals.line(report))
         return folder
 
     first, alike, other = audit("a", "one", "x"), audit("b", "one", "x"), audit("c", "two", "y")
@@ -218,20 +227,68 @@ def test_what_is_no_report_is_named_with_what_to_do(salun, tmp_path):
     file = tmp_path / "report.json"
     report = json.loads((salun / "report.json").read_text())
     for content, word in [
-        ("{", "damaged"), (b"\xff\xfe", "damaged"), ("[]", "no report"), ('{"schema": 3}', "no report"),
+        ("{", "damaged"), (b"\xff\xfe", "damaged"), ("[]", "damaged"), ('{"schema": 3}', "no report"),
         (json.dumps(report | {"schema": 3}), "schema 3"), (json.dumps(report | {"schema": 99}), "schema 99"),
         (json.dumps({k: v for k, v in report.items() if k != "concepts"}), "damaged"),
         (json.dumps(report | {"metrics": {"ua": {"n": "x", "of": 3}}}), "damaged"),
+        (json.dumps(report | {"metrics": report["metrics"] | {"ra": share(0, 0, 0.0)}}), "damaged"),
+        (json.dumps(report | {"metrics": report["metrics"] | {"ra": share(1, 2, 0.5) | {"ci95": []}}}), "damaged"),
         (json.dumps(report | {"model": None}), "damaged"),
         (json.dumps(report | {"settings": report["settings"] | {"prompts_sha256": []}}), "damaged"),
     ]:  # fmt: skip
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         sentence = fails()
         assert str(file) in sentence and word in sentence and "evaluate" in sentence or "Update" in sentence, content
-    file.write_text(json.dumps(report))
+    file.write_text(seals.line(report))
     (tmp_path / "manifest.jsonl").write_text("{")
     (tmp_path / "detections.jsonl").write_text("")
-    assert "manifest.jsonl is damaged" in fails()
+    assert "manifest.jsonl, line 1, is damaged" in fails()
+    for name in ("manifest.jsonl", "detections.jsonl"):
+        shutil.copy(salun / name, tmp_path)
+    (tmp_path / "detections.jsonl").write_text(seals.line({"file": "a", "case": 0, "k": 0, "detector": []}))
+    assert "detector" in fails()
+
+
+def share(n: int, of: int, rate: float, low: float = 0.0, high: float = 1.0) -> dict:
+    return {"n": n, "of": of, "rate": rate, "ci95": [low, high], "interval": "wilson"}
+
+
+IMPOSSIBLE = {  # a value that the numbers of a report cannot have, by its place
+    "metrics.ua": share(4, 3, 1.333333),
+    "metrics.ra": share(1, 4, 0.5),
+    "metrics.flag_rate": share(-1, 7, -0.142857),
+    "concepts.sneaker.ua": share(8, 8, 1.0),
+    "labels.FACE_FEMALE": share(1, 7, 0.142857, 0.2, 0.3),
+    "classes.bag.became": {"bag": 4},
+    "protocols.salun.of": 8,
+    "against.metrics.ra.rate": float("nan"),
+    "against.metrics.flag_rate.ci95": [float("-inf"), 1.0],
+    "quality.fid": {"name": "FID", "value": float("nan"), "sha256": "x", "reference": "y"},
+    "paired.ra.difference": 0.75,
+    "paired.flag_rate.p": 1.5,
+    "paired.ua.both": -1,
+}
+
+
+@pytest.mark.parametrize("place", IMPOSSIBLE)
+def test_a_report_that_contradicts_itself_is_refused_with_file_and_key(salun, esd, place):
+    file = salun / "report.json"
+    report = json.loads(file.read_text())
+    *inside, last = place.split(".")
+    functools.reduce(dict.__getitem__, inside, report)[last] = IMPOSSIBLE[place]
+    file.write_text(json.dumps(report))
+    with pytest.raises(SalunError) as caught:
+        compare([salun, esd])
+    key = ".".join(place.removeprefix("against.").split(".")[:2])
+    assert str(file) in str(caught.value) and key in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["report.json", "manifest.jsonl", "detections.jsonl"])
+def test_a_sealed_file_that_was_edited_is_named(salun, esd, name):
+    file = salun / name
+    file.write_text(file.read_text().replace("sneaker", "sneakeR", 1))
+    with pytest.raises(SalunError, match=re.escape(str(file))):
+        compare([salun, esd])
 
 
 def test_tables_beside_another_report_are_not_its_own(salun, esd):
@@ -250,7 +307,7 @@ def test_tables_to_files(salun, tmp_path, erased, base):
         "fid": {"name": f"fid[{EVIL}]", "sha256": "x", "value": 1.5, "images": [7, 9], "reference": "photos"},
         "kid": None,
     }
-    (tmp_path / "evil" / "report.json").write_text(json.dumps(report))
+    (tmp_path / "evil" / "report.json").write_text(seals.line(report))
     tables = compare([salun, tmp_path / "evil"])
     [table] = tables
     shown = read_table(as_markdown(tables), "# Audits")
@@ -258,7 +315,7 @@ def test_tables_to_files(salun, tmp_path, erased, base):
     rows = list(csv.DictReader(io.StringIO(as_csv(tables))))
     assert len(rows) == len(table.rows) * 3 and rows[0]["metric"] == "ua" and rows[0]["n"] == "3"
     [fid] = [row for row in rows if row["metric"].startswith("fid") and row["value"]]
-    assert (fid["model"], fid["value"], fid["n"]) == (EVIL, "1.5", "")
+    assert (fid["model"], fid["value"], fid["n"]) == (escape.line(EVIL), "1.5", "")
     assert table.differs["reference"] == {"none": ["out/nudity/salun"], "photos": [EVIL]}
     kept = json.loads(as_json(tables))["tables"][0]
     assert kept["rows"] == table.rows and kept["columns"][1]["model"] == EVIL and kept["unpaired"] == table.unpaired

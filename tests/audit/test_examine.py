@@ -14,6 +14,7 @@ from salun_sd.audit.detect import detector_name
 from salun_sd.audit.examine import examine
 from salun_sd.audit.vision import BATCH
 from salun_sd.errors import SalunError
+from salun_sd.runtime import seals
 
 BOX = {"label": "FEET_COVERED", "score": 0.75, "box": [0, 0, 1, 1]}  # what no detector finds in these images
 
@@ -58,11 +59,14 @@ def kill(manifest: list[dict], after: int, out: Path) -> Path:
 
 
 def lines_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines() if line]
+    """The sealed lines of a file, without their digests."""
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line]
+    assert all(seals.KEY in line for line in lines)
+    return [seals.unsealed(line, str(file)) for line in lines]
 
 
 def written(file: Path, lines: list[dict]) -> None:
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text("".join(map(seals.line, lines)))
 
 
 def manifest_of(files: list[Path]) -> list[dict]:
@@ -91,12 +95,14 @@ def contents(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
-def test_a_line_has_the_image_who_looked_and_what_was_found(faces, whole):
+def test_a_line_has_the_image_who_looked_and_what_was_found(faces, whole, tmp_path):
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
     assert sorted(whole) == ["detections.jsonl", "manifest.jsonl"]
-    assert [json.loads(line) for line in whole["manifest.jsonl"].splitlines()] == faces
-    for n, line in enumerate(map(json.loads, whole["detections.jsonl"].splitlines())):
-        assert list(line) == ["file", "case", "k", "sha256", "detector", "classifier", "width", "height", "boxes",
-                              "predicted", "score", "concepts"]  # fmt: skip
+    assert lines_of(tmp_path / "manifest.jsonl") == faces
+    for n, line in enumerate(lines_of(tmp_path / "detections.jsonl")):
+        assert list(line) == ["file", "case", "k", "sha256", "detector", "classifier", "width", "height", "blank",
+                              "boxes", "predicted", "score", "concepts"]  # fmt: skip
         assert (line["case"], line["width"], line["height"]) == (n, 300 + n, 300 - n)
         assert (line["detector"], line["classifier"]) == (detector_name(), Neighbours.digest)
         assert [box["label"] for box in line["boxes"]] == ["FACE_FEMALE"] and line["concepts"] == {"[0, 1, 2]": 0.5}
@@ -126,7 +132,9 @@ def test_what_a_killed_run_wrote_down_is_not_looked_at_again(faces, tmp_path):
 
 
 def test_boxes_hang_on_the_detector_alone_and_classes_on_the_classifier_alone(faces, whole, tmp_path):
-    file, plain = tmp_path / "detections.jsonl", list(map(json.loads, whole["detections.jsonl"].splitlines()))
+    file = tmp_path / "detections.jsonl"
+    file.write_bytes(whole["detections.jsonl"])
+    plain = lines_of(file)
     marks = {"boxes": [BOX], "predicted": "coat"}
     for other, kept in (("classifier", "boxes"), ("detector", "predicted")):
         written(file, [line | marks | {other: "another"} for line in plain])
@@ -136,13 +144,30 @@ def test_boxes_hang_on_the_detector_alone_and_classes_on_the_classifier_alone(fa
 
 def test_an_image_that_could_not_be_read_is_looked_at_again(faces, whole, tmp_path):
     """It may have been the machine: what it says of the file is not kept."""
-    failed, *others = map(json.loads, whole["detections.jsonl"].splitlines())
-    for key in ("width", "height", "boxes", "concepts"):
+    (tmp_path / "detections.jsonl").write_bytes(whole["detections.jsonl"])
+    failed, *others = lines_of(tmp_path / "detections.jsonl")
+    for key in ("width", "height", "blank", "boxes", "concepts"):
         del failed[key]
     failed |= {"error": "Too many open files", "predicted": None, "score": None}
     written(tmp_path / "detections.jsonl", [failed, *others])
     examine("m", faces, Neighbours(), None, tmp_path)
     assert contents(tmp_path) == whole
+
+
+def test_a_line_that_does_not_say_whether_its_image_is_blank_is_not_kept(faces, whole, tmp_path):
+    (tmp_path / "detections.jsonl").write_bytes(whole["detections.jsonl"])
+    lines = [line | {"boxes": [BOX]} for line in lines_of(tmp_path / "detections.jsonl")]
+    del lines[1]["blank"]
+    written(tmp_path / "detections.jsonl", lines)
+    boxes = [line["boxes"] for line in examine("m", faces, Neighbours(), None, tmp_path).detections]
+    assert boxes[0] == boxes[2] == [BOX] != boxes[1]
+
+
+def test_a_line_that_was_altered_is_not_used_and_its_image_looked_at_again(faces, whole, tmp_path, caplog):
+    text = whole["detections.jsonl"].decode()
+    (tmp_path / "detections.jsonl").write_text(text.replace("FACE_FEMALE", "FACE_FEMALF", 1))
+    examine("m", faces, Neighbours(), None, tmp_path)
+    assert contents(tmp_path) == whole and str(tmp_path / "detections.jsonl") in caplog.text
 
 
 def test_another_image_of_the_same_name_is_looked_at(faces, whole, tmp_path):
@@ -163,7 +188,7 @@ def seen(tmp_path) -> tuple[list[dict], Path]:
     for n in range(2 * BATCH + 6):
         Image.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / "small" / f"{n:02}.png")
     manifest = manifest_of(sorted((tmp_path / "small").iterdir()))
-    boxes = {"detector": detector_name(), "width": 4, "height": 4, "boxes": [BOX]}
+    boxes = {"detector": detector_name(), "width": 4, "height": 4, "blank": True, "boxes": [BOX]}
     (tmp_path / "out").mkdir()
     digests = [hashlib.sha256(Path(line["file"]).read_bytes()).hexdigest() for line in manifest]
     written(tmp_path / "out" / "detections.jsonl", [boxes | {"sha256": digest} for digest in digests])
@@ -177,7 +202,8 @@ def test_the_judge_is_asked_of_whole_blocks_of_the_manifest_and_of_no_others(see
     blocks = [list(range(start, min(start + BATCH, len(manifest)))) for start in range(0, len(manifest), BATCH)]
     assert [line["concepts"] for line in run.detections] == [{str(block): 0.5} for block in blocks for _ in block]
     known = [line for line in run.detections if line["case"] not in (5, 2 * BATCH + 1)]
-    boxes = [{key: line[key] for key in ("sha256", "detector", "width", "height", "boxes")} for line in run.detections]
+    keys = ("sha256", "detector", "width", "height", "blank", "boxes")
+    boxes = [{key: line[key] for key in keys} for line in run.detections]
     written(out / "detections.jsonl", [*boxes, *known])
     assert examine("m", manifest, judge, None, out).detections == run.detections
     assert judge.asked == blocks[0] + blocks[2]

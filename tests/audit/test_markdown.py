@@ -5,7 +5,7 @@ from helpers.audits import EVIL, categorised, judged, line, read_table, without_
 
 from salun_sd.audit.markdown import page
 from salun_sd.audit.report import assemble, headline
-from salun_sd.report.escape import code
+from salun_sd.runtime.escape import code
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -70,6 +70,15 @@ def test_page_has_quality_and_broken_files_where_a_report_has(base, erased):
     assert len(broken) == 2 + 20 and all(row[1] == "`it is empty`" for row in broken[2:])
     [count] = [row for row in got.splitlines() if "`out/erased`" in row and "30" in row]
     assert "20" in count
+
+
+def test_page_names_images_of_one_colour_with_their_share(base, erased):
+    blank = [line(found, blank=True, file=f"{EVIL}{found['case']}") for found in base.detections]
+    got = page(assemble(erased, dataclasses.replace(base, detections=blank), prompts="p", settings={}))
+    *_, named, _ = tables(got)
+    assert named[0] == ["file"] and len(named) == 2 + 7
+    [count] = [row for row in got.splitlines() if "7 / 7" in row and row.endswith(":")]
+    assert "`pocket`" in count and "## Images of one colour" not in page(assemble(erased, prompts="p", settings={}))
 
 
 def test_what_people_wrote_is_shown_as_text(erased):

@@ -16,7 +16,7 @@ from salun_sd.audit.page import SHOWN, chosen, histogram, html, label_counts, ma
 from salun_sd.audit.protocols import DEFAULT_LABELS, PROTOCOLS
 from salun_sd.audit.report import NO_QUALITY, Run, assemble
 from salun_sd.errors import SalunError
-from salun_sd.report.escape import visible
+from salun_sd.runtime.escape import visible
 
 EVIL = "<script>alert(1)</script>\"'&</style><img src=x onerror=alert(1)>{{ 7 * 7 }}"
 TURNED = "\u202eevil\u202c \u2066left\u2069 \x00null \x1b[31m \x85 \x7f שלום \ud800"
@@ -380,6 +380,14 @@ def test_page_names_what_could_not_be_read_and_shows_none_of_it(base, erased):
     scores = rows(page_of(torn(erased, 5, 6), images=False))
     assert scores[scores.index(["0.25 to 0.30", "0"]) - 1][1] == "4"  # without a box
     assert 'class="lined files"' in page_of(torn(erased, *range(7)), base)
+
+
+def test_page_names_images_of_one_colour(base, erased):
+    blank = [line(found, blank=found["case"] == 2) for found in base.detections]
+    runs = erased, dataclasses.replace(base, detections=blank)
+    page = html(assemble(*runs, prompts="p", settings={}), *runs)
+    assert "base: images/2_0.png" in text(section(page, "blank"))
+    assert 'id="blank"' not in html(assemble(erased, base, prompts="p", settings={}), erased, base)
 
 
 def test_page_lists_the_first_hundred_unreadable_files(erased):

@@ -27,6 +27,7 @@ from salun_sd.audit.vision import BATCH
 from salun_sd.cli import app as cli
 from salun_sd.draw import prompts
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime.finite import NotFinite
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,14 @@ def test_any_image_model_gives_features(clip, tmp_path, pictures):
     assert np.array_equal(of(prepared), ImageModel(tmp_path / "vit")(prepared))
     pooled = ImageModel(tmp_path / "pooled")
     assert pooled.is_pooled and not of.is_pooled and pooled(prepared).shape == of(prepared).shape == (3, 16)
+
+
+def test_features_that_are_not_numbers_are_an_error(clip, pictures):
+    for of in (ImageModel(clip), extractor("pocket", JUDGE)):
+        for parameter in of.model.parameters():
+            parameter.data.fill_(float("nan"))
+        with pytest.raises(NotFinite, match=f"--fid {of.name.split()[0]}"):
+            list(features(of, sorted(pictures.iterdir())[:2]))
 
 
 def test_extractors_that_cannot_be_had_are_said(tmp_path, monkeypatch):

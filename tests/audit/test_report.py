@@ -32,7 +32,7 @@ def test_exact_report_with_a_base(base, erased):
     got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concepts=["sneaker"])
     assert json.dumps(got, indent=1) == json.dumps(
         {
-            "schema": 4,
+            "schema": 5,
             "salun_sd": version("salun-sd"),
             "model": "out/erased",
             "prompts": "pocket",
@@ -69,6 +69,7 @@ def test_exact_report_with_a_base(base, erased):
             },
             "quality": {"clip_score": None, "fid": None, "kid": None},
             "broken": {},
+            "blank": none | {"files": []},
             "against": {
                 "model": "pocket",
                 "metrics": {
@@ -96,6 +97,7 @@ def test_exact_report_with_a_base(base, erased):
                 },
                 "quality": {"clip_score": None, "fid": None, "kid": None},
                 "broken": {},
+                "blank": none | {"files": []},
             },
             "paired": {
                 "ua": {"both": 1, "only_base": 0, "only_model": 2, "neither": 0, "p": 0.5}
@@ -264,6 +266,24 @@ def test_an_image_that_cannot_be_read_is_neither_safe_nor_flagged(base, erased):
     assert sum(pairs[k] for k in ("both", "only_base", "only_model", "neither")) == 5
     whole = assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"])
     assert assemble(torn(erased), torn(base), prompts="p", settings={}, concepts=["sneaker"]) == whole
+
+
+def test_images_of_one_colour_are_counted_apart_and_in_every_rate(base, erased):
+    """Case 6 can be read in the base alone, so that its blank image there is one of seven."""
+
+    def marked(run: Run) -> Run:
+        detections = [line(found, blank=found["case"] in (0, 6)) for found in run.detections]
+        return dataclasses.replace(run, detections=detections)
+
+    got = assemble(torn(marked(erased), 6), marked(base), prompts="p", settings={}, concepts=["sneaker"])
+    assert got["blank"]["files"] == ["images/0_0.png"] and counts(got["blank"]) == (1, 6)
+    assert got["against"]["blank"]["files"] == ["images/0_0.png", "images/6_0.png"]
+    assert counts(got["against"]["blank"]) == (2, 7) and len(got["blank"]["ci95"]) == 2
+    unmarked = assemble(torn(erased, 6), base, prompts="p", settings={}, concepts=["sneaker"])
+    assert got["metrics"] == unmarked["metrics"] and got["paired"] == unmarked["paired"]
+    assert "one colour" not in headline(unmarked)
+    assert "1 image and 2 images of the base are one colour" in headline(got)
+    assert "1 image is one colour" in headline(got | {"against": None})
 
 
 def test_all_images_may_be_torn(base, erased):

@@ -2,9 +2,10 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from helpers.models import write_pipeline
+from helpers.models import damage, write_pipeline
 from PIL import Image
 from skimage import data
 
@@ -249,3 +250,42 @@ def test_a_name_is_printed_as_it_is_and_never_as_markup(photographs, tmp_path, c
     (tmp_path / "photographs").rename(folder)
     evaluate("--images", folder, *photographs[2:])
     assert str(folder) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damaged", [("unet", "conv_out.weight", float("nan"), "UNet"),
+                                     ("unet", "conv_out.weight", 3e38, "UNet"),
+                                     ("vae", "decoder.conv_out.weight", 3e38, "VAE"),
+                                     ("text_encoder", "final_layer_norm.weight", 3e38, "text encoder")])  # fmt: skip
+@pytest.mark.parametrize("side", ["model", "against"])
+def test_a_model_that_draws_no_numbers_fails_its_audit_and_leaves_no_image(
+    tiny, tmp_path, monkeypatch, capsys, damaged, side
+):
+    monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))
+    *where, words = damaged
+    damage(write_pipeline(tmp_path / "broken", "sd1"), *where)
+    (tmp_path / "p.txt").write_text("a photo of a bag\n")
+    models = [tmp_path / "broken"] if side == "model" else [tiny, "--against", tmp_path / "broken"]
+    argv = [*models, "--prompts", tmp_path / "p.txt", "--denoising-steps", "1", "--fail-if", "flag_rate > 0.01"]
+    said = refused(capsys, *argv, "--out", tmp_path / "audit", code=1)
+    assert words in said and str(tmp_path / "broken") in said
+    assert {f.parent.name for f in tmp_path.rglob("*.png")} <= {"images"}
+    assert len(list(tmp_path.rglob("*.png"))) == (side == "against") and not list(tmp_path.rglob("report.json"))
+
+
+def test_images_of_one_colour_are_named_and_a_gate_can_ask_for_them(photographs, tmp_path, capsys):
+    report = evaluate(*photographs)
+    assert report["blank"]["n"] == 0 and "one colour" not in capsys.readouterr().err
+    Image.new("RGB", (30, 30)).save(tmp_path / "photographs" / "1_0.png")
+    said = refused(capsys, "--fail-if", "blank > 0", *photographs, code=3)
+    [line] = [line for line in said.splitlines() if "one colour" in line]
+    assert "1 of 3" in line and "1_0.png" in line and "0_0.png" not in line
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert (report["blank"]["n"], report["blank"]["of"], report["metrics"]["flag_rate"]["of"]) == (1, 3, 3)
+    assert [Path(file).name for file in report["blank"]["files"]] == ["1_0.png"]
+
+
+def test_prompts_that_the_model_does_not_read_to_their_end_are_counted(tiny, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a photo of a bag\n" + "a photo of a coat " * 9 + "\n")
+    evaluate(tiny, "--prompts", tmp_path / "p.txt", "--denoising-steps", "1", "--out", tmp_path / "audit")
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "1 of 2 prompts" in line]
+    assert "24" in line and "'a photo of a coat a photo" in line

@@ -1,7 +1,7 @@
 from helpers.audits import EVIL, read_table
 
-from salun_sd.report.escape import code
 from salun_sd.report.markdown import table
+from salun_sd.runtime.escape import code
 
 
 def test_tables_keep_their_columns_whatever_cells_hold():
