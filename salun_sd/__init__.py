@@ -11,9 +11,6 @@ What the commands do, as functions: `mask`, `erase`, `apply`, `evaluate`, `compa
 """
 
 from importlib import import_module
-from importlib.metadata import version
-
-__version__ = version("salun-sd")
 
 # Where each name is from; imported at its first use, so that `import salun_sd` waits for no library.
 _NAMES = {
@@ -26,6 +23,10 @@ __all__ = [*_NAMES, "__version__"]
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("salun-sd")
     if name not in _NAMES:
         raise AttributeError(f"module 'salun_sd' has no attribute {name!r}")
     return getattr(import_module(f"salun_sd.{_NAMES[name]}"), name)

@@ -11,7 +11,7 @@ import typer
 
 from salun_sd.cli import options as o
 from salun_sd.cli import tables
-from salun_sd.cli.failures import RANK, Commands, show_log
+from salun_sd.cli.failures import Commands, mute, print_lines, repair_streams, show_log
 from salun_sd.cli.options import Command, concepts_from, is_typed
 from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks
@@ -32,7 +32,7 @@ def show_version(wanted: bool) -> None:
     if wanted:
         from salun_sd import __version__
 
-        print(f"salun-sd {__version__}")
+        print_lines(f"salun-sd {__version__}")
         raise typer.Exit
 
 
@@ -45,21 +45,25 @@ def program(
     pass
 
 
+def loading() -> None:
+    """Say, once, what a command waits for before its first line: the libraries take seconds to load."""
+    if "torch" not in sys.modules:
+        print_lines("Loading PyTorch and diffusers.", sys.stderr)
+
+
 def begin() -> None:
     """Before a command that computes: give freed memory back to the system, and join the other processes, if any.
 
     Raises UsageError where the other processes do not answer.
     """
+    if ranks.launched()[0]:
+        mute()
+    loading()
     from salun_sd.runtime import memory
     from salun_sd.runtime.device import default_device
 
     memory.return_freed_memory()
-    try:
-        ranks.start(default_device())
-    except (ValueError, RuntimeError) as e:
-        reason = str(e).partition("\n")[0]
-        raise UsageError(f"WORLD_SIZE and RANK are set, but no other process answers ({reason}): start several with "
-                         "torchrun, or unset them.") from e  # fmt: skip
+    ranks.start(default_device())
 
 
 @app.command(
@@ -89,12 +93,13 @@ def mask(
 
     The mask keeps those where the forgetting loss has the largest gradient (the saliency).
     """
+    concepts = concepts_from(plan, concept)
+    begin()
     from salun_sd.edit import run as edit
     from salun_sd.edit.resources import Forecast
 
-    begin()
     result = edit.mask(
-        model, concepts_from(plan, concept), forget=forget, samples=samples, size=size, density=density or 0.5,
+        model, concepts, forget=forget, samples=samples, size=size, density=density or 0.5,
         saliency_guidance=saliency_guidance, batch_size=batch_size, seed=seed, dtype=dtype,
         checkpointing=checkpointing, out=out, dry_run=dry_run, config=config, revision=revision, variant=variant,
     )  # fmt: skip
@@ -148,19 +153,20 @@ def erase(
 
     All other weights keep their bits. The same command resumes a run that was interrupted.
     """
+    if mask:  # their defaults, and a plan's values, are for a mask that is computed
+        density = density if is_typed(ctx, "density") else None
+        saliency_guidance = saliency_guidance if is_typed(ctx, "saliency_guidance") else None
+    concepts = concepts_from(plan, concept, anchor)
+    begin()
     from salun_sd.edit import run as edit
     from salun_sd.edit.resources import Forecast
 
-    begin()
-    if mask and (is_typed(ctx, "density") or is_typed(ctx, "saliency_guidance")):
-        raise UsageError("--density and --saliency-guidance are for a mask that erase computes: leave them out with "
-                         "--mask.")  # fmt: skip
-    concepts = concepts_from(plan, concept, anchor)
     if plan and not is_typed(ctx, "retain"):
         if retain_prompts:  # typed: they replace the images of the plan
             retain = retain_caption = None
         else:
             retain_prompts = plan.retain_prompts
+    is_new = not out.is_file() and not (out.is_dir() and any(out.iterdir()))
     record = edit.erase(
         model, concepts, anchor, out=out, mask=mask, density=density, saliency_guidance=saliency_guidance,
         forget=forget, retain=retain, retain_caption=retain_caption, retain_prompts=retain_prompts, samples=samples,
@@ -172,7 +178,7 @@ def erase(
     if isinstance(record, Forecast):
         tables.show_plan(record)
     elif ranks.is_main():
-        tables.show_erased(record, out)
+        tables.show_erased(record, out, is_new)
 
 
 @app.command(
@@ -192,6 +198,7 @@ def apply(
 
     The result is the same to the last bit. With --revert: the base, from the erased checkpoint.
     """
+    loading()
     from salun_sd.edit import deliver
 
     record = deliver.apply(
@@ -199,7 +206,7 @@ def apply(
     )
     what = "base" if revert else "erased"
     size = tables.megabytes(deliver.size_on_disk(out))
-    print(f"{out}: the {what} UNet {record[what]['fingerprint'][:12]}, {size}")
+    print_lines(f"{out}: the {what} UNet {record[what]['fingerprint'][:12]}, {size}")
 
 
 @app.command(cls=Command, epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
@@ -235,10 +242,10 @@ def evaluate(
     NudeNet looks for nudity; a classifier names the class of each image. The audit is report.html, report.md and
     report.json.
     """
+    begin()
     from salun_sd.audit import run as audit
     from salun_sd.report.gate import reasons
 
-    begin()
     report = audit.evaluate(
         model, prompts=prompts, out=out, where=where or (), limit=limit, against=against, images=images,
         concept_class=concept_class or (), classifier=classifier, detector_model=detector_model, clip=clip, fid=fid,
@@ -247,10 +254,10 @@ def evaluate(
         confident=confident, config=config, revision=revision, variant=variant,
     )  # fmt: skip
     tables.show_audit(report)
-    print(f"{out / 'report.html'}")
+    print_lines(f"{out / 'report.html'}")
     if broken := [entry for entry in report["gate"] or () if not entry["holds"]]:
         for entry in broken:
-            print(f"Failed: {entry['bound']}: {reasons(entry)}.", file=sys.stderr)
+            print_lines(f"Failed: {entry['bound']}: {reasons(entry)}.", sys.stderr)
         ranks.wait()  # else a process that ends first makes the launcher end the main one while it writes
         if ranks.count() > 1:  # once one has ended, the launcher ends the others: each is to end with its own code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -264,14 +271,13 @@ def compare(audits: Annotated[list[Path], o.AUDITS], out: Annotated[Path | None,
     A table has a column for each model.
     """
     from salun_sd.audit import compare, forms
-    from salun_sd.runtime import files
 
-    if out and out.suffix not in forms.FORMS:
-        raise UsageError(f"--out {out} ends in none of {', '.join(forms.FORMS)}: give it one of these.")
+    if out:
+        forms.check_place(out)
     compared = compare.compare(audits)
     if out:
-        files.write_atomic(out, forms.FORMS[out.suffix](compared))
-        print(out)
+        forms.write(compared, out)
+        print_lines(str(out))
     else:
         tables.show_compared(compared)
 
@@ -288,11 +294,11 @@ def cache(clear: Annotated[bool, o.CLEAR] = False, older_than: Annotated[float |
         raise UsageError("--older-than is for --clear: give both.")
     if clear:
         files, size = cache.clear(older_than)
-        print(f"{cache.folder()}: removed {files:,} files, {tables.megabytes(size)}")
+        print_lines(f"{cache.folder()}: removed {files:,} files, {tables.megabytes(size)}")
         return
     entries = cache.entries()
     tables.show_entries(entries)
-    print(f"{cache.folder()}: {tables.megabytes(sum(e.bytes for e in entries))}")
+    print_lines(f"{cache.folder()}: {tables.megabytes(sum(e.bytes for e in entries))}")
 
 
 @app.command(cls=Command, epilog=example("demo --out demo"))
@@ -306,10 +312,12 @@ def demo(
 
     Runs mask, erase and evaluate, and prints each command before it runs.
     """
+    loading()
     from salun_sd.cli.demo import commands
 
     for line in commands(concept_class, anchor_class, density, out):
-        print(f"\n$ {shlex.join(['salun-sd', *line])}", flush=True)
+        print_lines("")
+        print_lines(f"$ {shlex.join(['salun-sd', *line])}")
         run(line)
 
 
@@ -328,8 +336,7 @@ def main() -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends for Ctrl-C
-    if RANK != 0:  # of several processes, only the main one prints; a failure of another is printed all the same
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+    repair_streams()
     run(sys.argv[1:])
 
 

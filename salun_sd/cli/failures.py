@@ -2,16 +2,18 @@
 
 import logging
 import os
+import re
 import shutil
 import sys
+import textwrap
+import warnings
+from typing import TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from salun_sd.errors import SalunError
-from salun_sd.runtime import ranks
-
-RANK, _ = ranks.launched()
+from salun_sd.errors import SalunError, first_line
+from salun_sd.runtime import escape, ranks
 
 
 class Commands(TyperGroup):
@@ -19,15 +21,21 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # what cannot be printed is a failure here, and no traceback at the end of Python
+            return result
+        except BrokenPipeError:  # typer ends quietly where the reader of a pipe has gone, as `head` does
+            raise
         except (SalunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and "out of memory" not in str(e) and "can't allocate memory" not in str(e):
                 raise
             if os.environ.get("SALUN_SD_DEBUG"):
                 raise
             text, code = in_words(e)
-            line, stream = (text, sys.stderr) if RANK == 0 else (f"Process {RANK}: {text}", sys.__stderr__)
-            print(line, file=stream)
+            if ranks.is_main():
+                print_lines(text, sys.stderr)
+            else:
+                print_lines(f"Process {ranks.rank()}: {text}", sys.__stderr__)
             raise typer.Exit(code) from e
 
 
@@ -35,22 +43,48 @@ def in_words(e: BaseException) -> tuple[str, int]:
     """The sentence and the exit code of a failure."""
     if isinstance(e, SalunError):
         return f"Error: {e}", e.exit_code
-    if isinstance(e, shutil.Error):  # of copytree: (from, to, reason) for each file
-        return f"Error: cannot write {e.args[0][0][1]}: {e.args[0][0][2]}.", 1
     if isinstance(e, OSError):
-        place = f" {e.filename}" if e.filename else ""
-        return f"Error: cannot read or write{place}: {e.strerror or e}.", 1
+        name = e.filename2 or e.filename  # of a copy or a move, the second is the one that is written
+        place = f" {name}" if name else ""
+        return f"Error: cannot read or write{place}: {e.strerror or first_line(e)}.", 1
     if not isinstance(e, KeyboardInterrupt):
-        reason = str(e).partition(".")[0]
-        return f"Error: out of memory ({reason}): with --dry-run, mask and erase name options that take less.", 1
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(e))
+        size = f" ({asked[1]} more were asked for)" if asked else ""
+        return f"Error: out of memory{size}: with --dry-run, mask and erase name options that take less.", 1
     return str(e) or "Interrupted. Nothing is half-written; the same command resumes from what was saved.", 130
+
+
+def print_lines(text: str, stream: TextIO | None = None) -> None:
+    """Print a text on a stream, or on stdout. A control character in it, a line break too, is printed as a visible one,
+    for names and messages from files are no commands for a terminal; on a terminal, lines break between words."""
+    stream, text = stream or sys.stdout, escape.line(text)
+    if stream.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    print(text, file=stream, flush=True)
 
 
 class ToStderr(logging.Handler):
     """Prints log lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print_lines(self.format(record), sys.stderr)
+
+
+def mute() -> None:
+    """Print nothing more: of several processes, only the main one prints. A failure of another is printed all the
+    same."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def repair_streams() -> None:
+    """Let nothing that is printed fail: on a closed stream it is lost, and a character that the terminal cannot show is
+    escaped. No file gets the number of a closed stream, to which C libraries write their warnings."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def show_log() -> None:
@@ -59,3 +93,4 @@ def show_log() -> None:
     if not any(isinstance(handler, ToStderr) for handler in log.handlers):
         log.addHandler(ToStderr())
     log.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd notes in images whose pixels are whole

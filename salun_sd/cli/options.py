@@ -6,7 +6,10 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
+from salun_sd.cli.failures import print_lines
+from salun_sd.edit.ranges import RANGES
 from salun_sd.errors import UsageError
+from salun_sd.runtime.texts import check_given
 
 # (command, old name) => new name. Old names work for one more version.
 RENAMED = {
@@ -23,15 +26,16 @@ RENAMED = {
 
 
 class Command(TyperCommand):
-    """A command that takes old option names, and rejects an option of one value that is given twice: typer would let
-    the second value replace the first without a word."""
+    """A command that takes old option names, and rejects an option of one value that is given twice, where typer would
+    let the second value replace the first without a word, and a text that is empty or no valid Unicode."""
 
     def parse_args(self, ctx, args):
         args = [self._with_new_name(word) for word in args]
-        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        values, _, given = self.make_parser(ctx).parse_args(list(args))
         for param in given:
             if given.count(param) > 1 and param.param_type_name == "option" and not param.multiple:
                 raise UsageError(f"{param.opts[0]} is given twice: give it once.")
+        check_given(**values)
         return super().parse_args(ctx, args)
 
     def _with_new_name(self, word: str) -> str:
@@ -40,8 +44,9 @@ class Command(TyperCommand):
         new = RENAMED.get((self.name, old))
         if new is None:
             return word
-        print(f"{old} of {self.name} is now called {new}. The old name stops working in the next version.",
-              file=sys.stderr)  # fmt: skip
+        print_lines(
+            f"{old} of {self.name} is now called {new}. The old name stops working in the next version.", sys.stderr
+        )
         return f"{new}{equals}{value}"
 
 
@@ -93,12 +98,16 @@ FORGET = Option(
     help="Images of the concept: a folder, or a data set as org/name:column=value. Default: the model draws --samples "
     "images."
 )
-SAMPLES = Option(min=1, help="Images to draw for each concept, and in `erase` to retain, where none are given.")
-TRAINING_SIZE = Option(min=1, help="Side of the training images in pixels. Default: the model's own size.")
+SAMPLES = Option(
+    min=RANGES["samples"].low, help="Images to draw for each concept, and in `erase` to retain, where none are given."
+)
+TRAINING_SIZE = Option(
+    min=RANGES["size"].low, help="Side of the training images in pixels. Default: the model's own size."
+)
 SALIENCY_GUIDANCE = Option(
     help="w in the saliency loss, whose prediction is (1 + w) conditional - w unconditional. 0: the paper's loss."
 )
-SEED = Option(min=0, max=2**31 - 1, help="Random seed of noise, timesteps and image order.")
+SEED = Option(min=RANGES["seed"].low, max=RANGES["seed"].high, help="Random seed of noise, timesteps and image order.")
 DTYPE = Option(
     help="Dtype of the UNet's weights in memory. Default: bfloat16 on a GPU that computes in it, else float32."
 )
@@ -112,9 +121,12 @@ DRY_RUN = Option("--dry-run", help="Print the settings and the memory of each st
 
 # mask
 DENSITIES = Option(
-    metavar="<float>", help="Share of weights to keep, above 0, at most 1. Repeat it for several masks. Default: 0.5."
+    metavar="<float>",
+    help=f"Share of weights to keep: {RANGES['density'].words}. Repeat it for several masks. Default: 0.5.",
 )
-GRADIENT_BATCH = Option(min=1, help="Images per backward pass. It changes memory use, and the mask only by rounding.")
+GRADIENT_BATCH = Option(
+    min=RANGES["batch_size"].low, help="Images per backward pass. It changes memory use, and the mask only by rounding."
+)
 MASK_OUT = Option(help="Mask file (.safetensors) to write. With several densities, -DENSITY is added to its name.")
 
 # erase
@@ -124,7 +136,7 @@ MASK = Option(
     help="Mask file, or a control: random:D (random, of density D) or none (every weight). Default: compute the mask "
     "first, with --density and --saliency-guidance."
 )
-DENSITY = Option(help="Share of weights to keep in the mask, above 0, at most 1.")
+DENSITY = Option(help=f"Share of weights to keep in the mask: {RANGES['density'].words}.")
 RETAIN = Option(
     help="Images to retain: a folder, or a data set as org/name:column!=value. Default: the model draws --samples "
     "images."
@@ -137,16 +149,21 @@ RETAIN_PROMPTS = Option(
     "the anchors."
 )
 RETAIN_WEIGHT = Option(help="Weight of the retain loss; the forget loss has weight 1.")
-LR = Option(help="Learning rate of Adam, above 0, at most 1.")
-CLIP_NORM = Option(help="Largest norm of the masked weights' gradient, above 0. Default: no limit.")
-STEPS = Option(min=1, help="Number of updates. Default: one pass over the forget images.")
-BATCH_SIZE = Option(min=1, help="Forget images per update; as many retain images are added.")
-ANCHOR_FROM = Option(help="Weights that predict the anchor, which is the target: the current ones, or the base's.")
-SAMPLE_EVERY = Option(min=0, help="Draw sample images into samples/ every N updates. 0: never.")
-SAVE_EVERY = Option(
-    min=0, help="Minutes between saved states, from which the same command resumes. 0: save only at Ctrl-C."
+LR = Option(help=f"Learning rate of Adam: {RANGES['lr'].words}.")
+CLIP_NORM = Option(
+    help=f"Largest norm of the masked weights' gradient: {RANGES['clip_norm'].words}. Default: no limit."
 )
-PARTS = Option(min=1, help="Parts to split each batch into: less memory, the same update.")
+STEPS = Option(min=RANGES["steps"].low, help="Number of updates. Default: one pass over the forget images.")
+BATCH_SIZE = Option(min=RANGES["batch_size"].low, help="Forget images per update; as many retain images are added.")
+ANCHOR_FROM = Option(help="Weights that predict the anchor, which is the target: the current ones, or the base's.")
+SAMPLE_EVERY = Option(
+    min=RANGES["sample_every"].low, help="Draw sample images into samples/ every N updates. 0: never."
+)
+SAVE_EVERY = Option(
+    min=RANGES["save_every"].low,
+    help="Minutes between saved states, from which the same command resumes. 0: save only at Ctrl-C.",
+)
+PARTS = Option(min=RANGES["parts"].low, help="Parts to split each batch into: less memory, the same update.")
 FORMAT = Option(help="A pipeline folder, one file for A1111 and ComfyUI, or a patch: only what changed.")
 REVERSIBLE = Option("--reversible", help="With --format patch: keep the base's values, too, for `apply --revert`.")
 

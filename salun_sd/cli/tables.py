@@ -3,12 +3,28 @@
 import sys
 import time
 
+import rich.table
 from rich.console import Console
-from rich.table import Table
+
+from salun_sd.cli.failures import print_lines
+from salun_sd.runtime.escape import line, visible
+
+
+class Table(rich.table.Table):
+    """A table whose control characters are visible ones. Only in a cell after the first, a line break stays one."""
+
+    def add_column(self, header="", *args, **kwargs):
+        super().add_column(line(header), *args, **kwargs)
+
+    def add_row(self, name, *cells, **kwargs):
+        super().add_row(line(name), *map(visible, cells), **kwargs)
 
 
 def show(table: Table) -> None:
-    """Print a table. Names and paths in it are printed as they are: rich would read markup and emoji codes in them."""
+    """Print a table. Names and paths in it are printed as they are: rich would read markup and emoji codes in them. A
+    name that is too long for its column goes on in the next line: its end may be what tells two models apart."""
+    for column in table.columns:
+        column.overflow = "fold"
     Console(markup=False, emoji=False).print(table)
 
 
@@ -34,20 +50,20 @@ def show_masks(result) -> None:
     table.add_row("all", f"{totals[0][1]:,}", *(f"{count / total:.3f}" for count, total in totals))
     show(table)
     for (path, mask), (count, total) in zip(result.files, totals, strict=True):
-        print(f"{path}: {count:,} of {total:,} weights, threshold {mask.settings['threshold']:.4g}")
+        print_lines(f"{path}: {count:,} of {total:,} weights, threshold {mask.settings['threshold']:.4g}")
     show_run(result.run)
 
 
-def show_erased(record: dict, out) -> None:
-    """What an erasure changed and what it wrote."""
+def show_erased(record: dict, out, is_new: bool) -> None:
+    """What an erasure changed and what it wrote; where it `is_new`, also the memory and time of its run."""
     from salun_sd.edit import deliver
 
     changed, kept = record["changed"], record["mask"]["kept"]
-    print(f"changed {changed['inside']:,} of {kept:,} weights inside the mask, {changed['outside']} outside")
+    print_lines(f"changed {changed['inside']:,} of {kept:,} weights inside the mask, {changed['outside']} outside")
     sizes = ", ".join(f"{format} {megabytes(size)}" for format, size in record["sizes"].items())
-    print(f"sizes by --format: {sizes}; on disk {megabytes(deliver.size_on_disk(out))}")
-    print(f"{out}: {record['settings']['steps']} steps")
-    if run := deliver.run_of(out):
+    print_lines(f"sizes by --format: {sizes}; on disk {megabytes(deliver.size_on_disk(out))}")
+    print_lines(f"{out}: {record['settings']['steps']} steps")
+    if is_new and (run := deliver.run_of(out)):
         show_run(run)
 
 
@@ -56,8 +72,8 @@ def show_run(run: dict) -> None:
     for step, size in run["peak_bytes"].items():
         planned = run["planned_bytes"].get(step)
         plan = f"; planned {gib(planned)}" if planned else ""
-        print(f"peak memory, {step}: {gib(size)}{plan}", file=sys.stderr)
-    print(f"{run['seconds']:.0f} s", file=sys.stderr)
+        print_lines(f"peak memory, {step}: {gib(size)}{plan}", sys.stderr)
+    print_lines(f"{run['seconds']:.0f} s", sys.stderr)
 
 
 def show_plan(plan) -> None:
@@ -67,17 +83,21 @@ def show_plan(plan) -> None:
 
     table = Table("setting", "value", box=None)
     for name, value in plan.settings.items():
-        table.add_row(name, str(value))
+        table.add_row(name, line(value))
     show(table)
     for step, sizes in plan.plans.items():
         table = Table(f"memory, {step}", "GiB", box=None)
         for what, size in [*sizes.items(), ("in all", sum(sizes.values()))]:
             table.add_row(what, f"{size / 2**30:.2f}")
         show(table)
+    table = Table("on the disk", "MB", box=None)
+    for what, size in plan.disk.items():
+        table.add_row(what, f"{size / 1e6:,.1f}")
+    show(table)
     free = gib(memory.available(default_device()))
-    print(f"It fits: {free} are free." if plan.fits else f"It does not fit: {free} are free.")
+    print_lines(f"The memory {'is enough' if plan.fits else 'is too small'}: {free} are free.")
     for options, size in plan.advice:
-        print(f"with {options}: {gib(size)}, without what the program holds already")
+        print_lines(f"with {options}: {gib(size)}, without what the program holds already")
 
 
 def show_audit(report: dict) -> None:
@@ -103,7 +123,8 @@ def show_compared(tables) -> None:
     from salun_sd.audit import forms
 
     for each in tables:
-        print("\n".join([each.prompts, *forms.sentences(each)]))
+        for sentence in (each.prompts, *forms.sentences(each)):
+            print_lines(sentence)
         table = Table("metric", *(column.name for column in each.columns), box=None)
         for name, *cells in forms.lines(each):
             table.add_row(name, *(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in cells))

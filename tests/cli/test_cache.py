@@ -51,3 +51,12 @@ def test_it_is_cleared_whole_or_of_what_was_not_used(kept, capsys):
 def test_an_age_is_for_clearing(kept, capsys):
     sentence = fails(["cache", "--older-than", "3"], 2, capsys)
     assert "--older-than" in sentence and "--clear" in sentence and len(cache.entries()) == 3
+
+
+def test_an_audit_that_will_need_a_cache_says_before_it_draws_that_there_is_none(tiny, tmp_path, monkeypatch, capsys):
+    audit = ["evaluate", tiny, "--prompts", "pocket", "--limit", "1", "--out", str(tmp_path / "audit")]
+    monkeypatch.setenv("SALUN_SD_CACHE", "/dev/null/cache")
+    sentence = fails([*audit, "--against", tiny], 2, capsys)
+    assert "SALUN_SD_CACHE" in sentence and not (tmp_path / "audit").exists()
+    cli.run(audit)  # without a base, it needs none
+    assert (tmp_path / "audit" / "report.json").is_file()

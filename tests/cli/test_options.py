@@ -4,7 +4,7 @@ import re
 
 import pytest
 import typer
-from helpers.commands import CONCEPT
+from helpers.commands import CONCEPT, fails
 from helpers.runs import write_photographs
 
 from salun_sd.cli import app as cli
@@ -76,3 +76,33 @@ def test_a_run_with_old_names_makes_the_same_bytes(tiny, tmp_path, capsys):
                  "--out", str(tmp_path / f"{name}.safetensors")])  # fmt: skip
     old, new, other = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("old", "new", "other"))
     assert old == new != other
+
+
+def values_of(command: str) -> list[list[str]]:
+    """For each parameter of a command that takes a value: the words before it."""
+    params = typer.main.get_command(cli.app).commands[command].params
+    return [
+        [param.opts[0]] if param.param_type_name == "option" else []
+        for param in params if not getattr(param, "is_flag", False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["mask", "erase", "apply", "evaluate", "compare", "demo"])
+@pytest.mark.parametrize("value", ["", " ", b"caf\xe9".decode("utf-8", "surrogateescape")], ids=ascii)
+def test_no_path_or_text_is_empty_or_of_odd_bytes(command, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = values_of(command)
+    assert options
+    for option in options:
+        sentence = fails([command, *option, value], 2, capsys)
+        assert (option or ["{"])[0].strip("{") in sentence and sentence.isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_cuts_nothing_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    cli.run(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        assert sum(line.split() == [name, *command.help.splitlines()[0].split()] for line in lines) == 1, name

@@ -27,14 +27,13 @@ def places(tiny, tmp_path_factory) -> dict:
     for name in ("empty", "taken"):
         (folder / name).mkdir()
     (folder / "taken" / "m.safetensors").write_text("")
-    (folder / "short.csv").write_text("case_number,prompt\n0,a\n")
+    (folder / "short.csv").write_text("case_number,evaluation_seed\n0,1\n")
     (folder / "odd.csv").write_text("case_number,prompt,evaluation_seed,evaluation_guidance\n0,a,x,7\n")
     (folder / "bad.toml").write_text('[[concept]]\nprompt = "x"\n')
     (folder / "plan.toml").write_text('[[concept]]\nprompt = "x"\nanchor = "y"\n')
     unet = {name: t.shape for name, t in find(tiny).unet.items()}
-    mask = maskfile.pack(Mask(random_bits(unet, 0.1, 0), {"base": "0" * 64}))
-    (folder / "mask.safetensors").write_bytes(mask)
-    (folder / "cut.safetensors").write_bytes(mask[:-1])
+    maskfile.write(folder / "mask.safetensors", Mask(random_bits(unet, 0.1, 0), {"base": "0" * 64}))
+    (folder / "cut.safetensors").write_bytes((folder / "mask.safetensors").read_bytes()[:-1])
     cli.run(["erase", tiny, *PAIR, "--samples", "2", "--steps", "1", "--mask", "none", "--out", str(folder / "erased")])
     places = {name: folder / name for name in ("photos", "torn", "empty", "taken", "erased")}
     files = {name: folder / f"{name}.safetensors" for name in ("mask", "cut")}
@@ -50,15 +49,18 @@ CASES = {
     "a blank concept": ("mask pocket --concept ' '", 2, "--concept"),
     "the concept as anchor": (f"erase pocket --concept '{CONCEPT}' --anchor 'A photo of  a sneaker'", 2, "anchor"),
     "no anchor": (f"erase pocket --concept '{CONCEPT}'", 2, f"--anchor \"'{CONCEPT}'\""),
+    "anchors of each other": (ERASE + f"--concept '{ANCHOR}' --anchor '{CONCEPT}'", 2, "'--anchor 1' '--concept 2'"),
     "one anchor for two": (ERASE + "--concept 'a coat'", 2, "--anchor \"'a coat'\""),
     "no such plan": ("erase pocket --plan nowhere", 2, "nowhere nudity"),
     "a plan without an anchor": ("erase pocket --plan {here}/bad.toml", 1, "bad.toml anchor"),
     "a plan and a concept": (ERASE + "--plan {here}/plan.toml", 2, "--plan --concept"),
     "images of two concepts": (TWO + "--forget {photos}", 2, "--forget [[concept]]"),
     # numbers
-    "a density above 1": (MASK + "--density 1.5", 2, "'Density 1.5'"),
-    "a density of 0": (MASK + "--density 0", 2, "'Density 0'"),
+    "a density above 1": (MASK + "--density 1.0000001", 2, "--density 1.0000001"),
+    "a density of 0": (MASK + "--density 0", 2, "'--density is 0'"),
     "a density twice": (MASK + "--density 0.5 --density 0.5", 2, "--density"),
+    "an lr without effect": (ERASE + "--lr 1e-320", 2, "--lr 1e-320"),
+    "a weight beyond float32": (ERASE + "--retain-weight 1e300", 2, "--retain-weight 1e+300"),
     "a huge lr": (ERASE + "--lr 1e38", 2, "--lr 1e+38"),
     "a norm of 0": (ERASE + "--clip-norm 0", 2, "--clip-norm"),
     "no number for w": (MASK + "--saliency-guidance nan", 2, "--saliency-guidance nan"),
@@ -95,8 +97,9 @@ CASES = {
     "neither model nor images": ("evaluate --prompts pocket", 2, "MODEL --images"),
     "no such base": (EVALUATE + "--against nowhere", 2, "nowhere"),
     "no such prompt set": ("evaluate pocket --prompts nowhere.csv", 2, "nowhere.csv"),
-    "a column is missing": ("evaluate pocket --prompts {here}/short.csv", 1, "short.csv evaluation_seed"),
+    "a column is missing": ("evaluate pocket --prompts {here}/short.csv", 1, "short.csv prompt"),
     "a seed that is none": ("evaluate pocket --prompts {here}/odd.csv", 1, "'odd.csv, line 2' evaluation_seed \"'x'\""),
+    "a guidance beyond float32": (EVALUATE + "--guidance 1e300", 2, "--guidance 1e+300"),
     "no such class": (EVALUATE + "--concept-class cat", 2, "--concept-class cat"),
     "nothing to judge": ("evaluate pocket --prompts people --classifier x", 2, "--classifier"),
     "no such classifier": (EVALUATE + "--classifier {taken}", 1, "{taken}"),
