@@ -18,7 +18,7 @@ from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.core.diffusion import Examples
 from salun_sd.draw.encode import encode_prompts
-from salun_sd.edit.resources import schedule_from
+from salun_sd.edit.resources import schedule_of
 
 
 def pytest_collection_modifyitems(items):
@@ -51,8 +51,8 @@ def pocket():
 
 
 @pytest.fixture(scope="session")
-def schedule(pocket):
-    return schedule_from(pocket.scheduler)
+def schedule():
+    return schedule_of(find("pocket"))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from salun_sd.audit.protocols import LABELS, PROTOCOLS
 from salun_sd.cli import app as cli
 from salun_sd.draw import prompts
 from salun_sd.edit import concepts
+from salun_sd.runtime import seals
 
 ROOT = Path(__file__).parents[1]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "salun_sd"
@@ -199,7 +200,8 @@ def test_every_key_of_a_report_is_documented_and_no_other(tmp_path):
         "pocket", against="pocket", prompts=str(tmp_path / "p.csv"), denoising_steps=1, fail_if="flag_rate > 1",
         clip=str(write_clip(tmp_path / "clip")), fid="pocket", out=tmp_path / "audit",
     )  # fmt: skip
-    assert json.loads(json.dumps(report)) == json.loads((tmp_path / "audit" / "report.json").read_text())
+    written = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert written == seals.sealed(json.loads(json.dumps(report)))
     page = read(DOCS / "report-json.md")
     sections = {part.partition("\n")[0]: part for part in page.split("\n## ")}
     head = sections.pop("# Keys of report.json")
@@ -207,7 +209,7 @@ def test_every_key_of_a_report_is_documented_and_no_other(tmp_path):
     def documented(section: str) -> set[str]:
         return {key for cells in table(section) for key in code_in(cells[0])}
 
-    assert documented(head) == set(report)
+    assert documented(head) == set(written)
     assert documented(sections["Settings"]) == set(report["settings"])
     assert documented(sections["Shares"]) == set(report["metrics"])
     assert documented(sections["Quality"]) == set().union(*report["quality"].values())

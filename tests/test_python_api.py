@@ -15,7 +15,8 @@ import salun_sd
 from salun_sd.checkpoint.find import find
 from salun_sd.cli import app
 from salun_sd.core.mask import kept
-from salun_sd.errors import SalunError
+from salun_sd.edit import run
+from salun_sd.errors import SalunError, UsageError
 
 PAGE = Path(__file__).parents[1] / "docs" / "python-api.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -119,6 +120,9 @@ def test_a_function_has_the_parameters_and_defaults_of_its_command(name):
         assert command.pop("concept").default is None and function.pop("concept").default is inspect.Parameter.empty
     if name == "mask":  # several may be typed
         assert command.pop("density").default is None and function.pop("density").default == 0.5
+    if name == "erase":  # not given, they are of a mask that is computed
+        for n, default in (("density", run.DENSITY), ("saliency_guidance", run.GUIDANCE)):
+            assert command.pop(n).default == default and function.pop(n).default is None
     assert {n: plain(p.default) for n, p in command.items()} == {n: plain(p.default) for n, p in function.items()}
 
 
@@ -126,3 +130,20 @@ def test_a_plan_is_arguments_of_erase():
     arguments = salun_sd.plan("nudity")
     assert arguments.keys() <= inspect.signature(salun_sd.erase).parameters.keys()
     assert arguments["concept"][0].anchor and issubclass(SalunError, Exception)
+
+
+@pytest.mark.parametrize("odd", ["", b"caf\xe9".decode("utf-8", "surrogateescape")], ids=ascii)
+def test_no_function_takes_an_empty_text_or_odd_bytes(odd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for function, given in {
+        salun_sd.mask: {"model": "pocket", "concept": "x"},
+        salun_sd.erase: {"model": "pocket", "concept": "x", "anchor": "y", "out": "out"},
+        salun_sd.apply: {"model": "pocket", "patch": "patch", "out": "out"},
+        salun_sd.evaluate: {"model": "pocket", "prompts": "pocket", "out": "out"},
+    }.items():
+        for name in inspect.signature(function).parameters.keys() & {*given, "forget", "retain", "against", "config"}:
+            with pytest.raises(UsageError, match=name.upper() if name in ("model", "patch") else f"--{name}"):
+                function(**given | {name: odd})
+    with pytest.raises(UsageError, match="AUDITS"):
+        salun_sd.compare(["here", odd])
+    assert list(tmp_path.iterdir()) == []

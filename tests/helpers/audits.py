@@ -38,7 +38,7 @@ def make_run(folder: Path, model: str, predicted: list, boxes: dict[int, list]) 
             | {"seed": 100 + case, "guidance": 3.0, "steps": 25}
         )
         detections.append(
-            {"file": file, "case": case, "k": 0, "detector": DETECTOR, "width": 32, "height": 32}
+            {"file": file, "case": case, "k": 0, "detector": DETECTOR, "width": 32, "height": 32, "blank": False}
             | {"boxes": boxes.get(case, []), "predicted": seen, "score": None if seen is None else 0.9}
         )
     return Run(model, folder, manifest, detections)

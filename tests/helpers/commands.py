@@ -29,9 +29,9 @@ def files_in(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-def fresh(args, **kwargs) -> subprocess.Popen:
-    """Start `python ARGS`, a new interpreter."""
-    return subprocess.Popen([sys.executable, *args], text=True, **kwargs)
+def fresh(args, before=(), **kwargs) -> subprocess.Popen:
+    """Start `python ARGS`, a new interpreter, with the words of a program that starts others before it."""
+    return subprocess.Popen([*before, sys.executable, *args], text=True, **kwargs)
 
 
 # `python ARGS` in a process that is forked where it can be: it waits for no imports.

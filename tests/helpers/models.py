@@ -244,6 +244,15 @@ def write_single_file(folder: Path, file: Path) -> Path:
     return file
 
 
+def damage(folder: Path, part: str, name: str, value: float) -> None:
+    """Fill the tensors of a pipeline folder's part whose names end so with a value."""
+    [file] = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    for key in [key for key in tensors if key.endswith(name)]:
+        tensors[key].fill_(value)
+    save_file(tensors, file, {"format": "pt"})
+
+
 def write_clip(folder: Path, seed: int = 0) -> Path:
     """A tiny random CLIP, with the pocket checkpoint's tokenizer, of 24 tokens, and images of 16 x 16."""
     torch.manual_seed(seed)

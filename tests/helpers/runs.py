@@ -1,6 +1,5 @@
 """Short runs on small pipelines: what they are given, what they leave, and command lines that must fail."""
 
-import json
 import shlex
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from helpers.commands import ANCHOR, CONCEPT, fails
 from PIL import Image
 from skimage import data
 
+from salun_sd.checkpoint import provenance
 from salun_sd.draw import prompts
 
 PAIR = ["--concept", CONCEPT, "--anchor", ANCHOR]
@@ -29,7 +29,8 @@ def write_prompts(file: Path, every: int, limit: int | None = None) -> Path:
 
 
 def record_of(folder: Path) -> dict:
-    return json.loads((folder / "salun.json").read_text())
+    """The record in a folder, without its digest."""
+    return provenance.read(folder)
 
 
 def erased_fingerprint(folder: Path) -> str:

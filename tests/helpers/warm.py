@@ -154,6 +154,9 @@ def _forked(request: bytes, report: int, *streams: int) -> tuple:
     for fd, number in zip(streams, (1, 2), strict=True):
         os.dup2(fd, number)
         os.close(fd)
+    # new ones, for the server's own still take their files for those it was started with
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     return pickle.loads(request)
 
 
