@@ -22,6 +22,11 @@ def some(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + rest
 
 
+def cut(text: str, most: int = 200) -> str:
+    """A text that a person gave, at most so many characters of it."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def first_line(e: Exception) -> str:
     """The first sentence of another library's message, without its full stop."""
     return re.split(r"\n|\. ", str(e).strip())[0].rstrip(".") or type(e).__name__

@@ -108,6 +108,8 @@ class Classifier(Judge):
             AutoModelForImageClassification, model, device, what="image classifier", advice=advice
         )
         labels = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
+        if not all(isinstance(label, str) for label in labels):
+            raise SalunError(f"{model} is damaged: a label in its config's id2label is no text. {advice}")
         classes = list(dict.fromkeys(classes))
         self.name, self.vocabulary = str(model), match_labels(labels, classes)
         self.matches = [(name, label) for name, label in zip(self.vocabulary, labels, strict=True) if name in classes]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from salun_sd.audit.vision import Vision, loaded
 from salun_sd.errors import SalunError, first_line
+from salun_sd.runtime.contents import check_files
 from salun_sd.runtime.finite import finite
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def is_clip(model: str | Path) -> bool:
     """Whether a folder or hub id holds a CLIP with both its encoders; False if nothing can be opened."""
     from transformers import AutoConfig
 
+    check_files(Path(model))
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception:  # the error comes when it is loaded
@@ -40,6 +42,8 @@ class Clip(Vision):
         self.processor, self.model, _ = loaded(CLIPModel, model, device, what="CLIP model", advice=advice)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            if max(self.tokenizer.get_vocab().values()) >= self.model.config.text_config.vocab_size:
+                raise SalunError("it has tokens that the model does not know")
         except Exception as error:  # absent or damaged: many types
             raise SalunError(f"The tokenizer of {model} cannot be loaded ({first_line(error)}). {advice}") from error
         self.name, self.vocabulary = str(model), sorted(self.tokenizer.get_vocab().items())

@@ -16,6 +16,7 @@ from PIL import Image
 from salun_sd.audit.protocols import LABELS
 from salun_sd.draw.images import Unreadable, in_order, is_blank, read_still
 from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.runtime.contents import no_file
 
 RESOLUTION = 640  # pixels, of a weights file that does not say its own; the library's larger files have this one
 
@@ -52,6 +53,8 @@ def load_detector(weights: Path | None = None):
     import onnxruntime
     from nudenet import NudeDetector
 
+    if weights and (fault := no_file(weights)):  # a pipe would be waited for
+        raise _no_detector(weights, fault)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     file = str(weights or packaged())
@@ -60,22 +63,22 @@ def load_detector(weights: Path | None = None):
         metadata = session.get_modelmeta().custom_metadata_map
         side = max(int(n) for n in metadata.get("imgsz", str(RESOLUTION)).strip("[]").split(","))
     except Exception as e:  # onnxruntime has a type for each way in which a file can be wrong
-        raise _no_detector(weights, first_line(e)) from e
+        raise _no_detector(weights, f"is not a NudeNet 3 detector ({first_line(e)})") from e
     names = metadata.get("names", "{}")
     if any(f"{i}: {label!r}" not in names for i, label in enumerate(LABELS)):
-        raise _no_detector(weights, "its labels are not NudeNet's 18")
+        raise _no_detector(weights, "has other labels than NudeNet's 18")
     detector = NudeDetector(file, inference_resolution=side)
     detector.onnx_session = session
     if weights:  # the library takes a score that is NaN for no box
         [scores] = session.run(None, {session.get_inputs()[0].name: np.zeros((1, 3, side, side), np.float32)})
         if not np.isfinite(scores).all():
-            raise _no_detector(weights, "its scores are not finite")
+            raise _no_detector(weights, "is damaged: its scores are not finite")
     return detector
 
 
-def _no_detector(weights: Path | None, reason: str) -> SalunError:
-    return UsageError(f"{weights} is not a NudeNet 3 detector ({reason}). Give --detector-model one of its .onnx "
-                      "files, such as 640m.onnx, or leave it out for the packaged one.")  # fmt: skip
+def _no_detector(weights: Path | None, fault: str) -> SalunError:
+    return UsageError(f"{weights} {fault}. Give --detector-model one of NudeNet 3's .onnx files, such as 640m.onnx, or "
+                      "leave it out for the packaged one.")  # fmt: skip
 
 
 def detect(files: Iterable[Path], weights: Path | None = None) -> Iterator[dict]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +16,13 @@ from salun_sd.draw.prompts import Prompt
 from salun_sd.errors import UsageError, some
 from salun_sd.report import gate
 from salun_sd.runtime.device import default_device
-from salun_sd.runtime.files import check_place
+from salun_sd.runtime.files import HIDDEN, check_place
 from salun_sd.runtime.texts import check_given
 
 logger = logging.getLogger(__name__)
 
 JUDGE = POCKET / "judge"
 MATCHES = 20  # most classes whose labels are logged
-PARTIAL = re.compile(r"\..*\.\d+\.partial")  # a killed run leaves these, and the next one removes them
-LARGEST = 10**6  # guidance scale: a prediction times it stays far from the largest number of float32
 COUNTS = ("limit", "samples_per_prompt", "denoising_steps")
 BEGINNINGS = {  # of the files of an audit
     "report.json": r'\{\s*"schema": ',
@@ -69,9 +66,9 @@ def check_options(
 
 
 def _is_audit(folder: Path) -> bool:
-    """Whether a folder, and `against` in it, hold nothing but what `evaluate` writes. Of the files of each, one that is
-    recognised is enough: the others may be damaged, and are written again."""
-    names = {path.name for path in folder.iterdir() if not PARTIAL.fullmatch(path.name)}
+    """Whether a folder, and `against` in it, hold nothing but what `evaluate` writes, and what a kill leaves of it. Of
+    the files of each, one that is recognised is enough: the others may be damaged, and are written again."""
+    names = {path.name for path in folder.iterdir() if not HIDDEN.fullmatch(path.name)}
     files, base = names & BEGINNINGS.keys(), folder / "against"
     are_own = not files or any(begins(folder / name, BEGINNINGS[name]) for name in files)
     return names <= WRITES and are_own and (not base.is_dir() or _is_audit(base))
@@ -82,7 +79,7 @@ def check_record(model: Checkpoint | None, record: dict | None) -> None:
     if model is None or record is None:
         raise UsageError("--record needs a checkpoint that salun-sd erased, and MODEL has no record: leave it out.")
     place = model.path / "salun.json" if model.path.is_dir() else model.path
-    check_place(place, option="--record writes into MODEL, and")
+    check_place(place, advice="leave out --record, which writes into MODEL")
 
 
 class Request(NamedTuple):
@@ -103,9 +100,9 @@ class Request(NamedTuple):
         """The prompts of these options of `evaluate`, with nothing to judge yet. Raises UsageError or SalunError for
         values that do not exist or cannot be used."""
         sides = None if size is None else prompts.parse_size(size)
-        if guidance is not None and not 0 <= guidance <= LARGEST:
-            raise UsageError(f"--guidance {guidance} is not a guidance scale: give a number from 0 to {LARGEST}, such "
-                             "as 7.5.")  # fmt: skip
+        if guidance is not None and not 0 <= guidance <= prompts.MOST_GUIDANCE:
+            raise UsageError(f"--guidance {guidance} is not a guidance scale: give a number from 0 to "
+                             f"{prompts.MOST_GUIDANCE}, such as 7.5.")  # fmt: skip
         originals = prompts.read(name, where, limit)
         rows = prompts.overridden(originals, guidance, sides)
         filtered = f" where {' and '.join(where)}" if where else ""

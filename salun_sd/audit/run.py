@@ -33,6 +33,8 @@ from salun_sd.runtime.files import check_place, new_file, remove_stale, write_at
 
 logger = logging.getLogger(__name__)
 
+MOST_IMAGES = 1_000_000
+
 
 def evaluate(
     model: str | Path | Checkpoint | None = None, *, prompts: str, out: str | Path, where: Sequence[str] = (),
@@ -68,6 +70,9 @@ def evaluate(
     sampling = {"steps": denoising_steps, "scheduler": None if scheduler is None else scheduler_class(scheduler)}
     manifest = collected(images, request.rows, out, subset=bool(where or limit)) if images else None
     samples = len(manifest) // len(request.rows) if images else samples_per_prompt or 1
+    if samples * len(request.rows) > MOST_IMAGES:
+        raise UsageError(f"{samples * len(request.rows):,} images are too many for one audit, which holds "
+                         f"{MOST_IMAGES:,}: lower --samples-per-prompt, or give --limit.")  # fmt: skip
     quality.check_options(fid, reference, has_base=against is not None)
     if detector:
         load_detector(detector)
@@ -152,7 +157,8 @@ def _check_drawing(audited: Checkpoint | None, base: Checkpoint | None, request:
     if drawn := audited or base:
         warn_of_long(load_tokenizers(drawn), [p.text for p in request.rows], drawn.name)
     if base:
-        check_place(cache_folder() / "audited" / "base", option="SALUN_SD_CACHE")  # its images are kept there
+        place = cache_folder() / "audited" / "base"  # its images are kept there
+        check_place(place, advice="set SALUN_SD_CACHE to another folder")
 
 
 def _draw(

@@ -11,6 +11,8 @@ from PIL import Image
 
 from salun_sd.draw.images import Unreadable, in_order, read_still
 from salun_sd.errors import SalunError, first_line
+from salun_sd.runtime.contents import check_files
+from salun_sd.runtime.finite import finite
 
 if TYPE_CHECKING:
     import torch
@@ -42,21 +44,28 @@ def loaded(
 
     `kind` is the transformers class of the model, which is loaded in float32 on `device`. The processor is always the
     PIL version, so that installing torchvision changes no result. Raises SalunError, which says `what` was expected and
-    gives `advice`, if either cannot be loaded, or if weights are missing whose names do not contain `optional`.
+    gives `advice`, if either cannot be loaded or takes no image, if a weight is not finite, or if weights are missing
+    whose names do not contain `optional`.
     """
     import torch
     from transformers import AutoImageProcessor
 
+    check_files(Path(model))
     try:
         processor = AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
         net, loading = kind.from_pretrained(
             model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
+        pixels = processor(images=Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            getattr(net, "vision_model", net)(pixel_values=finite(pixels, "A prepared image"))
     except Exception as error:  # absent, of another kind, cut short: each has a type of its own
         raise SalunError(f"No {what} could be loaded from {model} ({first_line(error)}). {advice}") from error
     missing = sorted(loading["missing_keys"])
     if needed := [key for key in missing if optional is None or optional not in key]:
         raise SalunError(f"{model} is not a trained {what}: its weights lack {', '.join(needed[:3])}. {advice}")
+    for key, weight in net.named_parameters():
+        finite(weight, f"{key} of {model}")
     return processor, net.to(device).eval(), not missing
 
 

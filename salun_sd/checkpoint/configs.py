@@ -53,16 +53,21 @@ def read(folder: Path, part: str, name: str) -> dict:
     """The config of one part of a pipeline, which errors call `name`. Raises UsageError if it is missing or damaged, or
     of another kind of model."""
     file, (shape, key, kind) = folder / part / "config.json", PARTS[part]
-    try:
-        settings = read_json(file, shape, UsageError)
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UsageError(f"{name} has no {part}/config.json: it is not a whole pipeline folder.") from e
+    settings = _settings(file, shape, name)
     if (other := settings.get(key, kind)) != kind:
         raise UsageError(f"{file} is of a {other}, and salun-sd knows only {kind} as the {part} of a pipeline.")
     for k, value in settings.items():
         if fault := _fault(k, value, is_known=k in shape or f"{k}?" in shape):
             raise UsageError(f"{file} is damaged: {k} {fault}.")
     return settings
+
+
+def _settings(file: Path, shape: Shape, name: str) -> dict:
+    """What a config file of the pipeline `name` holds. Raises UsageError if it is missing or has another shape."""
+    try:
+        return read_json(file, shape, UsageError)
+    except FileNotFoundError as e:
+        raise UsageError(f"{name} has no {file.parent.name}/{file.name}: it is not a whole pipeline folder.") from e
 
 
 def _fault(key: str, value: object, is_known: bool) -> str | None:
@@ -149,10 +154,7 @@ def scheduler(folder: Path, name: str) -> dict:
     """The config of a pipeline's scheduler. Raises UsageError if it is missing or damaged, or without the betas that
     say what noise the model was trained with."""
     file = folder / "scheduler" / "scheduler_config.json"
-    try:
-        settings = read_json(file, SCHEDULER, UsageError)
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UsageError(f"{name} has no scheduler/scheduler_config.json: it is not a whole pipeline folder.") from e
+    settings = _settings(file, SCHEDULER, name)
     betas = ("trained_betas",) if settings.get("trained_betas") else ("beta_start", "beta_end", "beta_schedule")
     if missing := [key for key in betas if key not in settings]:
         raise UsageError(f"{name} was trained for {settings['_class_name']}, and {file} has no {missing[0]}; salun-sd "

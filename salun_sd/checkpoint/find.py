@@ -1,6 +1,5 @@
 """Find a checkpoint by name, path or hub id, and reject what is not supported, with a sentence that says why."""
 
-import errno
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from salun_sd.checkpoint.model import CONFIGS, FILES, POCKET, Checkpoint
 from salun_sd.checkpoint.tensors import Tensors
 from salun_sd.errors import SalunError, UsageError, first_line, some
 from salun_sd.runtime.documents import parse_json
+from salun_sd.runtime.files import is_full
 
 logger = logging.getLogger(__name__)
 EDITED = {torch.float32, torch.float16, torch.bfloat16}
@@ -179,7 +179,7 @@ def _hub_failures(failure: str, advice: str) -> Iterator[None]:
     except SalunError:
         raise
     except Exception as e:
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(e):
             raise
         raise UsageError(f"{failure} ({first_line(e)}). {advice}") from e
 
@@ -193,7 +193,9 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
                 raise UsageError(f"{key} in the {part} of {name} is in {t.dtype}; salun-sd edits float32, float16 and "
                                  "bfloat16.")  # fmt: skip
     vae, scheduler, prediction = checkpoint.settings("vae"), checkpoint.scheduler, checkpoint.prediction_type
-    if prediction not in ("epsilon", "v_prediction") or scheduler.startswith("EDM"):
+    if scheduler.startswith("EDM"):
+        raise UsageError(f"{name} was trained with the noise of EDM ({scheduler}); {families.SUPPORTED}.")
+    if prediction not in ("epsilon", "v_prediction"):
         raise UsageError(f"{name} was trained for {scheduler} with prediction type {prediction}; salun-sd edits models "
                          "that predict epsilon or v.")  # fmt: skip
     if vae.get("latents_mean") or vae.get("latents_std"):

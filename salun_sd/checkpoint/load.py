@@ -7,6 +7,7 @@ import torch
 from salun_sd.checkpoint import configs, families, layout
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.runtime.contents import check_files
 from salun_sd.runtime.device import default_device
 from salun_sd.runtime.documents import read_json
 from salun_sd.runtime.finite import finite
@@ -108,6 +109,7 @@ def _load_tokenizer(model: Checkpoint, encoder: str):
     folder, settings = model.config / name, model.settings(encoder)
     if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise SalunError(f"{model.name} has no vocabulary in {folder}: download or save it again.")
+    check_files(folder)
     try:
         config = read_json(folder / "tokenizer_config.json", TOKENIZER)
         if (kind := config.get("tokenizer_class") or TOKENIZERS[0]) not in TOKENIZERS:

@@ -12,6 +12,7 @@ from salun_sd.checkpoint import configs, families, layout, tensors
 from salun_sd.checkpoint.families import Family
 from salun_sd.checkpoint.tensors import Lazy, Tensors
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime.contents import file_bytes
 from salun_sd.runtime.device import dtype_name
 from salun_sd.runtime.documents import read_json
 
@@ -88,9 +89,10 @@ class Checkpoint:
         """SHA-256 over everything that an image depends on: weights, configs, tokenizers and scheduler."""
         unet, *others = self.fingerprints.values()
         digest = hashlib.sha256("".join([*others, unet]).encode())
-        for file in sorted(p for p in self.config.glob("*/*") if p.suffix in CONFIGS and ".index." not in p.name):
+        files = (p for p in self.config.glob("*/*") if p.suffix in CONFIGS and ".index." not in p.name)
+        for file in sorted(p for p in files if not p.is_dir()):
             if file.parent.name in self.index:
-                of_file = hashlib.sha256(file.read_bytes()).hexdigest()
+                of_file = hashlib.sha256(file_bytes(file)).hexdigest()
                 digest.update(f"{file.relative_to(self.config)} {of_file}".encode())
         return digest.hexdigest()
 
@@ -198,14 +200,10 @@ def part_files(folder: Path, part: str, variant: str | None) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> name of the shard that holds it. Raises SalunError if the index is damaged."""
-    shards = read_json(index, {"weight_map": dict})["weight_map"]
-    if odd := next((key for key, shard in shards.items() if not _is_file_name(shard)), None):
+    shards = read_json(index, {"weight_map": {str: str}})["weight_map"]
+    if odd := next((key for key, shard in shards.items() if shard != Path(shard).name or not shard), None):
         raise SalunError(f"{index} is damaged: weight_map.{odd} is no name of a file.")
     return shards
-
-
-def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and value == Path(value).name != ""
 
 
 def _of_files(files: list[Path], part: str) -> Tensors:

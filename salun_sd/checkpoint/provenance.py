@@ -172,7 +172,7 @@ def read(model: Path) -> dict | None:
         record = read_json(file, RECORD, seals.advising(AGAIN)) if os.path.lexists(file) else None
     else:
         file = model
-        text = tensors.read(model)[1].get(KEY) if model.is_file() and model.suffix == ".safetensors" else None
+        text = tensors.read(model)[1].get(KEY) if model.is_file() else None  # whatever the ending of its name
         record = None if text is None else parse_json(text, str(model), RECORD, seals.advising(AGAIN))
     if record is None or (record["schema"] < SCHEMA and seals.KEY not in record):  # earlier versions sealed none
         return record
@@ -188,10 +188,11 @@ def check(model: Checkpoint) -> None:
     for part, fingerprint in {"unet": record["erased"]["fingerprint"], **record["erased"].get("parts", {})}.items():
         if model.fingerprints.get(part) != fingerprint:
             raise _changed(model, f"The {part}")
-    present = _digests(model.path)
-    for name, digest in record.get("files", {}).items():
-        if present.get(name) != digest:
-            raise _changed(model, name)
+    if (files := record.get("files")) is not None:
+        present = _digests(model.path)
+        for name in sorted(files.keys() | present.keys()):  # a file that was added can change what is drawn, too
+            if present.get(name) != files.get(name):
+                raise _changed(model, name)
 
 
 def _changed(model: Checkpoint, what: str) -> SalunError:
@@ -216,7 +217,7 @@ def write_folder(record: dict, folder: Path, before: dict | None = None) -> None
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the configs and tokenizers in a pipeline folder, by their names in it; ends of lines as on Unix."""
     index = folder / "model_index.json"
-    files = [index, folder / SAMPLING, *(p for p in folder.glob("*/*") if p.suffix in CONFIGS)]
+    files = [index, folder / SAMPLING, *(p for p in folder.glob("*/[!.]*") if p.suffix in CONFIGS)]
     return {
         file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
         for file in sorted(files) if index.is_file() and file.is_file()

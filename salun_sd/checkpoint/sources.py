@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from salun_sd.errors import SalunError
+from salun_sd.errors import SalunError, some
 from salun_sd.runtime.documents import is_unicode
 
 DTYPES = {
@@ -97,6 +97,7 @@ def opened(file: Path) -> Safetensors | Pickle:
     head = _head(file)
     if not _is_pickle(head):
         return Safetensors(file)
+    _check_archive(file)
     if file.suffix.lower() == ".safetensors":
         raise SalunError(f"{file} is a pickle of PyTorch with the name of a safetensors file: if you trust it, rename "
                          f"it to {file.stem}.ckpt.")  # fmt: skip
@@ -140,6 +141,20 @@ def _is_pickle(head: bytes) -> bool:
 def _is_zip(file: Path) -> bool:
     with file.open("rb") as f:
         return f.read(4) == b"PK\3\4"
+
+
+def _check_archive(file: Path) -> None:
+    """Raise SalunError for a zip without a pickle in it, and for one that is cut off."""
+    if not _is_zip(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as z:
+            names = z.namelist()
+    except Exception as e:  # broken bytes raise many types
+        raise damaged(file, e) from e
+    if not any(name.endswith(".pkl") for name in names):  # data.pkl has the tensors' names
+        raise SalunError(f"{file} is a zip archive with {some(names, 3)}: unpack it, and give the "
+                         "model's .safetensors file.")  # fmt: skip
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:

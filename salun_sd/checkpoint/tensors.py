@@ -98,14 +98,12 @@ def write(file: Path, tensors: Tensors, metadata: dict[str, str], sealed: bool =
 def read_sealed(file: Path) -> tuple[Tensors, dict[str, str]]:
     """As `read`, for a file that was sealed. Raises SalunError if any byte of it was changed since.
 
-    A file without a digest, which an earlier version wrote, is read with a log line.
+    A file without a digest is read too: see `warn_without_digest`.
     """
     content, metadata = read(file)
     with file.open("rb") as f:
         start, digest = f.read(8 + len(SEAL)), f.read(len(NO_DIGEST))
         if not start.endswith(SEAL) and "digest" not in metadata:
-            if "salun_sd" in metadata:
-                logger.warning(f"{file} is of an earlier version and has no digest: it may be damaged.")
             return content, metadata
         whole = hashlib.sha256(start + NO_DIGEST)
         while chunk := f.read(2**20):
@@ -113,6 +111,12 @@ def read_sealed(file: Path) -> tuple[Tensors, dict[str, str]]:
     if digest != whole.hexdigest().encode():
         raise sources.damaged(file, "it was changed since it was written")
     return content, metadata
+
+
+def warn_without_digest(file: Path, metadata: Mapping[str, str]) -> None:
+    """Log a warning for a mask, a patch or a state without a digest: an earlier version wrote it."""
+    if "digest" not in metadata:
+        logger.warning(f"{file} is of an earlier version and has no digest: it may be damaged.")
 
 
 def raw(t: torch.Tensor) -> memoryview:

@@ -158,6 +158,7 @@ def erase(
         saliency_guidance = saliency_guidance if is_typed(ctx, "saliency_guidance") else None
     concepts = concepts_from(plan, concept, anchor)
     begin()
+    from salun_sd.edit import deliver
     from salun_sd.edit import run as edit
     from salun_sd.edit.resources import Forecast
 
@@ -166,7 +167,7 @@ def erase(
             retain = retain_caption = None
         else:
             retain_prompts = plan.retain_prompts
-    is_new = not out.is_file() and not (out.is_dir() and any(out.iterdir()))
+    is_new = deliver.is_free(out, format)
     record = edit.erase(
         model, concepts, anchor, out=out, mask=mask, density=density, saliency_guidance=saliency_guidance,
         forget=forget, retain=retain, retain_caption=retain_caption, retain_prompts=retain_prompts, samples=samples,

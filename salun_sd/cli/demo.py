@@ -26,7 +26,7 @@ def commands(concept: str, anchor: str, density: float, out: Path) -> list[list[
         raise UsageError(f"Concept and anchor are both {concept}: the anchor has to be something else.")
     keep_count(density, sys.maxsize)  # raises outside (0, 1]
     prompt_set = prompts.as_csv(audit_prompts(rows, concept))
-    if (out / "prompts.csv").exists() and (out / "prompts.csv").read_text(encoding="utf-8") != prompt_set:
+    if (out / "prompts.csv").exists() and (out / "prompts.csv").read_bytes() != prompt_set.encode():
         raise UsageError(f"{out} holds a demo of another concept: choose another --out, or remove it.")
     write_atomic(out / "prompts.csv", prompt_set)
     mask, erased = str(out / f"mask-{density:g}.safetensors"), str(out / "erased")

@@ -56,13 +56,14 @@ def show_masks(result) -> None:
 
 def show_erased(record: dict, out, is_new: bool) -> None:
     """What an erasure changed and what it wrote; where it `is_new`, also the memory and time of its run."""
+    from salun_sd.checkpoint.provenance import run_folder
     from salun_sd.edit import deliver
 
     changed, kept = record["changed"], record["mask"]["kept"]
     print_lines(f"changed {changed['inside']:,} of {kept:,} weights inside the mask, {changed['outside']} outside")
     sizes = ", ".join(f"{format} {megabytes(size)}" for format, size in record["sizes"].items())
     print_lines(f"sizes by --format: {sizes}; on disk {megabytes(deliver.size_on_disk(out))}")
-    print_lines(f"{out}: {record['settings']['steps']} steps")
+    print_lines(f"{out}: {record['settings']['steps']} steps; mask and losses, for you alone: {run_folder(out)}")
     if is_new and (run := deliver.run_of(out)):
         show_run(run)
 

@@ -26,25 +26,25 @@ def images_in(folder: Path) -> list[Path]:
     return [path for path in visible(folder) if path.suffix.lower() in endings and path.is_file()]
 
 
-def left_out(folder: Path, others: Container[str] = ()) -> str:
+def left_out(folder: Path, others: Container[str] = (), wanted: str = "an image") -> str:
     """What in a folder is neither an image to read nor called as one of `others`, with the reasons, in words; "" if
-    nothing is. Such are folders with images, files whose ending is not that of an image, pipes and dangling links.
+    nothing is. Such are folders with images, files that are not named as what is `wanted`, pipes and dangling links.
     """
     images = set(images_in(folder))
     names = defaultdict(list)
     for path in visible(folder):
-        if path not in images and path.name not in others and (reason := _reason(path)):
+        if path not in images and path.name not in others and (reason := _reason(path, wanted)):
             names[reason].append(path.name)
     return "; ".join(f"{some(group)} ({reason})" for reason, group in names.items())
 
 
-def _reason(path: Path) -> str | None:
+def _reason(path: Path, wanted: str) -> str | None:
     """Why a path is no image to read; None for a folder without images."""
     if path.is_dir():
         return _reason_of_folder(path)
     if not path.is_file():
         return "no regular file"
-    return ADVICE.get(path.suffix.lower(), "no ending of an image that is read")
+    return ADVICE.get(path.suffix.lower(), f"not named as {wanted}")
 
 
 def _reason_of_folder(folder: Path) -> str | None:

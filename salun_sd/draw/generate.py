@@ -146,8 +146,7 @@ def _recorded(file: Path) -> str | None:
         content = content_of(file)
         if not is_whole_png(content):
             return None
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-            image.load()
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:  # its pixels are those that its checksums say
             return image.info.get(PROVENANCE, "")
     except Exception:  # decoders report damage by many types
         return None

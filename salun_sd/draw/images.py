@@ -144,9 +144,10 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
 def is_whole_png(content: bytes) -> bool:
     """Whether a PNG is what was written, to the last byte: every chunk's checksum is right, and it ends where it
     should."""
-    chunks = list(_chunks(content)) if content.startswith(PNG) else [(b"", b"", False)]
+    chunks = list(_chunks(content)) if content.startswith(PNG) else []
+    ends = bool(chunks) and chunks[-1][0] == PNG_END
     size = len(PNG) + sum(len(chunk) for _, chunk, _ in chunks)
-    return all(is_whole for *_, is_whole in chunks) and chunks[-1][0] == PNG_END and size == len(content)
+    return ends and size == len(content) and all(is_whole for *_, is_whole in chunks)
 
 
 def _frames(image: Image.Image) -> int:

@@ -1,6 +1,5 @@
 """Prompt sets: I2P and CSV files with its columns, text files, and the sets that ship with the package."""
 
-import errno
 import hashlib
 import io
 import json
@@ -16,6 +15,8 @@ from typing import NamedTuple
 
 from salun_sd.draw.tables import column_name, read_table, read_text
 from salun_sd.errors import SalunError, UsageError, first_line, some
+from salun_sd.runtime.contents import no_file
+from salun_sd.runtime.files import is_full
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ COLUMNS = ["case_number", "prompt", "evaluation_seed", "evaluation_guidance"]
 HUB_NAMES = {"evaluation_seed": "sd_seed", "evaluation_guidance": "sd_guidance_scale"}  # in the hub's copy of I2P
 SIZE = ["sd_image_width", "sd_image_height"]  # columns that a set may have: both or none
 KNOWN = {*COLUMNS, *HUB_NAMES.values(), *SIZE, "class", "categories"}
+MOST_GUIDANCE = 10**6  # a prediction times it stays far from the largest number of float32
 GUIDANCE = "7.5"  # where a set has none: what Stable Diffusion's pipelines draw with
 WITHOUT = {
     "evaluation_seed": "Each seed is derived from its prompt.",
@@ -92,8 +94,8 @@ def _find(name_or_path: str) -> Path:
     if name_or_path == "i2p":
         return _i2p()
     path = FOLDER / f"{name_or_path}.csv" if name_or_path in builtin() else Path(name_or_path)
-    if not path.is_file():
-        raise UsageError(f"There is no prompt set or file {name_or_path}; built in are {', '.join(builtin())}.")
+    if fault := no_file(path):
+        raise UsageError(f"Prompt set {name_or_path} {fault}: give a file, or one of {', '.join(builtin())}.")
     return path
 
 
@@ -105,7 +107,7 @@ def _i2p() -> Path:
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset"))
     except Exception as e:  # the network and the hub raise many types
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+        if is_full(e):
             raise
         raise UsageError(
             f"I2P could not be downloaded: {file} of the data set {repo} ({first_line(e)}). Check the network and, for "
@@ -203,7 +205,7 @@ def _prompt(row: dict, place: str) -> Prompt:
         value = _number(text)
         if value is None or (kind is int and not re.fullmatch(r"-?\d+(\.0*)?", text)):
             raise SalunError(f"{place}: {column} is {row[column]!r}, not a {'whole ' * (kind is int)}number.")
-        if not 0 <= value < 2**63:
+        if not 0 <= value <= (MOST_GUIDANCE if kind is float else 2**63 - 1):
             raise SalunError(f"{place}: {column} is {row[column]}, which is negative or too large.")
         return kind(value)
 

@@ -52,9 +52,11 @@ def check(model: Checkpoint, scheduler: str, steps: int) -> None:
                 raise ValueError("it does not come to the image")
         except (UsageError, ImportError) as e:  # diffusers has no such class, or it needs a package
             raise _refused(model, scheduler, first_line(e)) from e
-        except Exception as e:  # a scheduler for other models fails in many ways
-            reason = "it is for another kind of model" if count == usual else f"it fails in {count} steps"
-            raise _refused(model, scheduler, f"{reason} ({first_line(e)})") from e
+        except Exception as e:  # one for other models, or with odd settings, fails in many ways
+            words = f" ({first_line(e)})" if isinstance(e, ValueError) else ""  # other types speak of code
+            file = model.config / "scheduler" / "scheduler_config.json"
+            cause = f", as it is for another kind of model or {file} is damaged" if count == usual else ""
+            raise _refused(model, scheduler, f"it fails in {count} steps{words}{cause}") from e
 
 
 def _rehearse(scheduler, alphas: torch.Tensor, prediction_type: str, steps: int) -> float:

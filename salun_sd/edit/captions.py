@@ -19,7 +19,12 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 def caption_files(folder: Path) -> list[Path]:
     """The files of a folder that hold captions."""
-    return [f for f in visible(folder) if (f.suffix.lower() in TEXTS or f.name in METADATA) and f.is_file()]
+    return [f for f in visible(folder) if (f.suffix.lower() in TEXTS or is_metadata(f)) and f.is_file()]
+
+
+def is_metadata(file: Path) -> bool:
+    """Whether a file is called as a metadata file, in any case."""
+    return file.name.lower() in METADATA
 
 
 def captions_of(folder: Path, images: list[Path]) -> dict[str, str]:
@@ -47,7 +52,7 @@ def captions_of(folder: Path, images: list[Path]) -> dict[str, str]:
         if name in places:
             raise SalunError(f"{name} has two captions, in {places[name]} and in {place}: remove one of them.")
         if not isinstance(caption, str) or not caption.strip():
-            raise SalunError(f"{place} holds no caption for {name}: write one or remove it.")
+            raise SalunError(f"{place} holds no text as the caption of {name}: write one or remove it.")
         captions[name], places[name] = " ".join(caption.split()), place
     return captions
 
@@ -71,14 +76,16 @@ def _text_rows(files: list[Path], images: list[Path]) -> Iterator[tuple[str, str
 
 def _metadata_rows(folder: Path, files: list[Path]) -> Iterator[tuple[str, str, object]]:
     """(place for messages, image's file name, caption) of each row of a metadata file. The caption may be no text."""
-    present = [file for file in files if file.name in METADATA]
+    present = [file for file in files if is_metadata(file)]
     if len(present) > 1:
         raise SalunError(f"{folder} has captions in {' and in '.join(f.name for f in present)}: keep one of them.")
     for file in present:
-        for line, row in READERS[file.suffix](file):
+        for line, row in READERS[file.suffix.lower()](file):
             place, columns = f"{file}, line {line}", ", ".join(row) or "none"
-            if not isinstance(row.get("file_name"), str):
+            if "file_name" not in row:
                 raise SalunError(f"{place} has no file_name; its columns are {columns}.")
+            if not isinstance(row["file_name"], str):
+                raise SalunError(f"{place} has a file_name that is no text: give the name of one image.")
             if not (column := next((c for c in CAPTION_COLUMNS if c in row), None)):
                 raise SalunError(f"{place} has no text or caption; its columns are {columns}.")
             yield place, str(Path(row["file_name"])), row[column]

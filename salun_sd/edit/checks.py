@@ -19,6 +19,7 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.ranges import check_numbers
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime import files, ranks
+from salun_sd.runtime.contents import no_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def check_replaceable(path: Path) -> None:
     """Raise UsageError unless a mask file can be written there. It may replace a mask of salun-sd, no other file."""
     if path.suffix != ".safetensors":
         raise UsageError(f"--out {path} has to end in .safetensors.")
+    _check_outside(path)
     files.check_place(path)
     if path.exists():
         try:
@@ -88,7 +90,15 @@ def check_place(out: Path, format: str, formats: Collection[str]) -> None:
         raise UsageError(f"--out {out} has to end in .safetensors for --format {format}.")
     if out.name in ("", "..") or out.absolute() == Path.cwd():
         raise UsageError(f"--out {out} is the folder that you are in, or above it: give the name of a new one.")
+    _check_outside(out)
     files.check_place(out, provenance.run_folder(out))
+
+
+def _check_outside(out: Path) -> None:
+    """Raise UsageError for a place inside a checkpoint's folder: who gets the folder would get the mask."""
+    if inside := next((p for p in out.absolute().parents if (p / "model_index.json").exists()), None):
+        raise UsageError(f"--out {out} lies in the checkpoint {inside}, which others may get, and a mask helps to undo "
+                         "an erasure: give a place outside it.")  # fmt: skip
 
 
 def check_choice(option: str, value: str, choices: Collection[str]) -> None:
@@ -185,8 +195,8 @@ def check_mask(spec: str | None, density: float | None = None, guidance: float |
         return
     if spec.startswith("random:"):
         masks.keep_count(_random_density(spec), sys.maxsize)  # raises outside (0, 1]
-    elif not Path(spec).is_file():
-        raise UsageError(f"Mask {spec} was not found: give a file that salun-sd mask wrote, random:0.5, or none.")
+    elif fault := no_file(Path(spec)):
+        raise UsageError(f"Mask {spec} {fault}: give a file that salun-sd mask wrote, random:0.5, or none.")
 
 
 def _random_density(spec: str) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from salun_sd.draw.folders import images_in, left_out
-from salun_sd.edit.captions import CAPTION_COLUMNS, METADATA, caption_files, captions_of
+from salun_sd.edit.captions import CAPTION_COLUMNS, caption_files, captions_of, is_metadata
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime.contents import file_bytes
 from salun_sd.runtime.texts import checked_text
@@ -54,12 +54,14 @@ def _found(spec: str) -> list[Item]:
     if (folder := Path(spec)).is_dir():
         if files := images_in(folder):
             return _of_folder(folder, files)
-        data = (f for f in folder.rglob("*") if f.suffix in (".parquet", ".arrow") and f.name not in METADATA)
+        data = (f for f in folder.rglob("*") if f.suffix in (".parquet", ".arrow") and not is_metadata(f))
         if not any(data):
             others = left_out(folder)
             raise UsageError(f"Image folder {spec} holds no images that can be read: give one with .png, .jpg or other "
                              f"image files.{f' It has {others}.' if others else ''}")  # fmt: skip
         return _rows(spec)
+    if folder.exists():
+        raise UsageError(f"Image folder {spec} is a file: give the folder that it is in, {folder.absolute().parent}.")
     name, *condition = match.groups() if (match := FILTERED.fullmatch(spec)) else (spec,)
     if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
         raise UsageError(f"Image folder {spec} was not found: give a folder of images, or a data set as org/name, "
@@ -70,7 +72,7 @@ def _found(spec: str) -> list[Item]:
 def _of_folder(folder: Path, files: list[Path]) -> list[Item]:
     """An item for each image file of a folder; a warning names what is left out."""
     captions = captions_of(folder, files)
-    if others := left_out(folder, {f.name for f in caption_files(folder)}):
+    if others := left_out(folder, {f.name for f in caption_files(folder)}, "an image or as captions"):
         logger.warning(f"{folder}: left out are {others}.")
     return [Item(str(f), captions.get(f.name), None, partial(file_bytes, f)) for f in files]
 

@@ -67,7 +67,7 @@ def _saved(base: Checkpoint, place: Path) -> Checkpoint:
     return Checkpoint(str(place), place, place if place.is_dir() else base.config, base.family)
 
 
-def _is_free(out: Path, format: str) -> bool:
+def is_free(out: Path, format: str) -> bool:
     """Whether a result can be written to `out`: nothing is there or, for "diffusers", an empty folder."""
     return not out.exists() or (format == "diffusers" and out.is_dir() and not any(out.iterdir()))
 
@@ -76,7 +76,7 @@ def finished(out: Path, format: str, base: Checkpoint, settings: dict, inputs: d
     """The record in `out`, where an earlier run left it there with the same settings and inputs; None where `out` does
     not exist, or is an empty folder. Raises UsageError where `out` is anything else, SalunError where the result in it
     was changed since."""
-    if _is_free(out, format):
+    if is_free(out, format):
         return None
     try:
         patch = patches.read(out) if format == "patch" else None
@@ -106,7 +106,7 @@ def apply(
     check_given(model=model, patch=patch, out=out, config=config, revision=revision, variant=variant)
     file, out = Path(patch), Path(out)
     check_place(out, format, ("diffusers", "single-file"))
-    if not _is_free(out, format):
+    if not is_free(out, format):
         raise UsageError(f"{out} exists: choose another --out, or remove it.")
     changes = patches.read(file)
     base = opened(model, config, revision, variant)

@@ -48,11 +48,17 @@ def write(file: Path, mask: Mask) -> None:
 def read(file: Path) -> Mask:
     """The mask in a file. Raises SalunError where it is not a mask file, or is damaged."""
     content, metadata = tensors.read_sealed(file)
+    if any(name.startswith("new/") for name in content):
+        raise SalunError(f"{file} is a patch, not a mask: make a mask with: salun-sd mask")
+    if {"salun_sd", "modelspec.architecture"} <= metadata.keys():
+        raise SalunError(f"{file} is a checkpoint, not a mask: make a mask with: salun-sd mask")
     try:
         settings = parse_json(metadata["salun_sd"], str(file), SETTINGS)
-        return Mask(bits_of(content, settings.pop("shapes")), settings)
+        bits = bits_of(content, settings.pop("shapes"))
     except KeyError as e:
         raise SalunError(f"{file} is not a mask of salun-sd: make one with: salun-sd mask") from e
+    tensors.warn_without_digest(file, metadata)
+    return Mask(bits, settings)
 
 
 def bits_of(packed: Tensors, shapes: dict) -> Bits:

@@ -11,6 +11,7 @@ from salun_sd.checkpoint import provenance, tensors
 from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
 from salun_sd.core.mask import Bits, unpacked_bits
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime.contents import no_file
 from salun_sd.runtime.documents import parse_json
 
 
@@ -74,14 +75,16 @@ def write(file: Path, patch: Patch) -> None:
 def read(file: Path) -> Patch:
     """A patch file, its tensors still on disk. Raises UsageError if it is missing, SalunError if it is not a patch or
     is damaged."""
-    if not file.is_file():
-        raise UsageError(f"Patch {file} was not found: give a file that salun-sd erase --format patch wrote.")
+    if fault := no_file(file):
+        raise UsageError(f"Patch {file} {fault}: give a file that salun-sd erase --format patch wrote.")
     content, metadata = tensors.read_sealed(file)
     names = {key.partition("/")[2] for key in content}
     whole = names and all(f"{kind}/{name}" in content for name in names for kind in ("mask", "new"))
     if not whole or provenance.KEY not in metadata:
         raise SalunError(f"{file} is not a patch of salun-sd: give a file that salun-sd erase --format patch wrote.")
-    return Patch(content, parse_json(metadata[provenance.KEY], str(file), provenance.RECORD))
+    record = parse_json(metadata[provenance.KEY], str(file), provenance.RECORD)
+    tensors.warn_without_digest(file, metadata)
+    return Patch(content, record)
 
 
 def check(patch: Patch, file: Path, weights: Tensors, name: str, fingerprint: str, revert: bool) -> None:

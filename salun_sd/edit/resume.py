@@ -75,23 +75,24 @@ class Progress:
             if not OURS.fullmatch(name):
                 raise UsageError(f"{self.folder} is for this run's state, and holds {name}: choose another --out.")
         try:
-            with FileLock(self.folder / LOCK).acquire(blocking=False):
-                state = self._read()
-                if state is None and any((self.folder / name).exists() for name in KEPT):
-                    raise UsageError(f"{self.folder} is of a run whose {self.out.name} is gone: choose another --out, "
-                                     "or remove it.")  # fmt: skip
-                if state is None:  # the strips may be of another run, which saved no state
-                    shutil.rmtree(self.folder / "samples", ignore_errors=True)
-                try:
-                    ranks.wait()
-                    yield state
-                except BaseException:
-                    if not (self.folder / STATE).is_file():
-                        shutil.rmtree(self.folder, ignore_errors=True)
-                    raise
-                self._end()
+            lock = FileLock(self.folder / LOCK).acquire(blocking=False)
         except Timeout as e:
             raise UsageError(f"Another run is making {self.out}: wait for it, or choose another --out.") from e
+        with lock:
+            state = self._read()
+            if state is None and any((self.folder / name).exists() for name in KEPT):
+                raise UsageError(f"{self.folder} is of a run whose {self.out.name} is gone: choose another --out, or "
+                                 "remove it.")  # fmt: skip
+            if state is None:  # the strips may be of another run, which saved no state
+                shutil.rmtree(self.folder / "samples", ignore_errors=True)
+            try:
+                ranks.wait()
+                yield state
+            except BaseException:
+                if not (self.folder / STATE).is_file():
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+            self._end()
 
     @contextmanager
     def no_state_after_an_error(self) -> Iterator[None]:
@@ -119,6 +120,7 @@ class Progress:
             header = parse_json(metadata["salun_sd"], str(file), HEADER)
             packed = {name.removeprefix("mask/"): t for name, t in content.items() if name.startswith("mask/")}
             mask = Mask(maskfile.bits_of(packed, header["shapes"]), header["mask"])
+            tensors.warn_without_digest(file, metadata)
         except (SalunError, KeyError) as e:
             raise SalunError(f"{file} is damaged: remove {self.folder}, and run the same command again.") from e
         if header["run"] != self.run:
@@ -128,6 +130,16 @@ class Progress:
             )
         return State(header["steps"], mask, content)
 
+    @contextmanager
+    def _unless_full(self, name: str) -> Iterator[None]:
+        """Go on, with a warning, where the disk has no room for a file of the folder: the result may be smaller."""
+        try:
+            yield
+        except OSError as e:
+            if not is_full(e):
+                raise
+            logger.warning(f"The disk is full, so {self.folder / name} was not written. The run goes on.")
+
     def save(self, mask: Mask, adam: MaskedAdam | None = None) -> None:
         """Replace the saved state, whole or not at all. Before the first step there is no Adam, only the mask."""
         if not ranks.is_main():
@@ -136,13 +148,8 @@ class Progress:
         content |= {name: Lazy(t.dtype, t.shape, t.cpu) for name, t in adam.state().items()} if adam else {}
         header = {"run": self.run, "steps": adam.steps if adam else 0, "mask": mask.settings,
                 "shapes": {name: list(shape) for name, shape in mask.bits.shapes.items()}}  # fmt: skip
-        try:
-            with new_file(self.folder / STATE) as partial:
-                tensors.write(partial, content, {"salun_sd": json.dumps(header)}, sealed=True)
-        except OSError as e:  # the result may be smaller
-            if not is_full(e):
-                raise
-            logger.warning(f"The disk is full, so this state was not saved: {self.folder}. The run goes on.")
+        with self._unless_full(STATE), new_file(self.folder / STATE) as partial:
+            tensors.write(partial, content, {"salun_sd": json.dumps(header)}, sealed=True)
         self.saved_at = time.monotonic()
 
     def save_or_stop(self, mask: Mask, adam: MaskedAdam, noted: list) -> None:
@@ -152,8 +159,8 @@ class Progress:
             self.save(mask, adam)
         if stops:
             ranks.wait()  # a launcher ends the others when one ends
-            raise KeyboardInterrupt(f"Interrupted after step {adam.steps}, which is kept in {self.folder}: the same "
-                                    "command resumes from there.")  # fmt: skip
+            raise KeyboardInterrupt(f"Interrupted after step {adam.steps}. The same command resumes from the state in "
+                                    f"{self.folder}, if there is one.")  # fmt: skip
 
     def _remove_state(self) -> None:
         (self.folder / STATE).unlink(missing_ok=True)
@@ -163,11 +170,14 @@ class Progress:
         self._remove_state()
         (self.folder / LOCK).unlink(missing_ok=True)
 
-    def keep(self, mask: Mask, run: dict) -> None:
-        """Write what stays beside the result."""
-        with new_file(self.folder / MASK) as partial:
+    def keep(self, mask: Mask, run: dict, record: dict | None) -> None:
+        """Write what stays beside the result; a record where the result is one file."""
+        with self._unless_full(MASK), new_file(self.folder / MASK) as partial:
             maskfile.write(partial, mask)
-        write_atomic(self.folder / RUN, seals.line(run))
+        with self._unless_full(RUN):
+            write_atomic(self.folder / RUN, seals.line(run))
+            if record:
+                provenance.write_folder(record, self.folder)
 
     @contextmanager
     def losses(self, start: int) -> Iterator:

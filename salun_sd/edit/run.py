@@ -25,7 +25,6 @@ from salun_sd.edit.checks import (
     check_format,
     check_kept,
     check_mask,
-    check_numbers,
     check_replaceable,
     check_retain,
     check_writable,
@@ -40,6 +39,7 @@ from salun_sd.edit.concepts import RENAMED, Concept, concepts_of, text_of
 from salun_sd.edit.deliver import deliver, finished, proof
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.patch import Patch
+from salun_sd.edit.ranges import check_numbers
 from salun_sd.edit.resources import Compute, Forecast, schedule_of
 from salun_sd.edit.resume import Progress, State
 from salun_sd.edit.training import strip_writer, train
@@ -295,9 +295,7 @@ def _deliver(job: Job, trained: Trained, progress: Progress, out: Path, command:
     if ranks.is_main():
         record |= proof(job.base, trained.patch, trained.mask)
         run = run_record(job.started, trained.peaks, job.planned)
-        progress.keep(trained.mask, run)
-        if format != "diffusers":
-            provenance.write_folder(record, progress.folder)
+        progress.keep(trained.mask, run, None if format == "diffusers" else record)
         deliver(job.base, trained.patch._replace(record=record), format, out)
     ranks.wait()
     return record

@@ -25,9 +25,10 @@ from salun_sd.draw.sample import Row
 from salun_sd.edit import datasets
 from salun_sd.edit.checks import images_of, images_to_retain, prompts_to_retain
 from salun_sd.edit.concepts import Concept
-from salun_sd.edit.datasets import Item, file_bytes
+from salun_sd.edit.datasets import Item
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime import cache, ranks
+from salun_sd.runtime.contents import file_bytes
 from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import new_file
 
@@ -232,7 +233,8 @@ def encode(base: LoadedBase, items: list[Item], texts: Iterable[str]) -> tuple[E
                 header = {"texts": json.dumps(known + missing)}
                 tensors.write(partial, {k: tensors.in_memory(v) for k, v in encoded.items()}, header, sealed=True)
         ranks.wait()
-        known, encoded = _read(file)
+        if missing:
+            known, encoded = _read(file)
     prompts: Condition = {k.removeprefix("prompt/"): v for k, v in encoded.items() if k.startswith("prompt/")}
     per_image = {"time_ids": encoded["time_ids"]} if "text_embeds" in prompts else {}
     row = {text: i for i, text in enumerate(known)}

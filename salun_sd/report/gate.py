@@ -8,12 +8,13 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import NamedTuple
 
-from salun_sd.errors import UsageError
+from salun_sd.errors import UsageError, cut
 
 SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 AGAINST = "against."
 FEW = 5  # most names of one group, as in ua.CLASS, that an error lists
 TERM = r"(?:n\*v|v\*n|n|v)"  # a letter for each token: n a number, v a name
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3})?"  # exact, so that a larger exponent would take all memory
 SUM = rf"[-+]?{TERM}(?:[-+]{TERM})*"
 
 
@@ -55,7 +56,7 @@ def parse(text: str, known: Sequence[str], absent: Mapping[str, str] = MappingPr
         group = name.removeprefix(AGAINST).partition(".")[0]
         parts = ("against", group, AGAINST + group) if name.startswith(AGAINST) else (group,)
         if why := next((absent[part] for part in parts if part in absent), None):
-            raise UsageError(f"--fail-if {text!r}: {name} {why}.")
+            raise UsageError(f"--fail-if {cut(text)!r}: {name} {why}.")
     at = kinds.index("<")
     terms: dict[str, Fraction] = {"": Fraction(0)}
     for term in re.finditer(rf"([-+]?)({TERM})", kinds):
@@ -71,7 +72,7 @@ def _tokens(text: str, known: Sequence[str]) -> list[tuple[str, str]]:
     """(kind, text) of each name, number, comparison sign and operator; blanks are left out."""
     every = sorted([*known, *(AGAINST + name for name in known)], key=len, reverse=True)
     token = re.compile(
-        rf"(?P<name>{'|'.join(map(re.escape, every))})(?![\w.])|(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(?![\w.])"
+        rf"(?P<name>{'|'.join(map(re.escape, every))})(?![\w.])|(?P<number>{NUMBER})(?![\w.])"
         r"|(?P<sign>[<>]=?)|(?P<other>[-+*])|(?P<blank>\s+)"
     )
     tokens, at = [], 0
@@ -86,8 +87,8 @@ def _tokens(text: str, known: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _no_bound(text: str) -> UsageError:
-    return UsageError(f"--fail-if {text!r} is not a bound: give names, numbers, + - *, and one of < <= > >=, as in "
-                      "'flag_rate > 0.01' or 'ra < against.ra - 0.02'.")  # fmt: skip
+    return UsageError(f"--fail-if {cut(text)!r} is not a bound: give names, numbers, + - *, and one of < <= > >=, as "
+                      "in 'flag_rate > 0.01' or 'ra < against.ra - 0.02'.")  # fmt: skip
 
 
 def _unknown(text: str, rest: str, known: Sequence[str]) -> UsageError:
@@ -100,8 +101,8 @@ def _unknown(text: str, rest: str, known: Sequence[str]) -> UsageError:
     large = sorted(group for group, size in groups.items() if size > FEW)
     listed = alike or [*names, *(f"{group}.NAME" for group in large)]
     return UsageError(
-        f"--fail-if {text!r}: there is no number {wrong}. The numbers are {', '.join(listed)}, and those of the base "
-        f"with {AGAINST} before the name."
+        f"--fail-if {cut(text)!r}: there is no number {cut(wrong)}. The numbers are {', '.join(listed)}, and those of "
+        f"the base with {AGAINST} before the name."
     )
 
 

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from salun_sd.errors import SalunError
 from salun_sd.runtime import ranks
 from salun_sd.runtime.files import is_full
+from salun_sd.runtime.texts import checked_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ class Entry(NamedTuple):
 
 def folder() -> Path:
     """$SALUN_SD_CACHE, or salun-sd in $XDG_CACHE_HOME or ~/.cache; absolute. Raises SalunError where ~ is needed and
-    stands for no folder: in many containers, the user has none."""
+    stands for no folder, as in many containers, and for a path that is no valid Unicode."""
     own, root = os.environ.get("SALUN_SD_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        return Path(own or f"{root}/salun-sd").expanduser().absolute()
+        place = Path(own or f"{root}/salun-sd").expanduser().absolute()
     except RuntimeError as e:
         raise SalunError("The home folder, for the cache, is not known: set SALUN_SD_CACHE to a folder.") from e
+    checked_text(str(place), "The cache, SALUN_SD_CACHE,", SalunError)  # else it is written to, and never read
+    return place
 
 
 @contextmanager

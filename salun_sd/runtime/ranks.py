@@ -35,6 +35,8 @@ def launched() -> tuple[int, int]:
     if absent := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name, "").strip()]:
         raise UsageError(f"WORLD_SIZE is {count}, and there is no {', no '.join(absent)}: {ADVICE}")
     _number("MASTER_PORT", 1, 2**16)
+    if os.environ.get("LOCAL_RANK", "").strip():  # on a GPU there has to be one: see `start`
+        _number("LOCAL_RANK", 0, count)
     return _number("RANK", 0, count), count
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ def told(judge, files: list[Path], batch_size: int = 32) -> list[tuple]:
     return [(found["predicted"], found["score"]) for found in judge.classify(files, batch_size)]
 
 
+PROCESSOR = "preprocessor_config.json"
 IMAGENET = ["tench, Tinca tinca", "English springer, English springer spaniel", "crane", "goose", "crane, derrick"]
 
 
@@ -119,6 +121,33 @@ def test_a_model_without_a_trained_classifier_head_is_refused(tiny, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:100])
     with pytest.raises(SalunError, match=str(tmp_path)):
         Classifier(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        *((PROCESSOR, "rescale_factor", value) for value in (["a"], float("inf"))),
+        (PROCESSOR, "image_std", [0.5, 0.5]), (PROCESSOR, "image_mean", [0.5, 0.5, "x"]),
+        (PROCESSOR, "size", {"width": float("nan"), "height": 16}),
+        ("config.json", "id2label", {str(n): [n] for n in range(5)}), ("config.json", None, None),
+    ],
+)  # fmt: skip
+def test_a_classifier_whose_files_are_odd_is_refused_before_it_is_asked(tiny, tmp_path, file, key, value):
+    folder = shutil.copytree(tiny, tmp_path / "odd")
+    settings = json.loads((folder / file).read_text())
+    (folder / file).unlink()
+    (folder / file).write_text(json.dumps(settings | {key: value})) if key else os.mkfifo(folder / file)
+    with pytest.raises(SalunError, match=str(folder)) as caught:
+        classify.load(folder, IMAGENET[:1], [])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_clip_with_words_that_its_model_does_not_know_is_refused(clip, tmp_path):
+    folder = shutil.copytree(clip, tmp_path / "odd")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "beyond"}))
+    with pytest.raises(SalunError, match=str(folder)):
+        Clip(folder)
 
 
 @pytest.mark.parametrize("kind", [Classifier, ImageModel, Clip])
@@ -227,7 +256,6 @@ def test_only_a_clip_is_asked_by_name(tiny):
 
 def test_a_digest_is_of_weights_and_words_and_not_of_their_place(clip, tmp_path):
     from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer
 
     shutil.copytree(clip, tmp_path / "moved")
     digest = classify.load(clip, ["bag", "boot"], []).digest
@@ -235,9 +263,10 @@ def test_a_digest_is_of_weights_and_words_and_not_of_their_place(clip, tmp_path)
     assert classify.load(clip, ["bag", "bonnet"], []).digest != digest and len(digest) == 64
     assert Clip(tmp_path / "moved").digest == Clip(clip).digest
     shutil.copytree(clip, tmp_path / "other words")
-    tokenizer = AutoTokenizer.from_pretrained(clip)
-    tokenizer.add_tokens(["bonnet"])
-    tokenizer.save_pretrained(tmp_path / "other words")
+    words = json.loads((clip / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "other words" / "tokenizer.json").write_text(json.dumps(words))
     assert classify.load(tmp_path / "other words", ["bag", "boot"], []).digest != digest
     assert Clip(tmp_path / "other words").digest != Clip(clip).digest
     assert ImageModel(tmp_path / "other words").digest == ImageModel(clip).digest  # which reads none

@@ -90,9 +90,14 @@ def test_a_file_that_is_no_detector_is_refused(tmp_path):
     for content in (None, b"", b"text", packaged[:1000], packaged.replace(b"FACE_FEMALE", b"FACE_FELINE")):
         if content is not None:
             other.write_bytes(content)
-        with pytest.raises(UsageError, match="other.onnx.*NudeNet 3.*--detector-model") as caught:
+        fault = "found" if content is None else "NudeNet"
+        with pytest.raises(UsageError, match=f"other.onnx.*{fault}.*--detector-model") as caught:
             load_detector(other)
         assert "\n" not in str(caught.value)
+    other.unlink()
+    os.mkfifo(other)
+    with pytest.raises(UsageError, match="other.onnx is no regular file"):
+        load_detector(other)
 
 
 @pytest.mark.parametrize(("name", "colour", "dot", "blank"), [

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -124,7 +125,7 @@ def test_what_a_file_or_a_folder_says_of_its_prediction_is_heeded(tmp_path):
 @pytest.mark.parametrize(
     ("part", "change", "named"),
     [
-        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDM .*EDMEulerScheduler"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "sample.* epsilon"),
         ("vae/config.json", {"latents_mean": [0.0] * 4}, "VAE"),
     ],
@@ -153,6 +154,15 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_files(folder):
     changed[min(changed)].view(-1)[0] += 1
     save_file(changed, file)
     assert found(folder).fingerprint != before.fingerprint
+
+
+def test_a_folder_among_the_configs_counts_for_nothing_and_a_pipe_there_is_refused(folder):
+    before = found(folder).identity
+    (folder / "unet" / "notes.json").mkdir()
+    assert found(folder).identity == before
+    os.mkfifo(folder / "vae" / "pipe.json")
+    with pytest.raises(SalunError, match="pipe.json"):
+        assert found(folder).identity
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])

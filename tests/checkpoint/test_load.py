@@ -1,6 +1,7 @@
 """Weights are looked at when they are loaded; tokenizers are those of the text encoders."""
 
 import json
+import os
 from functools import partial
 
 import pytest
@@ -72,3 +73,10 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_named(tmp_path, content):
     for load in (load_tokenizers, load_pipeline):
         with pytest.raises(SalunError, match="tokenizer_2"):
             load(find(str(folder)))
+
+
+def test_a_pipe_among_the_files_of_a_tokenizer_is_not_waited_for(tmp_path):
+    folder = write_pipeline(tmp_path / "sd1", "sd1")
+    os.mkfifo(pipe := folder / "tokenizer" / "special_tokens_map.json")
+    with pytest.raises(SalunError, match=str(pipe)):
+        load_tokenizers(find(str(folder)))

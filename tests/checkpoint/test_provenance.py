@@ -80,6 +80,11 @@ def test_a_recorded_audit_of_a_single_file_leaves_its_tensors_alone(tiny, tmp_pa
     assert find(str(file), config=tiny).fingerprint == before
     audits = json.loads(tensors.read(file)[1]["salun_sd"])["audits"]
     assert audits[str(few)]["images"] == 2 and audits == record_of(provenance.run_folder(file))["audits"]
+    other = file.rename(tmp_path / "erased.CKPT")  # the ending does not matter: the record is checked
+    opened(str(other), tiny)
+    flip(other)
+    with pytest.raises(SalunError, match=provenance.KEY):
+        opened(str(other), tiny)
 
 
 def test_a_card_that_a_person_changed_stays_and_one_that_is_gone_is_written_again(erased, tmp_path, caplog):
@@ -130,12 +135,17 @@ def test_a_record_is_read_back_as_it_was_written_and_a_damaged_one_is_named(eras
             provenance.read(tmp_path)
     (tmp_path / "salun.json").unlink()
     assert provenance.read(tmp_path) is None and provenance.read(tmp_path / "nowhere") is None
+    (tmp_path / "salun.json").symlink_to(tmp_path / "blobs" / "0123")
+    with pytest.raises(SalunError, match="salun.json.*0123"):
+        provenance.read(tmp_path)
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 DAMAGED = {UNET: "unet", VAE: "vae", "text_encoder/model.safetensors": "text_encoder"}  # what its sentence names
 DAMAGED |= {name: name for name in ("unet/config.json", "sampling.json", "tokenizer/tokenizer.json")}
+ADDED = "tokenizer/special_tokens_map.json"  # which the folder lacks
+DAMAGED[ADDED] = ADDED
 
 
 def flip(file) -> None:
@@ -149,7 +159,7 @@ def flip(file) -> None:
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_checkpoint_that_is_not_what_its_record_says_is_refused_with_the_part(erased, tmp_path, name):
     model = shutil.copytree(erased / "erased", tmp_path / "erased")
-    flip(model / name)
+    (model / ADDED).write_text('{"pad_token": "!"}') if name == ADDED else flip(model / name)
     with pytest.raises(SalunError) as caught:
         opened(str(model))
     assert DAMAGED[name] in str(caught.value) and str(model / "salun.json") in str(caught.value)

@@ -155,6 +155,16 @@ def test_a_zip_that_cannot_be_mapped_is_named(file):
         tensors.read(file)
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_a_zip_of_something_else_is_no_pickle(tmp_path, ending):
+    file = tmp_path / f"model.{ending}"
+    with zipfile.ZipFile(file, "w") as z:
+        z.writestr("photos/a.png", b"PNG")
+    with pytest.raises(SalunError, match=f"{file}.* zip .*photos/a.png") as e:
+        tensors.read(file)
+    assert "pickle" not in str(e.value)
+
+
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_flipped_byte_of_a_pickle_is_an_error_where_its_writer_left_a_checksum(file, checked):
     torch.serialization.set_crc32_options(checked)

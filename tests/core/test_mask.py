@@ -6,7 +6,7 @@ from safetensors.torch import save
 
 from salun_sd.core import mask as masks
 from salun_sd.core.mask import Bits
-from salun_sd.edit import maskfile
+from salun_sd.edit import maskfile, patch
 from salun_sd.edit.maskfile import Mask
 from salun_sd.errors import SalunError, UsageError
 
@@ -136,6 +136,22 @@ FOREIGN = {  # what stands in the place of a mask's tensors, and of its shapes
     "no list of shapes": ({"w": torch.zeros(13, dtype=torch.uint8)}, 100),
     "no shapes": ({"w": torch.zeros(13, dtype=torch.uint8)}, None),
 }
+
+
+@pytest.mark.parametrize(("name", "metadata", "kind"), [
+    ("new/w", {"salun_sd": '{"base": {}}'}, "is a patch"),
+    ("w", {"salun_sd": '{"base": {}}', "modelspec.architecture": "stable-diffusion-v1"}, "is a checkpoint"),
+    ("w", {"modelspec.architecture": "stable-diffusion-v1"}, "mask"),
+])  # fmt: skip
+def test_another_file_of_ours_is_called_what_it_is(tmp_path, caplog, name, metadata, kind):
+    file = tmp_path / "here.safetensors"
+    file.write_bytes(save({name: torch.ones(1)}, metadata))
+    with pytest.raises(SalunError, match=rf"here\.safetensors.*{kind}"):
+        maskfile.read(file)
+    if name != "new/w":
+        with pytest.raises(SalunError, match=r"here\.safetensors is not a patch"):
+            patch.read(file)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -1,4 +1,5 @@
 import csv
+import os
 
 import pytest
 
@@ -61,6 +62,7 @@ def test_write_gives_back_what_read_takes(tmp_path):
         (HEADER + "0,a,1,7,\n1,b,x7,7,\n", "line 3.*evaluation_seed.*'x7'.*whole"),
         (HEADER + "0,a,-1,7,\n", "line 2.*evaluation_seed.*-1.*negative"),
         (HEADER + "0,a,1,nan,\n", "line 2.*evaluation_guidance.*nan"),
+        (HEADER + "0,a,1,1e7,\n", "line 2.*evaluation_guidance.*1e7.*large"),
         (HEADER + "0,a,1,7,\n1,a,2,7\n", "line 3.*4 cells.* 5"),
         (LAST + "0,12,7.5,a cat\n1,12,7.5,a cat, sitting on a mat\n", "line 3.*5 cells.* 4.*quotes"),
         (LAST + "0,12,7.5\n", "line 2.*3 cells.* 4"),
@@ -122,9 +124,13 @@ def test_a_table_that_excel_calls_text_is_a_table(tmp_path):
     assert [p.text for p in prompts.read(str(file))] == ["a\tprompt of a cat"]
 
 
-def test_a_missing_set_lists_the_built_in_ones():
+def test_a_missing_set_lists_the_built_in_ones(tmp_path):
     with pytest.raises(UsageError, match="nowhere.csv.* everyday, i2p, imagenette"):
         prompts.read("nowhere.csv")
+    os.mkfifo(tmp_path / "pipe")
+    for place in ("/dev/zero", tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UsageError, match=f"{place} is no regular file"):
+            prompts.read(str(place))
 
 
 def test_i2p_is_read_as_it_is_in_the_wild(i2p):

@@ -111,6 +111,13 @@ def test_settings_and_numbers_of_steps_that_cannot_draw_are_refused(model, chang
         rehearsal.check(own, own.scheduler, steps)
 
 
+@pytest.mark.parametrize("changes", [{"timestep_spacing": "zig"}, {"steps_offset": "a"}])
+def test_settings_that_are_damaged_name_their_file(model, changes):
+    with pytest.raises(UsageError, match="scheduler_config.json") as e:
+        rehearsal.check(with_noise(model, _class_name="DDIMScheduler", **changes), "DDIMScheduler", 20)
+    assert "dtype" not in str(e.value)
+
+
 @pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
@@ -124,9 +131,11 @@ def test_settings_that_people_draw_with_pass(model, kind, prediction, changes):
         rehearsal.check(own, kind, steps)
 
 
-def test_a_checkpoint_that_cannot_be_drawn_is_not_trained(model):
+def test_a_checkpoint_that_cannot_be_drawn_is_not_trained_where_that_draws(model):
+    compute = Compute.of(with_noise(model, _class_name="FlowMatchEulerDiscreteScheduler"), None, None)
+    compute.drawing(32, draws=False)
     with pytest.raises(UsageError, match="FlowMatchEulerDiscreteScheduler"):
-        Compute.of(with_noise(model, _class_name="FlowMatchEulerDiscreteScheduler"), None, None)
+        compute.drawing(32, draws=True)
 
 
 def test_a_model_of_flow_matching_is_refused_when_it_is_found(model, tmp_path):

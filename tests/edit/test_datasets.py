@@ -73,6 +73,9 @@ def test_a_folder_that_is_missing_or_empty_is_a_usage_error(tmp_path):
     refused("frgfm/imagenette:label", "frgfm/imagenette:label ", kind=UsageError)
     refused(f"{tmp_path}/nowhere:label=church", "nowhere:label=church ", kind=UsageError)
     refused(tmp_path, f"{tmp_path} ", "images", kind=UsageError)
+    (tmp_path / "image.png").write_bytes(b"")
+    refused(tmp_path / "image.png", "image.png is a file", f"{tmp_path}.", kind=UsageError)
+    (tmp_path / "image.png").unlink()
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.jpg").write_bytes(encoded(0))
     refused(tmp_path, f"{tmp_path} ", "images", kind=UsageError)
@@ -105,7 +108,7 @@ def test_captions_come_from_metadata_as_in_imagefolder(folder):
         (folder / "metadata.jsonl").write_bytes((bom + end.join([*lines, "", ""])).encode())
         assert captions(folder) == ["ä", None, "a shoe"]
     (folder / "metadata.jsonl").unlink()
-    (folder / "metadata.csv").write_bytes('\ufefffile_name,caption\r\na.JPG,"one, two"\r\nb.png,ü\r\n'.encode())
+    (folder / "Metadata.CSV").write_bytes('\ufefffile_name,caption\r\na.JPG,"one, two"\r\nb.png,ü\r\n'.encode())
     assert captions(folder) == ["one, two", "ü", None]
 
 
@@ -201,6 +204,8 @@ UNCLEAR = {  # files, and what the refusal names
     "a line of text": ({"metadata.jsonl": GOOD + "a shoe\n"}, ["metadata.jsonl, line 2", "Expecting value"]),
     "a list": ({"metadata.jsonl": GOOD + '\n["a.JPG"]'}, ["metadata.jsonl, line 3", "object"]),
     "no file name": ({"metadata.jsonl": '{"image": "a.JPG", "text": "x"}'}, ["line 1", "file_name", "image, text"]),
+    "a list of names": ({"metadata.jsonl": '{"file_name": ["a.JPG"], "text": "x"}'}, ["line 1", "file_name that"]),
+    "a list of captions": ({"metadata.jsonl": GOOD.replace('"one"', '["one"]')}, ["line 1", "no text", "a.JPG"]),
     "no caption": ({"metadata.jsonl": '{"file_name": "a.JPG", "prompt": "x"}'}, ["caption", "file_name, prompt"]),
     "no file name in a table": ({"metadata.csv": "file,text\na.JPG,x\n"}, ["metadata.csv", "file_name", "file, text"]),
     "no caption in a table": ({"metadata.csv": "file_name\na.JPG\n"}, ["csv, line 2", "text", "caption", "file_name"]),

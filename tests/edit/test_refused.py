@@ -124,6 +124,7 @@ APPLIED = {
     "a mask": ("{sd1} {here}/mask.safetensors", 1, "mask.safetensors patch"),
     "a text": ("{sd1} {sd1}/model_index.json", 1, "model_index.json"),
     "a folder": ("{sd1} {sd1}", 2, "{sd1} patch"),
+    "a file in a checkpoint": ("{sd1} {once} --format single-file --out {sd1}/a.safetensors", 2, "{sd1} --out"),
     "no file": ("{sd1} {odd}/nowhere.safetensors", 2, "{odd}/nowhere.safetensors patch"),
     "a folder for a file": ("{sd1} {once} --format single-file --out {out}", 2, ".safetensors --format"),
     "a file for a folder": ("{sd1} {once} --out {saved}", 2, "{saved} --format"),
@@ -133,6 +134,8 @@ ERASED = {
     "a folder for a file": ("--format single-file --out {out}", 2, ".safetensors '--format single-file'"),
     "a folder for a patch": ("--format patch --out {out}", 2, ".safetensors '--format patch'"),
     "a file for a folder": ("--out {saved}", 2, "{saved} --format"),
+    "a folder in a checkpoint": ("--out {sd1}/erased", 2, "{sd1} --out"),
+    "the folder one is in": ("--out .", 2, "--out"),
     "reversible folder": ("--reversible --out {out}", 2, "--reversible '--format patch'"),
     "reversible file": ("--reversible --format single-file --out {saved}", 2, "--reversible '--format patch'"),
 }

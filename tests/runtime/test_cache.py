@@ -72,7 +72,7 @@ def test_a_user_without_a_home_needs_only_the_variable(tmp_path, monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache.folder() == tmp_path / "cache"
-    for typed in ("", "~/mine"):
+    for typed in ("", "~/mine", "caf\udce9"):
         monkeypatch.setenv("SALUN_SD_CACHE", typed)
         with pytest.raises(SalunError, match="SALUN_SD_CACHE"):
             cache.folder()

@@ -24,6 +24,7 @@ def test_a_value_of_the_shape_is_given_as_it_is(value, tmp_path):
     ('{"name": "a"}', "size"), ('{"size": true, "name": "a"}', "size"), ('{"size": "64", "name": "a"}', "size"),
     ('{"size": 1.5, "name": "a"}', "size"), ('{"size": [8, null], "name": "a"}', "size"),
     ('{"size": 1, "name": "a", "parts": [{"rate": 1}, {"rate": NaN}]}', "parts[1].rate"),
+    ('{"size": 1, "name": "a", "parts": [{"rate": 1' + "0" * 400 + "}]}", "parts[0].rate"),
     ('{"size": 1, "name": "a", "files": {"x": {"n": 1}, "y?": {"n": "2"}}}', "files.y?.n"),
     ('{"size": 1, "name": "a", "parts": [{}]}', "parts[0].rate"), ("[1]", "object"), ("", "line 1"),
     ('{"size": 1, "name": "\\ud800"}', "ud800"), ('{"size": 1, "name": "a", "\\udfff": 0}', "udfff"),

@@ -58,6 +58,7 @@ def test_the_launchers_variables_are_read(changes, place, variables):
         "RANK": [None, "", "x", "-1", "2"],
         "MASTER_ADDR": [None, " "],
         "MASTER_PORT": [None, "", "http", "0", "65536"],
+        "LOCAL_RANK": ["zz", "-1", "2"],
     }.items(),
 )
 def test_one_that_is_wrong_is_named(name, values, variables):
