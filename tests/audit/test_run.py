@@ -198,7 +198,7 @@ ABSENT = "nobody/no-such-model"  # a hub id, which the tests' hub does not have:
     ("option", "wrong"),
     [
         (None, {}),
-        ("--prompts|prompt set", {"prompts": "no-such-set"}),
+        ("--prompts|rompt set", {"prompts": "no-such-set"}),
         ("--where", {"where": "class"}),
         ("no column", {"where": "color=red"}),
         ("--size", {"size": "big"}),

@@ -90,7 +90,7 @@ def test_no_stream_makes_a_traceback(rest, code, out, err, tmp_path):
     "variables",
     [
         {"LC_ALL": "C"}, {"LC_ALL": "POSIX", "TERM": "dumb", "COLUMNS": "20"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii", "COLUMNS": "1"},
+        {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "COLUMNS": "1"},
     ],
 )  # fmt: skip
 def test_a_poor_terminal_gets_all_it_can_show(variables, tmp_path):

@@ -20,6 +20,7 @@ def said(capsys, model, out, lr="1e-4", dtype="float32") -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if "was erased" in line]
 
 
+@pytest.mark.slow
 def test_an_erasure_that_moves_no_weight_to_speak_of_says_by_how_much(tiny, tmp_path, capsys):
     assert said(capsys, tiny, tmp_path / "usual") == []
     [line] = said(capsys, tiny, tmp_path / "little", lr="1e-9")
@@ -30,6 +31,7 @@ def test_an_erasure_that_moves_no_weight_to_speak_of_says_by_how_much(tiny, tmp_
     assert "0.0e+00" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_erasure_by_a_model_that_does_not_hear_its_prompts_says_so(tiny, tmp_path, capsys, dtype):
     assert said(capsys, tiny, tmp_path / "usual", dtype=dtype) == []

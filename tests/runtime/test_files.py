@@ -1,11 +1,11 @@
 import errno
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+from helpers.commands import fresh
 
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime import files
@@ -15,40 +15,41 @@ def names(folder):
     return {p.name for p in folder.iterdir()}
 
 
-def hold(path, made, goes_on):
-    """In another process: begin to write a file or a folder, and wait."""
-    with files.new_file(path) if path.suffix else files.new_folder(path) as partial:
-        (partial if path.suffix else partial / "half").write_text("half")
-        made.set()
-        goes_on.wait()
+HOLD = """
+import sys
+from pathlib import Path
+from salun_sd.runtime import files
+place = Path(sys.argv[1])
+with files.new_file(place) if place.suffix else files.new_folder(place) as partial:
+    (partial if place.suffix else partial / "half").write_text("half")
+    print("made", flush=True)
+    sys.stdin.readline()
+"""
 
 
 @pytest.fixture
 def held(tmp_path):
-    """Begins to write `tmp_path / name` in another process; gives that process and the event that lets it go on."""
-    context, running = multiprocessing.get_context("spawn"), []
+    """Begins to write `tmp_path / name` in another process, which then waits; gives the process."""
+    running = []
 
     def start(name):
-        made, goes_on = context.Event(), context.Event()
-        process = context.Process(target=hold, args=(tmp_path / name, made, goes_on))
-        process.start()
-        running.append(process)
-        assert made.wait(60)
-        return process, goes_on
+        running.append(fresh(["-c", HOLD, tmp_path / name], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert running[-1].stdout.readline() == "made\n"
+        return running[-1]
 
     yield start
     for process in running:
         process.kill()
-        process.join()
+        process.communicate()
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a"])
 def test_what_a_killed_run_left_goes_at_the_next_write_and_what_a_running_one_makes_stays(held, name, tmp_path):
-    killed, _ = held(name)
+    killed = held(name)
     killed.kill()
-    killed.join()
+    killed.wait()
     left = names(tmp_path)
-    _, goes_on = held(name)  # its own write removes what the killed one left
+    held(name)  # its own write removes what the killed one left
     of_running = names(tmp_path)
     assert len(left) == len(of_running) == 2 and not left & of_running
     with (

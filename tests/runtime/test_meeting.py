@@ -76,7 +76,7 @@ def test_memory_is_shared_with_the_processes_beside_it_if_there_are_any(says, sh
     assert ranks.beside() == share
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_process_that_nobody_meets_says_so_in_time(rank, nobody, caplog):
     nobody(rank, 1)
     started = time.monotonic()
