@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from salun_sd.errors import SalunError, some
+from salun_sd.runtime.contents import gone
 from salun_sd.runtime.documents import is_unicode
 
 DTYPES = {
@@ -109,8 +110,8 @@ def _head(file: Path) -> bytes:
     try:
         is_regular = stat.S_ISREG(file.stat().st_mode)
     except FileNotFoundError as e:
-        if file.is_symlink():
-            raise SalunError(f"{file} is a link to {os.readlink(file)}, which is gone: download it again.") from e
+        if sentence := gone(file):
+            raise SalunError(sentence) from e
         raise
     if not is_regular:
         raise SalunError(f"{file} is no regular file, so it holds no tensors: give a file or a folder on disk.")

@@ -69,7 +69,7 @@ def check_format(out: Path, format: str, reversible: bool) -> None:
     """Raise UsageError where --out or --reversible do not go with --format."""
     if reversible and format != "patch":
         raise UsageError("--reversible is for --format patch: only a patch can keep the base's values.")
-    check_place(out, format, ("diffusers", "single-file", "patch"))
+    check_out(out, format, ("diffusers", "single-file", "patch"))
 
 
 def check_writable(base: Checkpoint, format: str) -> None:
@@ -81,7 +81,7 @@ def check_writable(base: Checkpoint, format: str) -> None:
             raise UsageError(f"{base.name} cannot be written as a single file: {e} Give another --format.") from e
 
 
-def check_place(out: Path, format: str, formats: Collection[str]) -> None:
+def check_out(out: Path, format: str, formats: Collection[str]) -> None:
     """Raise UsageError where --format is none of `formats`, or --out does not go with it or cannot be written."""
     check_choice("format", format, formats)
     if format == "diffusers" and out.suffix == ".safetensors":

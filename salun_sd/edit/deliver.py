@@ -8,7 +8,7 @@ from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
 from salun_sd.edit import patch as patches
-from salun_sd.edit.checks import check_place
+from salun_sd.edit.checks import check_out
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.patch import Patch
 from salun_sd.errors import SalunError, UsageError
@@ -105,7 +105,7 @@ def apply(
     """
     check_given(model=model, patch=patch, out=out, config=config, revision=revision, variant=variant)
     file, out = Path(patch), Path(out)
-    check_place(out, format, ("diffusers", "single-file"))
+    check_out(out, format, ("diffusers", "single-file"))
     if not is_free(out, format):
         raise UsageError(f"{out} exists: choose another --out, or remove it.")
     changes = patches.read(file)

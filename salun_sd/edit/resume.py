@@ -24,16 +24,14 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.documents import parse_json
-from salun_sd.runtime.files import is_full, new_file, write_atomic
+from salun_sd.runtime.files import HIDDEN, is_full, new_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
 STATE, LOSSES, LOCK = "state.safetensors", "losses.jsonl", ".lock"
 MASK, RUN = "mask.safetensors", "run.json"
 KEPT = (MASK, RUN, "salun.json", "README.md")  # what stays beside a result
-OURS = re.compile(  # in a run's folder: files, and the partial ones that a kill leaves
-    rf"{LOCK}|samples/step-\d+\.png|\.?({LOSSES}|{STATE}|{MASK}|{RUN}|salun\.json|README\.md)(\.[0-9a-f]+\..+)?"
-)
+OURS = re.compile("|".join([r"samples/step-\d+\.png", *map(re.escape, (LOCK, STATE, LOSSES, *KEPT))]))  # in the folder
 HEADER = {"run": dict, "steps": int, "mask": dict, "shapes": dict}  # of a state
 
 
@@ -72,7 +70,8 @@ class Progress:
             raise UsageError(f"{self.folder} is in the place of this run's state: choose another --out, or move it.")
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file()):
-            if not OURS.fullmatch(name):
+            partial = HIDDEN.fullmatch(name)  # left by a kill
+            if not OURS.fullmatch(partial["of"] if partial else name):
                 raise UsageError(f"{self.folder} is for this run's state, and holds {name}: choose another --out.")
         try:
             lock = FileLock(self.folder / LOCK).acquire(blocking=False)
@@ -159,8 +158,8 @@ class Progress:
             self.save(mask, adam)
         if stops:
             ranks.wait()  # a launcher ends the others when one ends
-            raise KeyboardInterrupt(f"Interrupted after step {adam.steps}. The same command resumes from the state in "
-                                    f"{self.folder}, if there is one.")  # fmt: skip
+            goes_on = "resumes from" if (self.folder / STATE).is_file() else "begins again, as the disk had no room in"
+            raise KeyboardInterrupt(f"Interrupted after step {adam.steps}: the same command {goes_on} {self.folder}.")
 
     def _remove_state(self) -> None:
         (self.folder / STATE).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Files of other programs, read whole; what is no file, such as a pipe, is refused at once."""
 
 import errno
+import os
 import stat
 from pathlib import Path
 
@@ -15,6 +16,13 @@ def file_bytes(file: Path) -> bytes:
         return content_of(file)
     except OSError as e:
         raise SalunError(f"{file} cannot be read: {e.strerror}.") from e
+
+
+def gone(file: Path) -> str | None:
+    """A sentence for a link whose target is not there, as in a hub's cache that was cleared; None for all else."""
+    if file.is_symlink() and not file.exists():
+        return f"{file} is a link to {os.readlink(file)}, which is gone: download it again."
+    return None
 
 
 def no_file(file: Path) -> str | None:

@@ -1,14 +1,13 @@
 """JSON that this run did not just write: read whole, of a known shape, or refused with the name of file and key."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from salun_sd.errors import SalunError
-from salun_sd.runtime.contents import content_of
+from salun_sd.runtime.contents import content_of, gone
 
 MOST_BYTES, MOST_LEVELS = 64 * 2**20, 64
 KINDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", dict: "an object",
@@ -27,8 +26,8 @@ def read_json(file: Path, shape: Shape = object, error: Error = SalunError, most
     try:
         content = content_of(file, most)
     except FileNotFoundError as e:
-        if file.is_symlink():
-            raise error(f"{file} is a link to {os.readlink(file)}, which is gone: download it again.") from e
+        if sentence := gone(file):
+            raise error(sentence) from e
         raise
     except OSError as e:
         raise error(f"{file} cannot be read: {e.strerror}.") from e

@@ -22,9 +22,8 @@ from helpers.forms import (
     raw_tensors,
     same,
     write_forms,
-    write_hub,
 )
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from salun_sd.checkpoint import provenance, tensors
@@ -124,16 +123,6 @@ def test_a_patch_makes_of_its_base_what_erase_makes_and_takes_it_back(made, tmp_
     assert all(all_same(t, base[part]) for part, t in models.load_parts(folder).items())
     assert all_same(load_file(file), models.single_file_tensors(made.base))
     assert provenance.read(folder) is provenance.read(file) is None and not (folder / "README.md").exists()
-
-
-@pytest.fixture(scope="module")
-def hub(here, tmp_path_factory):
-    """The hub's cache with the model of `here` as the revision "old" of someone/tiny, and nothing else in it."""
-    cache = tmp_path_factory.mktemp("hub")
-    write_hub(cache, here / "sd1")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(constants, "HF_HUB_CACHE", str(cache))
-        yield cache
 
 
 @pytest.fixture(scope="module")

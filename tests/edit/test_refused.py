@@ -9,9 +9,8 @@ import pytest
 import torch
 from helpers import models
 from helpers.commands import fails
-from helpers.forms import CAT, UNET, apply, erase, files_of, training, write_forms, write_hub
+from helpers.forms import CAT, UNET, apply, erase, files_of, training, write_forms
 from helpers.runs import fails_with
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from salun_sd.cli import app as cli
@@ -28,15 +27,6 @@ def here(tmp_path_factory):
     erase(here, here / "sd1.ckpt", "--config", here / "sd1", "--format", "patch", "--out", here / "once.safetensors")
     apply(here / "sd1", here / "patch.safetensors", here / "erased")
     return here
-
-
-@pytest.fixture(scope="module")
-def hub(here, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("hub")
-    write_hub(cache, here / "sd1")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(constants, "HF_HUB_CACHE", str(cache))
-        yield cache
 
 
 @pytest.fixture(scope="module")
