@@ -40,7 +40,9 @@ from salun_sd.core.saliency import GradientSum, sum_dtype
 from salun_sd.edit import budget, maskfile
 from salun_sd.edit.budget import Erasing, Masking, Work
 from salun_sd.edit.resources import LARGE
-from salun_sd.methods.salun import erase, forget_gradient
+from salun_sd.methods.batches import Training
+from salun_sd.methods.loop import Erasure, Retain, erase
+from salun_sd.methods.salun import SalUn, forget_gradient
 from salun_sd.runtime import memory
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
@@ -234,8 +236,8 @@ def our_erase(case: Case, density: float, steps: int) -> tuple[float, int]:
     adam = MaskedAdam(unet, bits, 1e-5)
     forget, retain = case.examples(2 * case.batch), case.examples(2 * case.batch)
     anchors, concepts = torch.ones_like(forget.which), torch.zeros_like(forget.which)
-    loop = erase(unet, adam, SCHEDULE, forget, anchors, concepts, retain, steps=steps + 1, batch_size=case.batch,
-                 retain_weight=0.1, anchor_from="current", seed=0)  # fmt: skip
+    training = Training(SCHEDULE, forget, retain, concepts, anchors)
+    loop = erase(unet, adam, Erasure(SalUn(), Retain(0.1, "noise"), training, steps + 1, case.batch, seed=0))
     return clock(loop), memory.peak()
 
 

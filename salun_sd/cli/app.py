@@ -136,6 +136,7 @@ def erase(
     steps: Annotated[int | None, o.STEPS] = None,
     batch_size: Annotated[int, o.BATCH_SIZE] = 8,
     anchor_from: Annotated[Literal["current", "base"], o.ANCHOR_FROM] = "current",
+    retain_target: Annotated[Literal["base", "noise"], o.RETAIN_TARGET] = "base",
     sample_every: Annotated[int, o.SAMPLE_EVERY] = 0,
     save_every: Annotated[float, o.SAVE_EVERY] = 10,
     seed: Annotated[int, o.SEED] = 0,
@@ -172,9 +173,10 @@ def erase(
         model, concepts, anchor, out=out, mask=mask, density=density, saliency_guidance=saliency_guidance,
         forget=forget, retain=retain, retain_caption=retain_caption, retain_prompts=retain_prompts, samples=samples,
         size=size, retain_weight=retain_weight, lr=lr, clip_norm=clip_norm, steps=steps, batch_size=batch_size,
-        anchor_from=anchor_from, sample_every=sample_every, save_every=save_every, seed=seed, dtype=dtype,
-        checkpointing=checkpointing, parts=parts, format=format, reversible=reversible, dry_run=dry_run, config=config,
-        revision=revision, variant=variant, command=shlex.join(["salun-sd", *ctx.obj]),
+        anchor_from=anchor_from, retain_target=retain_target, sample_every=sample_every, save_every=save_every,
+        seed=seed, dtype=dtype, checkpointing=checkpointing, parts=parts, format=format, reversible=reversible,
+        dry_run=dry_run, config=config, revision=revision, variant=variant,
+        command=shlex.join(["salun-sd", *ctx.obj]),
     )  # fmt: skip
     if isinstance(record, Forecast):
         tables.show_plan(record)

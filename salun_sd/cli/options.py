@@ -156,6 +156,7 @@ CLIP_NORM = Option(
 STEPS = Option(min=RANGES["steps"].low, help="Number of updates. Default: one pass over the forget images.")
 BATCH_SIZE = Option(min=RANGES["batch_size"].low, help="Forget images per update; as many retain images are added.")
 ANCHOR_FROM = Option(help="Weights that predict the anchor, which is the target: the current ones, or the base's.")
+RETAIN_TARGET = Option(help="What retain images hold: the base's prediction, or the noise, as in the paper.")
 SAMPLE_EVERY = Option(
     min=RANGES["sample_every"].low, help="Draw sample images into samples/ every N updates. 0: never."
 )

@@ -25,7 +25,6 @@ class Salient:
     values: torch.Tensor  # float32 [k], of which the parameter holds the rounding to its own dtype
     moments: dict[str, torch.Tensor]  # what the rule remembers of earlier steps, float32 [k] each
     grad: torch.Tensor | None = None  # float32 [k], where it has to be held
-    base: torch.Tensor | None = None  # the values before training, in the parameter's dtype [k], where asked for
     updated: int = 0  # the last step that changed it
 
     def gather(self, dense: torch.Tensor) -> torch.Tensor:
@@ -64,14 +63,13 @@ class Masked:
     Default: the module's own weights.
     clip: the largest norm of the salient gradient of a step. It sets `holds`.
     holds: gradients wait for the end of the step, which may then have several backward passes.
-    keeps_base: keep the values before training, for `base()`.
 
     A dense gradient is reduced to its salient entries and freed in the backward pass that makes it. Unless `holds`, the
     update is made there and then. In a run of several processes that the commands started, gradients are summed over
     them; only their salient entries travel.
 
-    RuntimeError: a backward pass outside `step()` or inside `base()`; a step without one; a second gradient of a
-    parameter in a step that does not hold. ValueError: numbers that no optimizer takes. `lr` may be set between steps.
+    RuntimeError: a backward pass outside `step()`; a step without one; a second gradient of a parameter in a step that
+    does not hold. ValueError: numbers that no optimizer takes. `lr` may be set between steps.
     """
 
     moments: tuple[str, ...] = ()
@@ -79,7 +77,6 @@ class Masked:
     def __init__(
         self, model: nn.Module, bits: Mapping[str, torch.Tensor], lr: float, *,
         values: Mapping[str, torch.Tensor] | None = None, clip: float | None = None, holds: bool = False,
-        keeps_base: bool = False,
     ):  # fmt: skip
         parameters = dict(model.named_parameters())
         bits = bits if isinstance(bits, Bits) else Bits.of(bits.items())
@@ -87,8 +84,8 @@ class Masked:
         _check_numbers(lr=lr)
         if clip is not None and not clip > 0:
             raise ValueError(f"clip is {clip}: give a number above 0, or None.")
-        self.lr, self.clip, self.holds, self.keeps_base = lr, clip, holds or clip is not None, keeps_base
-        self.steps, self._stepping, self._as_base = 0, False, False
+        self.lr, self.clip, self.holds = lr, clip, holds or clip is not None
+        self.steps, self._stepping = 0, False
         self.salient: dict[str, Salient] = {}
         for name, p in parameters.items():
             chosen = bits[name]
@@ -97,9 +94,7 @@ class Masked:
             dense = p.detach() if values is None else values[name]
             kept = dense[chosen.to(dense.device)].float().to(p.device)
             moments = {kind: torch.zeros_like(kept) for kind in self.moments}
-            s = Salient(p, bits.packed[name].to(p.device), kept, moments)
-            s.base = kept.to(p.dtype, copy=True) if keeps_base else None
-            self.salient[name] = s
+            self.salient[name] = Salient(p, bits.packed[name].to(p.device), kept, moments)
         self._required = [(p, p.requires_grad) for p in parameters.values()]
         for name, p in parameters.items():
             p.requires_grad_(name in self.salient)
@@ -152,8 +147,6 @@ class Masked:
         if not self._stepping:
             raise RuntimeError("A gradient came outside a step: put backward() inside `with optimizer.step():`, and "
                                "close() an optimizer of this module that is no longer used.")  # fmt: skip
-        if self._as_base:
-            raise RuntimeError("A gradient came inside base(): put backward() after it.")
         if not self.holds:
             if s.updated == self.steps:
                 raise RuntimeError("A second backward pass in one step: make the optimizer with holds=True.")
@@ -170,21 +163,6 @@ class Masked:
     def update(self, s: Salient, grad: torch.Tensor) -> None:
         """The rule: change s.values [k] and s.moments in place by a gradient, float32 [k]."""
         raise NotImplementedError
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """Inside, the module has its weights from before training. Raises RuntimeError without `keeps_base`."""
-        if not self.keeps_base:
-            raise RuntimeError("The values before training were not kept: make the optimizer with keeps_base=True.")
-        for s in self.salient.values():
-            s.scatter(s.base)
-        self._as_base = True
-        try:
-            yield
-        finally:
-            self._as_base = False
-            for s in self.salient.values():
-                s.scatter(s.values)
 
     def are_finite(self) -> bool:
         return all(bool(s.values.isfinite().all()) for s in self.salient.values())

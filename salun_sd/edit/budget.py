@@ -128,7 +128,6 @@ class Erasing(Work):
     most_parts: int = 1  # the largest value of --parts
     mask_is_given: bool = False  # so that --density cannot change
     clips: bool = False  # whether the norm of the gradient is limited
-    keeps_base: bool = False  # whether the base predicts the anchors
     strips: Drawing | None = None  # sample images between updates
     step = "erase"
 
@@ -138,7 +137,6 @@ class Erasing(Work):
             "weights": count * self.dtype.itemsize,
             "salient weights and their moments": 12 * salient,
             "the mask": -(-count // 8),
-            "salient weights of the base": salient * self.dtype.itemsize * self.keeps_base,
             "gradients that are held": 4 * salient * (self.parts > 1 or self.clips),
             "the parts that draw strips": (4 if self.precision.widens else self.dtype.itemsize) * others,
         }

@@ -25,7 +25,7 @@ FOLDER = prompt_sets.FOLDER
 TEXT = "a text in quotes, not an empty one"
 TEXTS = "a list of texts in quotes"
 PROMPTS = "a list of prompts, or the name or CSV file of a prompt set"
-ANCHOR_FROM = '"current" or "base"'
+ANCHOR_FROM, RETAIN_TARGET = '"current" or "base"', '"base" or "noise"'
 TABLE = "a table"
 TABLES = "written [[concept]], in two brackets, once for each concept"
 
@@ -34,6 +34,7 @@ CHECKS: dict[str, Callable[[object], bool]] = {
     TEXTS: lambda v: isinstance(v, list) and all(map(CHECKS[TEXT], v)),
     PROMPTS: lambda v: CHECKS[TEXT](v) or (CHECKS[TEXTS](v) and v != []),
     ANCHOR_FROM: lambda v: v in ("current", "base"),
+    RETAIN_TARGET: lambda v: v in ("base", "noise"),
     TABLE: lambda v: isinstance(v, dict),
     TABLES: lambda v: isinstance(v, list) and all(map(CHECKS[TABLE], v)),
     **{numbers.words: numbers.holds for numbers in RANGES.values()},
@@ -44,7 +45,9 @@ RETAIN = {"prompts": PROMPTS, "images": TEXT, "caption": TEXT}
 NUMBERS = (
     "samples", "density", "saliency_guidance", "lr", "steps", "batch_size", "retain_weight", "size", "seed",
 )  # fmt: skip
-SETTINGS = {name: RANGES[name].words for name in NUMBERS} | {"anchor_from": ANCHOR_FROM}
+SETTINGS = {name: RANGES[name].words for name in NUMBERS} | {
+    "anchor_from": ANCHOR_FROM, "retain_target": RETAIN_TARGET,
+}  # fmt: skip
 RENAMED = {"guidance": "saliency_guidance", "resolution": "size"}  # old names, which work for one more version
 
 

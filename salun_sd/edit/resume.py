@@ -29,9 +29,12 @@ from salun_sd.runtime.files import HIDDEN, is_full, new_file, write_atomic
 logger = logging.getLogger(__name__)
 
 STATE, LOSSES, LOCK = "state.safetensors", "losses.jsonl", ".lock"
+PREDICTIONS = "predictions"  # of the base, a file of each process
 MASK, RUN = "mask.safetensors", "run.json"
 KEPT = (MASK, RUN, "salun.json", "README.md")  # what stays beside a result
-OURS = re.compile("|".join([r"samples/step-\d+\.png", *map(re.escape, (LOCK, STATE, LOSSES, *KEPT))]))  # in the folder
+OURS = re.compile(  # in the folder
+    "|".join([r"samples/step-\d+\.png", rf"{PREDICTIONS}.*\.bin", *map(re.escape, (LOCK, STATE, LOSSES, *KEPT))])
+)
 HEADER = {"run": dict, "steps": int, "mask": dict, "shapes": dict}  # of a state
 
 
@@ -82,8 +85,9 @@ class Progress:
             if state is None and any((self.folder / name).exists() for name in KEPT):
                 raise UsageError(f"{self.folder} is of a run whose {self.out.name} is gone: choose another --out, or "
                                  "remove it.")  # fmt: skip
-            if state is None:  # the strips may be of another run, which saved no state
+            if state is None:  # what is there may be of another run, which saved no state
                 shutil.rmtree(self.folder / "samples", ignore_errors=True)
+                self._remove_predictions()
             try:
                 ranks.wait()
                 yield state
@@ -164,9 +168,14 @@ class Progress:
     def _remove_state(self) -> None:
         (self.folder / STATE).unlink(missing_ok=True)
 
+    def _remove_predictions(self) -> None:
+        for file in self.folder.glob(f"{PREDICTIONS}*.bin"):
+            file.unlink()
+
     def _end(self) -> None:
         """Leave only what belongs to the result. The lock is still held: who waits for it finds the result."""
         self._remove_state()
+        self._remove_predictions()
         (self.folder / LOCK).unlink(missing_ok=True)
 
     def keep(self, mask: Mask, run: dict, record: dict | None) -> None:

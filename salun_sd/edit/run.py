@@ -167,10 +167,11 @@ def erase(
     retain: str | Path | None = None, retain_caption: str | None = None,
     retain_prompts: str | Path | Sequence[str] | None = None, samples: int = 800, size: int | None = None,
     retain_weight: float = 0.5, lr: float = 1e-5, clip_norm: float | None = None,
-    steps: int | None = None, batch_size: int = 8, anchor_from: str = "current", sample_every: int = 0,
-    save_every: float = 10, seed: int = 0, dtype: str | None = None, checkpointing: bool | None = None, parts: int = 1,
-    format: str = "diffusers", reversible: bool = False, dry_run: bool = False, config: str | None = None,
-    revision: str | None = None, variant: str | None = None, command: str = "salun_sd.erase()",
+    steps: int | None = None, batch_size: int = 8, anchor_from: str = "current", retain_target: str = "base",
+    sample_every: int = 0, save_every: float = 10, seed: int = 0, dtype: str | None = None,
+    checkpointing: bool | None = None, parts: int = 1, format: str = "diffusers", reversible: bool = False,
+    dry_run: bool = False, config: str | None = None, revision: str | None = None, variant: str | None = None,
+    command: str = "salun_sd.erase()",
 ) -> dict | Forecast:  # fmt: skip
     """Erase concepts from a checkpoint, and write the result. Parameters are those of `salun-sd erase`; `command` is
     what the record names as the maker. Without a mask, `density` is 0.5 and `saliency_guidance` 7.5 if not given.
@@ -193,6 +194,7 @@ def erase(
                   parts=parts, seed=seed, sample_every=sample_every, save_every=save_every)  # fmt: skip
     check_batch(batch_size, parts)
     check_choice("anchor-from", anchor_from, ("current", "base"))
+    check_choice("retain-target", retain_target, ("base", "noise"))
     check_dtype(dtype)
     check_format(out, format, reversible)
     check_retain(retain, retain_caption, retain_prompts)
@@ -214,7 +216,7 @@ def erase(
         "retain_prompts": retain_prompts if isinstance(retain_prompts, str | None) else list(retain_prompts),
         "retain_weight": retain_weight, "lr": lr, "clip": clip_norm,
         "steps": steps or -(-sources.count() // batch_size), "batch_size": batch_size,
-        "anchor_from": anchor_from, "sample_every": sample_every, "seed": seed,
+        "anchor_from": anchor_from, "retain_target": retain_target, "sample_every": sample_every, "seed": seed,
         "dtype": dtype_name(compute.precision.dtype), "parts": parts, "format": format, "reversible": reversible,
     }  # fmt: skip
     settings = {name: plain(value) for name, value in settings.items()}
@@ -274,8 +276,8 @@ def _train(job: Job, progress: Progress, state: State | None) -> Trained:
             settings["seed"], -(-settings["batch_size"] // settings["parts"]),
         )  # fmt: skip
         peaks["mask"] = memory.reset_peak()
-        if progress.minutes:
-            progress.save(mask)
+    if progress.minutes and not state:
+        progress.save(mask)
 
     # train
     texts, folder = job.sources.examples(4), progress.folder / "samples"
@@ -311,7 +313,7 @@ def _steps_to_plan(compute: Compute, settings: dict, given_mask: Mask | None, dr
     training = compute.work(
         Erasing, size, batch=-(-batch // ranks.count()), clips=settings["clip"] is not None,
         density=masks.density(given_mask.bits) if given_mask else settings["density"],
-        mask_is_given=given_mask is not None, keeps_base=settings["anchor_from"] == "base",
+        mask_is_given=given_mask is not None,
         strips=compute.drawing(size, draws=True) if settings["sample_every"] else None, **common,
     )  # fmt: skip
     return [*steps, training]

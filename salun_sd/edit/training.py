@@ -14,12 +14,15 @@ from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.masked import MaskedAdam
 from salun_sd.draw.sample import Row, Sampler
+from salun_sd.edit import predictions
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.resources import Compute, schedule_of
 from salun_sd.edit.resume import Progress, State, note_interrupts
 from salun_sd.edit.training_data import Data
 from salun_sd.errors import SalunError, first_line
-from salun_sd.methods import salun
+from salun_sd.methods.batches import Training
+from salun_sd.methods.loop import Erasure, Retain, erase
+from salun_sd.methods.salun import SalUn
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.finite import NotFinite
 
@@ -41,18 +44,19 @@ def train(
     """
     adam = MaskedAdam(
         unet, mask.bits, settings["lr"], values=tensors.PlainTensors(model.unet), clip=settings["clip"],
-        holds=settings["parts"] > 1, keeps_base=settings["anchor_from"] == "base",
+        holds=settings["parts"] > 1,
     )  # fmt: skip
+    training = Training(schedule_of(model), data.forget, data.retain, data.concepts, data.anchors)
+    retain = Retain(settings["retain_weight"], settings["retain_target"])
+    numbers = (settings[name] for name in ("steps", "batch_size", "seed", "parts"))
+    erasure = Erasure(SalUn(settings["anchor_from"]), retain, training, *numbers)
+    of_base = predictions.of_base(progress.folder, unet, erasure)
     if state and state.steps:
         adam.restore(tensors.PlainTensors(state.adam), state.steps)
         logger.info(f"Resuming from step {state.steps}, where an earlier run was interrupted.")
     else:
         write_strip(0)
-    names = ("steps", "batch_size", "retain_weight", "anchor_from", "seed", "parts")
-    loop = salun.erase(
-        unet, adam, schedule_of(model), data.forget, data.anchors, data.concepts, data.retain,
-        **{name: settings[name] for name in names}, name=model.name,
-    )  # fmt: skip
+    loop = erase(unet, adam, erasure, of_base=of_base, name=model.name)
     forgetting = []
     with (
         progress.losses(adam.steps) as losses, note_interrupts() as interrupts,

@@ -184,16 +184,6 @@ def test_bfloat16_weights_are_the_rounding_of_float32_values(unet):
     assert moved > 0.9 * kept(bits)[0]
 
 
-def test_the_base_is_there_while_it_is_asked_for(case):
-    before = weights_of(case.model)
-    optimizer = MaskedAdam(case.model, bits_for(case.model), 1e-2, keeps_base=True)
-    after = train(case, optimizer)
-    with pytest.raises(KeyError), optimizer.base():
-        assert same(weights_of(case.model), before)
-        raise KeyError
-    assert same(weights_of(case.model), after) and not same(after, before)
-
-
 def test_a_restored_state_goes_on_with_the_same_bits(case, full_rule):
     start, bits = deepcopy(case.model), bits_for(case.model)
     make = lambda: full_rule.masked(case.model, bits, full_rule.lr, **full_rule.settings)  # noqa: E731
@@ -270,12 +260,6 @@ def test_a_step_inside_a_step_is_refused(case):
             pass
         case.losses(case.model, batch(0)).mean().backward()
     assert optimizer.steps == 1
-
-
-def test_the_base_has_to_be_kept(case):
-    optimizer = MaskedAdam(case.model, bits_for(case.model), 1e-3)
-    with pytest.raises(RuntimeError, match="keeps_base"), optimizer.base():
-        pass
 
 
 def test_the_mask_of_another_module_is_refused_by_the_parameter(case, full_rule):
@@ -373,14 +357,6 @@ def test_a_mask_may_be_a_plain_dictionary_of_tensors(case):
         ends.append(train(case, optimizer := MaskedAdam(case.model, mask, 1e-3)))
         optimizer.close()
     assert same(*ends)
-
-
-def test_a_backward_pass_inside_the_base_is_refused_and_moves_nothing(case):
-    before = weights_of(case.model)
-    adam = MaskedAdam(case.model, bits_for(case.model), 1e-3, keeps_base=True)
-    with pytest.raises(RuntimeError, match="base"), adam.step(), adam.base():
-        case.losses(case.model, batch(0)).mean().backward()
-    assert same(weights_of(case.model), before)
 
 
 def test_closed_the_module_requires_gradients_as_before_and_no_step_begins(case):

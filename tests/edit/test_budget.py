@@ -17,7 +17,9 @@ from salun_sd.core.masked import MaskedAdam
 from salun_sd.core.saliency import GradientSum
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Drawing, Erasing, Masking
-from salun_sd.methods.salun import erase, forget_gradient
+from salun_sd.methods.batches import Training
+from salun_sd.methods.loop import Erasure, Retain, erase
+from salun_sd.methods.salun import SalUn, forget_gradient
 from salun_sd.runtime.device import Precision
 
 CONFIG = {  # at 32 x 32 latents, the matrix of one self-attention would take 32 MiB, more than all that lives
@@ -45,9 +47,7 @@ def adam_of(unet, work):
     values = {name: p.detach().float() for name, p in unet.named_parameters()}
     bits = mask.random_bits(shapes, work.density, seed=0)
     clip = 1.0 if work.clips else None
-    return MaskedAdam(
-        unet, bits, 1e-6, values=values, clip=clip, holds=work.parts > 1, keeps_base=work.keeps_base
-    )  # fmt: skip
+    return MaskedAdam(unet, bits, 1e-6, values=values, clip=clip, holds=work.parts > 1)
 
 
 def examples(work):
@@ -65,10 +65,9 @@ def allocated(work) -> int:
         with GradientSum(unet):
             return profiled(lambda: next(run))
     rows = torch.zeros(work.batch, dtype=torch.int64)
-    run = erase(
-        unet, adam_of(unet, work), SCHEDULE, data, rows + 1, rows, data, steps=1, batch_size=work.batch,
-        retain_weight=1.0, anchor_from="base" if work.keeps_base else "current", seed=0, parts=work.parts,
-    )  # fmt: skip
+    training = Training(SCHEDULE, data, data, rows, rows + 1)
+    erasure = Erasure(SalUn(), Retain(1.0, "noise"), training, 1, work.batch, 0, work.parts)
+    run = erase(unet, adam_of(unet, work), erasure)
     return profiled(lambda: next(run))
 
 
@@ -163,7 +162,7 @@ def test_sums_are_those_of_the_accumulator():
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
 def test_state_is_that_of_the_optimizer_to_the_byte(density):
-    work = replace(ERASE, density=density, keeps_base=True, clips=True, precision=Precision.of("bfloat16", "cpu"))
+    work = replace(ERASE, density=density, clips=True, precision=Precision.of("bfloat16", "cpu"))
     unet = loaded(work)
     parts, adam = planned(work), adam_of(unet, work)
     salient = adam.salient.values()

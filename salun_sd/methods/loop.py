@@ -1,0 +1,187 @@
+"""The loop of an erasure: a method's loss on the images to forget, a retain loss on the others, and the updates of the
+weights in a mask."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from salun_sd.core.diffusion import joined, mse, predict
+from salun_sd.core.masked import Masked
+from salun_sd.errors import SalunError
+from salun_sd.methods.batches import Batch, Rows, Training, batches, forget_rows, retain_rows
+from salun_sd.runtime import ranks
+from salun_sd.runtime.finite import NotFinite
+
+# A prediction of zero scores 1 under the retain loss, whatever the target; ten times that is no model any more.
+EXPLODED = 10.0
+
+
+class Method(Protocol):
+    """What is done to the images to forget. An instance, a frozen dataclass, holds the method's own settings: its
+    fields are numbers or a Literal of words, each with its published value as the default."""
+
+    summary: ClassVar[str]  # what it trains and what it needs: one line for --help
+    shows: ClassVar[str | None]  # what the images to forget show; None: there are none
+    needs_anchor: ClassVar[bool]
+    support: ClassVar[str]  # the published support, as --mask has it
+    published: ClassVar[dict[str, float | None]]  # lr, steps (None: one pass), batch_size, samples, retain_weight
+
+    @property
+    def asks(self) -> bool:
+        """Whether the loss needs to know what the model predicted before training."""
+
+    def of_base(self, unet: nn.Module, rows: Rows) -> torch.Tensor:
+        """What it needs to know, [n, 4, h, w], from the model before training."""
+
+    def losses(
+        self, unet: nn.Module, prediction: torch.Tensor, rows: Rows, of_base: torch.Tensor | None
+    ) -> torch.Tensor:  # fmt: skip
+        """The loss of each row, [n]. prediction [n, 4, h, w]: the model's for the rows, with their own prompts."""
+
+
+class Retain(NamedTuple):
+    """weight * R over D_r, what every method may add. R is, with target "noise", the denoising loss of SalUn's authors;
+    with "base", ||e(x_t|r) - e_base(x_t|r)||^2: the noise has a variance that no model predicts, and it drowns what is
+    to be held (AdvUnlearn, arXiv 2405.15234; EAP, 2410.15618)."""
+
+    weight: float
+    target: str = "base"
+
+    @property
+    def asks(self) -> bool:
+        return self.target == "base"
+
+    def of_base(self, unet: nn.Module, rows: Rows) -> torch.Tensor:
+        return predict(unet, rows.x_t, rows.t, rows.condition)
+
+    def losses(
+        self, unet: nn.Module, prediction: torch.Tensor, rows: Rows, of_base: torch.Tensor | None
+    ) -> torch.Tensor:  # fmt: skip
+        return mse(prediction, rows.target if of_base is None else of_base)
+
+
+class Erasure(NamedTuple):
+    """What a run trains: a method on the images to forget, a retain loss on the others."""
+
+    method: Method
+    retain: Retain
+    training: Training
+    steps: int
+    batch_size: int
+    seed: int
+    parts: int = 1  # that a process works through its share of a batch in: the same update, to rounding
+
+    def batches(self) -> Iterator[Batch]:
+        return batches(self.training, self.steps, self.batch_size, self.seed)
+
+    def share(self) -> torch.Tensor:
+        """The places in a batch that this process works on."""
+        return torch.arange(self.batch_size)[ranks.rank() :: ranks.count()]
+
+    def terms(self, batch: Batch, part: torch.Tensor, device: torch.device) -> list["Term"]:
+        """The terms of the loss, with their rows at the places `part` of a batch."""
+        forget = forget_rows(self.training, batch, part, device)
+        retain = retain_rows(self.training, batch, part, device)
+        terms = [Term("forget", self.method, 1.0, forget), Term("retain", self.retain, self.retain.weight, retain)]
+        return [term for term in terms if term.rows is not None]
+
+    @property
+    def asks(self) -> int:
+        """How many terms ask for predictions of the model before training."""
+        forgets, retains = self.training.forget is not None, self.training.retain is not None
+        return (forgets and self.method.asks) + (retains and self.retain.asks)
+
+
+class Term(NamedTuple):
+    """weight * the mean of a loss over rows."""
+
+    name: str
+    loss: Method | Retain
+    weight: float
+    rows: Rows
+
+
+def of_base(unet: nn.Module, terms: list[Term]) -> torch.Tensor:
+    """What terms ask of a model before training, [asks, n, 4, h, w] float32."""
+    with torch.no_grad():
+        return torch.stack([term.loss.of_base(unet, term.rows) for term in terms if term.loss.asks])
+
+
+def losses_of(unet: nn.Module, terms: list[Term], known: torch.Tensor | None) -> list[torch.Tensor]:
+    """For each term the loss of its rows, [n]. known: as `of_base` gave it; None where no term asks.
+
+    One forward pass for all: each parameter then has one gradient, which is freed at once.
+    """
+    rows = [term.rows for term in terms]
+    condition = rows[0].condition if len(rows) == 1 else joined(rows[0].condition, rows[1].condition)
+    prediction = predict(unet, torch.cat([r.x_t for r in rows]), torch.cat([r.t for r in rows]), condition)
+    asked = iter(() if known is None else known)
+    return [
+        term.loss.losses(unet, part, term.rows, next(asked) if term.loss.asks else None)
+        for term, part in zip(terms, prediction.split([len(r.t) for r in rows]), strict=True)
+    ]
+
+
+def erase(
+    unet: nn.Module, adam: Masked, erasure: Erasure, *,
+    of_base: Callable[[int], torch.Tensor | None] = lambda step: None, name: str = "the model",
+) -> Iterator[dict[str, float]]:  # fmt: skip
+    """Fine-tune the UNet in place; yields {"step", "forget", "retain", "loss"} after each update: the means over the
+    batch, without those that the erasure lacks, and their weighted sum.
+
+    of_base gives what the erasure asks of the model before training, for this process's share of a step's batch:
+    [asks, n, 4, h, w]. A batch is shared among the processes. Where adam has steps behind it, goes on after them.
+
+    Raises NotFinite when the model, which errors call `name`, gives no usable loss or gradient before it is changed;
+    SalunError when that happens later, naming the step and what to lower.
+    """
+    for step, batch in enumerate(erasure.batches(), 1):
+        if step <= adam.steps:
+            continue
+        means = _update(unet, adam, erasure, batch, of_base(step), step, name)
+        if step in (1, erasure.steps):
+            _check_weights(adam, step, erasure.retain.weight, name)
+        yield {"step": step, **means}
+
+
+def _update(
+    unet: nn.Module, adam: Masked, erasure: Erasure, batch: Batch, known: torch.Tensor | None, step: int, name: str
+) -> dict[str, float]:  # fmt: skip
+    """One update; gives the mean of each term, and their weighted sum, over the batch of all processes."""
+    share, parts, means = erasure.share(), erasure.parts, {}
+    with adam.step():
+        for i in range(parts):
+            terms = erasure.terms(batch, share[i::parts], unet.device)
+            losses = losses_of(unet, terms, None if known is None else known[:, i::parts].to(unet.device))
+            sums = torch.stack([of_term.sum() for of_term in losses]) / erasure.batch_size
+            summed = ranks.summed(sums.detach().double().cpu())
+            names = [term.name for term in terms]
+            _check_losses(dict(zip(names, (summed * parts).tolist(), strict=True)), step, adam.lr, name)
+            means = {n: means.get(n, 0.0) + mean for n, mean in zip(names, summed.tolist(), strict=True)}
+            sum(term.weight * mean for term, mean in zip(terms, sums, strict=True)).backward()
+    return means | {"loss": sum(term.weight * means[term.name] for term in terms)}
+
+
+def _check_losses(losses: dict[str, float], step: int, lr: float, name: str) -> None:
+    """Raise an error unless the losses of a step are those of a model that works. At the first step the weights are
+    still the model's own."""
+    if all(-math.inf < loss <= EXPLODED for loss in losses.values()):
+        return
+    words = ", ".join(f"{term} {loss:.3g}" for term, loss in losses.items())
+    if step == 1:
+        raise NotFinite(f"The UNet of {name} is damaged: before training, its losses are {words}. Use another copy of "
+                        "this model.")  # fmt: skip
+    raise SalunError(f"The loss exploded at step {step} ({words}): lower --lr, now {lr:g}.")
+
+
+def _check_weights(adam: Masked, step: int, retain_weight: float, name: str) -> None:
+    """Raise an error unless all weights are finite after a step. No learning rate makes the first step infinite."""
+    if adam.are_finite():
+        return
+    if step == 1:
+        raise NotFinite(f"The gradient of the UNet of {name} is not finite: lower --retain-weight, now "
+                        f"{retain_weight:g}, or use another copy of this model.")  # fmt: skip
+    raise SalunError(f"A weight is no longer finite after step {step}: lower --lr, now {adam.lr:g}.")
