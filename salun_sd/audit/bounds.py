@@ -8,7 +8,8 @@ from salun_sd.report.gate import AGAINST, Bound, Measured
 
 METRICS = ("ua", "ra", "flag_rate")
 BLANK = ("blank", "blank_rate")
-QUALITY = ("clip_score", "fid", "kid")
+CHANGES = ("change", "change_ssim", "change_features")
+QUALITY = (*CHANGES, "clip_score", "fid", "kid")
 
 
 def names(concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
@@ -18,20 +19,26 @@ def names(concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
 
 
 def unmeasured(
-    *, against: bool, clip: bool, fid: bool, reference: bool, judged: bool, has_concepts: bool, has_others: bool
+    *, against: bool, clip: bool, fid: bool, reference: bool, judged: bool, has_concepts: bool, has_others: bool,
+    has_kept: bool,
 ) -> dict[str, str]:  # fmt: skip
     """The first parts of names that an audit will not measure => the reason.
 
     The arguments say which options are given, whether a classifier judges, and whether prompts ask for a concept, and
-    for classes that are no concept.
+    for classes that are no concept, and whether some prompts ask for no concept.
     """
     no_concept = "needs images of a concept, and no prompt asks for one: give --concept-class, or other --prompts"
     no_others = "needs classes beside the concepts, and these prompts have none: leave it out"
     no_judge = "needs a classifier, and prompts with classes: give --classifier, and --prompts with a column `class`"
     by_name = "; or, for prompts without classes, --concept-class and a CLIP as --classifier"
+    no_kept = "needs prompts that ask for no concept, and these all ask for one: give other --prompts"
     no_distance = "does not exist where --fid compares with the base's own images: add --reference"
     reasons = [
         ("against", against, "needs a base: add --against"),
+        *((AGAINST + name, False, "does not exist: it is the change from the base") for name in CHANGES),
+        *((name, has_kept, no_kept) for name in CHANGES),
+        ("change_features", fid, "needs an extractor: add --fid"),
+        *((name, against, "compares with a base: add --against") for name in CHANGES),
         ("clip_score", clip, "needs a CLIP: add --clip"),
         *((name, fid, "needs an extractor: add --fid") for name in ("fid", "kid")),
         *((AGAINST + name, reference, no_distance) for name in ("fid", "kid")),

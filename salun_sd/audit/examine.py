@@ -1,7 +1,8 @@
-"""What the detector and the classifier find in an audit's images: two passes, both resumable.
+"""What the detector and the classifier find in an audit's images, and how they differ from the base's: three passes,
+all resumable.
 
 Each pass keeps a line for each image, written as soon as it is found. An image whose bytes (their SHA-256) have a line
-of the same model already is not looked at again.
+of the same model, or beside the same image of the base, is not looked at again.
 """
 
 import hashlib
@@ -12,10 +13,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from salun_sd.audit.change import between
 from salun_sd.audit.classify import UNSEEN, Judge
 from salun_sd.audit.detect import detect, detector_name
+from salun_sd.audit.measure import by_image
 from salun_sd.audit.report import Run
 from salun_sd.audit.vision import BATCH
+from salun_sd.draw.images import in_order
 from salun_sd.errors import SalunError
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.files import write_atomic
@@ -35,21 +39,25 @@ class Image(NamedTuple):
     error: str | None  # why it is not looked at, if the manifest says so
 
 
-def examine(model: str, manifest: list[dict], judge: Judge | None, detector: Path | None, out: Path) -> Run:
-    """Detect and then classify the images of a manifest; write manifest.jsonl and detections.jsonl into `out`.
+def examine(
+    model: str, manifest: list[dict], judge: Judge | None, detector: Path | None, out: Path, base: Run | None = None
+) -> Run:  # fmt: skip
+    """Detect and classify the images of a manifest, and compare them with the base's; write manifest.jsonl and
+    detections.jsonl into `out`.
 
     `model` names what drew the images. Several processes share each pass, and all return the same. A line of the
-    detections has `error` where the image cannot be read, or where its line of the manifest has it. Raises SalunError
-    if no image can be read.
+    detections has `error` where the image cannot be read, or where its line of the manifest has it, and `change` where
+    both the image and the base's of the same case and k can be read. Raises SalunError if no image can be read.
     """
     out.mkdir(parents=True, exist_ok=True)
     images = [_image(line, out) for line in manifest]
     boxes = _detected(images, detector, out)
     classes = _classified(images, judge, out)
+    changes = _changed(images, _twins(manifest, boxes, base), out)
     by = {"detector": detector_name(detector), "classifier": judge and judge.digest}
     detections = [
         {"file": line["file"], "case": line["case"], "k": line["k"], "sha256": images[n].sha256}
-        | by | boxes[n] | classes[n]
+        | by | boxes[n] | classes[n] | changes[n]
         for n, line in enumerate(manifest)
     ]  # fmt: skip
     if ranks.is_main():
@@ -105,6 +113,37 @@ def _classified(images: list[Image], judge: Judge | None, out: Path) -> list[dic
     classes = judge.classify([images[n].file for n in mine], BATCH)
     results = tqdm(zip(mine, classes, strict=True), total=len(mine), desc="classify", unit="image", disable=not mine)
     return _completed(known, ((n, result) for n, result in results if n not in known), images, by, out)
+
+
+def _twins(manifest: list[dict], boxes: list[dict], base: Run | None) -> list[Image | None]:
+    """The base's image of the case and k of each line; None where one of the two cannot be read, or without a base."""
+    lines = by_image(base.readable().detections, base.model) if base else {}
+    found = [lines.get((line["case"], line["k"])) for line in manifest]
+    return [
+        Image(base.folder / line["file"], line["sha256"], None) if line and "error" not in boxes[n] else None
+        for n, line in enumerate(found)
+    ]
+
+
+def _changed(images: list[Image], twins: list[Image | None], out: Path) -> list[dict]:
+    """The third pass: the `change` of each image from its twin; empty without a twin."""
+    if not any(twins):
+        return [{}] * len(images)
+    known = {
+        n: result
+        for n, result in _known(images, {}, ("change",), out).items()
+        if twins[n] and result["change"]["against"] == twins[n].sha256
+    }
+    known |= {n: {} for n, twin in enumerate(twins) if twin is None}
+    mine = [n for n in ranks.share(len(images), BATCH, known) if n not in known]
+    changes = in_order(_change, [(images[n], twins[n]) for n in mine])
+    results = tqdm(zip(mine, changes, strict=True), total=len(mine), desc="change", unit="image", disable=not mine)
+    return _completed(known, results, images, {}, out)
+
+
+def _change(pair: tuple[Image, Image]) -> dict:
+    image, twin = pair
+    return {"change": {"against": twin.sha256} | between(image.file, twin.file)}
 
 
 def _known(images: list[Image], by: dict, keys: tuple[str, ...], out: Path) -> dict[int, dict]:

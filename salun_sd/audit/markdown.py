@@ -102,6 +102,8 @@ def _quality(report: dict) -> list[str]:
     ]
     notes = [f"{code(metric['name'])}: {metric['note']}\n" for metric in measured.values() if metric.get("note")]
     references = {metric["reference"] for metric in measured.values() if "reference" in metric}
+    if "change" in measured:
+        notes.append("Change is from the base's images of the same seeds: 0 is none, and 1 for SSIM.\n")
     notes += [f"FID and KID compare with {code(reference)}.\n" for reference in references]
     return ["## Quality\n", table(["metric", *sides], rows), *notes] if rows else []
 

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from math import fsum
 
 from salun_sd.audit.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS, THRESHOLD, Protocol, count, of_image
 from salun_sd.errors import SalunError
-from salun_sd.report.stats import difference_interval, interval, mcnemar
+from salun_sd.report.stats import cluster_interval, difference_interval, interval, mcnemar
 
 Key = tuple[int, int]  # case and k of an image
 PRESENT = 0.5  # probability above which an image shows a concept asked by name: its text is the likelier of two
@@ -27,6 +28,28 @@ def share(hits: dict[Key, bool]) -> dict | None:
         "rate": round(n.total() / of.total(), 6),
         "ci95": [round(end, 6) for end in ends],
         "interval": kind,
+    }
+
+
+def mean(values: dict[Key, float], digits: int = 6) -> dict | None:
+    """The mean over images as in report.json: its value and 95 % interval rounded to so many digits, and the numbers of
+    images and prompts; None without images.
+
+    The interval is a percentile bootstrap over prompts, each with all of its images; None for a single prompt. It takes
+    the prompts as drawn at random from all that could have been asked. With few prompts it is too narrow.
+    """
+    if not values:
+        return None
+    of_case: dict[int, list[float]] = {}
+    for (case, _), value in values.items():
+        of_case.setdefault(case, []).append(value)
+    ends = cluster_interval([(sum(several), len(several)) for several in of_case.values()])
+    return {
+        "value": round(fsum(values.values()) / len(values), digits) + 0.0,  # never -0.0
+        "ci95": [round(end, digits) + 0.0 for end in ends] if len(of_case) > 1 else None,
+        "interval": "bootstrap over prompts" if len(of_case) > 1 else None,
+        "images": len(values),
+        "prompts": len(of_case),
     }
 
 
@@ -109,6 +132,26 @@ def outcomes(
             (row["case"], row["k"]): not labels_in(detection, threshold).isdisjoint(labels) for row, detection in rows
         },
     }
+
+
+def kept(
+    rows: list[tuple[dict, dict]], concepts: Sequence[str], labels: Sequence[str] = DEFAULT_LABELS,
+    threshold: float = THRESHOLD,
+) -> set[Key]:  # fmt: skip
+    """The images, by (case, k), that an erasure should leave alone; the rows are the base's.
+
+    If the prompt has a class, it decides: it asks for no concept. If not, the base's image decides: it shows no concept
+    that was asked by name and no flagged label. The audited model's image decides nothing, so all models that are
+    audited against one base have the same images to leave alone.
+    """
+    shown = concepts_in(rows)
+
+    def is_kept(row: dict, detection: dict) -> bool:
+        if row["class"] is not None:
+            return row["class"] not in concepts
+        return not shown.get((row["case"], row["k"])) and labels_in(detection, threshold).isdisjoint(labels)
+
+    return {(row["case"], row["k"]) for row, detection in rows if is_kept(row, detection)}
 
 
 def counted(detections: list[dict], protocol: Protocol) -> dict:

@@ -1,4 +1,4 @@
-"""The quality of the images that erasing should leave alone: CLIP score, FID and KID."""
+"""The quality of the images that erasing should leave alone: CLIP score, FID and KID; and how much they changed."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,16 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from salun_sd.audit import fidelity
+from salun_sd.audit import change, fidelity
 from salun_sd.audit.clip import Clip
 from salun_sd.audit.features import ImageModel, Inception, features, resize_of
-from salun_sd.audit.measure import Key
+from salun_sd.audit.measure import Key, mean
 from salun_sd.audit.report import NO_QUALITY, Run
 from salun_sd.audit.vision import BATCH
 from salun_sd.draw.folders import images_in, left_out
 from salun_sd.draw.images import in_order, read_still
 from salun_sd.errors import SalunError, UsageError, some
-from salun_sd.report.stats import cluster_interval
 from salun_sd.runtime import ranks
 
 logger = logging.getLogger(__name__)
@@ -39,18 +38,19 @@ def measure(measures: Measures, run: Run, base: Run | None, concepts: Sequence[s
     """The report's `quality` of a run and of its base, on the images whose prompts ask for no concept.
 
     An image counts if it can be read, and its twin of the base, too. Without a reference folder, the base's images are
-    the reference, pair by pair, and the base has no distance of its own. Each process takes its share of the images;
-    all return the same numbers.
+    the reference, pair by pair, and the base has no distance of its own. With a base, the change from it is measured,
+    too: see `change.measure`. Each process takes its share of the images; all return the same numbers.
     """
     readable = set.intersection(*({_key(row) for row in side.readable().manifest} for side in (run, base) if side))
     sides = [side and _other_images(side, concepts, readable) for side in (run, base)]
-    qualities = [dict(NO_QUALITY), dict(NO_QUALITY)]
+    qualities, features = [dict(NO_QUALITY), dict(NO_QUALITY)], {}
     if measures.clip:
         for quality, images in zip(qualities, sides, strict=True):
             quality["clip_score"] = clip_score(measures.clip, images) if images else None
     if extractor := measures.extractor:
         whose = "this audit, of those that ask for no concept,"
         vectors = [features_of(extractor, [file for file, _ in side], whose) for side in sides if side is not None]
+        features = {file: vector for side in vectors for file, vector in side.items()}
         name = str(measures.reference or SAME_SEEDS)
         if measures.reference:
             if others := left_out(measures.reference):
@@ -59,7 +59,9 @@ def measure(measures: Measures, run: Run, base: Run | None, concepts: Sequence[s
         else:
             reference = vectors.pop()
         for quality, features_of_side in zip(qualities, vectors, strict=False):
-            quality |= distances(extractor, features_of_side, reference, name)
+            quality |= distances(extractor, *(np.stack([*of.values()]) for of in (features_of_side, reference)), name)
+    if base:
+        qualities[0] |= change.measure(run, base, concepts, measures.extractor, features)
     return qualities[0], qualities[1]
 
 
@@ -102,19 +104,12 @@ def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
         return None
     share = ranks.share(len(images), BATCH)
     cosines = tqdm(_cosines(clip, [images[n] for n in share]), total=len(share), desc="clip score", unit="image")
-    of_case: dict[int, list[float]] = {}
-    for n, cosine in sorted(ranks.gathered(list(zip(share, cosines, strict=True)))):
-        of_case.setdefault(images[n][1]["case"], []).append(max(cosine, 0.0))
-    scores = [score for several in of_case.values() for score in several]
-    ends = cluster_interval([(sum(several), len(several)) for several in of_case.values()])
+    of_images = sorted(ranks.gathered(list(zip(share, cosines, strict=True))))
+    scores = {_key(images[n][1]): max(cosine, 0.0) for n, cosine in of_images}
     return {
         "name": f"clip_score[{clip.name}, {resize_of(clip.processor)}, max(cos, 0)]",
         "sha256": clip.digest,
-        "value": round(float(np.mean(scores)), 4),
-        "ci95": [round(end, 4) for end in ends] if len(of_case) > 1 else None,
-        "interval": "bootstrap over prompts" if len(of_case) > 1 else None,
-        "images": len(scores),
-        "prompts": len(of_case),
+        **mean(scores, digits=4),
         "truncated": clip.too_long(list(dict.fromkeys(row["prompt"] for _, row in images))),
     }
 
@@ -127,8 +122,8 @@ def _cosines(clip: Clip, images: list[tuple[Path, dict]]) -> Iterator[float]:
         yield from (clip.of_images(list(prepared)) * clip.of_texts(texts)).sum(dim=-1).tolist()
 
 
-def features_of(extractor: ImageModel | Inception, files: Sequence[Path], whose: str) -> np.ndarray:
-    """The features [N, D], float32, of the readable files, in order; unreadable files are logged.
+def features_of(extractor: ImageModel | Inception, files: Sequence[Path], whose: str) -> dict[Path, np.ndarray]:
+    """The features [D], float32, of each readable file, in order; unreadable files are logged.
 
     Raises SalunError, which says `whose` the files are, if fewer than two are readable.
     """
@@ -140,7 +135,7 @@ def features_of(extractor: ImageModel | Inception, files: Sequence[Path], whose:
     if len(vectors) < 2:
         raise SalunError(f"FID and KID need at least two readable images, and {whose} has {len(vectors)}: give more, "
                          "or leave out --fid.")  # fmt: skip
-    return np.stack([vectors[file] for file in files if file in vectors])
+    return {file: vectors[file] for file in files if file in vectors}
 
 
 def distances(

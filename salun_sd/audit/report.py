@@ -12,7 +12,8 @@ from salun_sd.errors import SalunError
 from salun_sd.report.gate import AGAINST
 from salun_sd.report.words import named, quoted, rate
 
-SCHEMA = 5  # of report.json
+SCHEMA = 6  # of report.json
+READ = (5, SCHEMA)  # those that can be compared; 5 has no change
 NO_QUALITY = dict.fromkeys(QUALITY)
 
 

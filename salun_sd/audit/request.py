@@ -128,6 +128,7 @@ class Request(NamedTuple):
         absent = bounds.unmeasured(
             against=against, clip=clip, fid=fid, reference=reference, judged=bool(self.classifier),
             has_concepts=bool(self.concepts), has_others=any(name not in self.concepts for name in self.classes),
+            has_kept=any(p.label not in self.concepts for p in self.rows),
         )  # fmt: skip
         return [gate.parse(text, bounds.names(self.concepts, self.categories), absent) for text in texts]
 

@@ -94,11 +94,11 @@ def evaluate(
     settings["sampling"] = None
     if audited:
         manifest, settings["sampling"] = _draw(audited, request, samples, out, **sampling)
-    run = examine(audited.name if audited else str(images), manifest, judge, detector, out)
     run_of_base = None
     if base:
-        manifest, settings["sampling_against"] = _draw(base, request, samples, out / "against", keep=True, **sampling)
-        run_of_base = examine(base.name, manifest, judge, detector, out / "against")
+        drawn, settings["sampling_against"] = _draw(base, request, samples, out / "against", keep=True, **sampling)
+        run_of_base = examine(base.name, drawn, judge, detector, out / "against")
+    run = examine(audited.name if audited else str(images), manifest, judge, detector, out, run_of_base)
 
     # assemble
     qualities = quality.measure(measures, run, run_of_base, request.concepts)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from salun_sd.audit.report import SCHEMA, Run, blank_files, images_of, settings_of
+from salun_sd.audit.report import READ, SCHEMA, Run, blank_files, images_of, settings_of
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.report.words import cell
 from salun_sd.runtime import seals
@@ -49,9 +49,10 @@ def _report(file: Path) -> dict:
     report = read_json(file, dict, seals.advising(AGAIN))
     if not isinstance(schema := report.get("schema"), int) or "metrics" not in report:
         raise SalunError(f"{file} is no report of an audit: give one that `salun-sd evaluate` wrote.")
-    if schema != SCHEMA:
+    if schema not in READ:
         advice = AGAIN if schema < SCHEMA else "Update it."
-        raise SalunError(f"{file} has schema {schema}, of another salun-sd, and this one reads {SCHEMA}. {advice}")
+        raise SalunError(f"{file} has schema {schema}, of another salun-sd, and this one reads "
+                         f"{' and '.join(map(str, READ))}. {advice}")  # fmt: skip
     try:
         faults = [fault for side in (report, report["against"]) if side for fault in contradictions(side)]
         if not faults:

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 from helpers.audits import judged, several, torn, without_classifier
 
-from salun_sd.audit.bounds import names, unmeasured
+from salun_sd.audit.bounds import CHANGES, names, unmeasured
 from salun_sd.audit.report import assemble
 from salun_sd.errors import UsageError
 from salun_sd.report.gate import parse
 
 KNOWN = names(["t", "coat"], ["sexual", "self-harm"])
-ALL = dict.fromkeys(("against", "clip", "fid", "reference", "judged", "has_concepts", "has_others"), True)
+ALL = dict.fromkeys(("against", "clip", "fid", "reference", "judged", "has_concepts", "has_others", "has_kept"), True)
 
 
 def bound(text: str, known=KNOWN, **without):
@@ -22,6 +22,10 @@ def test_a_bound_may_name_every_number_of_a_report():
     for name in ("ua", "ua.t", "ra", "flag_rate", "broken", "blank", "blank_rate", "clip_score", "fid", "kid",
                  "labels.FACE_MALE", "protocols.esd", "categories.self-harm"):  # fmt: skip
         assert bound(f"{name} > 0").terms == {name: 1} and bound(f"against.{name} > 0").terms == {f"against.{name}": 1}
+    for name in CHANGES:
+        assert bound(f"{name} > 0").terms == {name: 1}
+        with pytest.raises(UsageError, match=f"against.{name} "):
+            bound(f"against.{name} > 0")
     with pytest.raises(UsageError, match="labels.FEMALE_GENITALIA_COVERED"):
         bound("labels.FACE > 0")
     with pytest.raises(UsageError, match="protocols.default"):
@@ -32,6 +36,9 @@ def test_a_bound_may_name_every_number_of_a_report():
     ("ra < against.ra", "against", "against.ra", "--against"),
     ("0.3 > clip_score", "clip", "clip_score", "--clip"),
     ("fid > 3", "fid", "fid", "--fid"),
+    ("change > 0.1", "against", "change", "--against"),
+    ("change_ssim < 0.9", "has_kept", "change_ssim", "--prompts"),
+    ("change_features > 0.1", "fid", "change_features", "--fid"),
     ("kid > against.kid", "fid", "kid", "--fid"),
     ("fid > against.fid + 5", "reference", "against.fid", "--reference"),
     ("ua < 0.9", "has_concepts", "ua", "--concept-class"),

@@ -63,6 +63,19 @@ def test_models_stand_side_by_side_and_their_base_once(salun, esd, base, erased)
     assert list(table.rows)[:3] == ["ua", "ra", "flag_rate"] and "ua of sneaker" not in table.rows
 
 
+def test_a_report_of_the_version_before_has_a_column_without_the_change(salun, esd):
+    new, old = (json.loads((folder / "report.json").read_text()) for folder in (salun, esd))
+    change = {"name": "change[x]", "sha256": None, "value": 0.1, "ci95": [0.05, 0.2], "images": 4}
+    new["quality"]["change"] = change
+    old["schema"] = 5
+    for side in (old, old["against"]):
+        side["quality"] = {name: None for name in side["quality"] if not name.startswith("change")}
+    for folder, report in ((salun, new), (esd, old)):
+        (folder / "report.json").write_text(seals.line(report))
+    [table] = compare([salun, esd])
+    assert table.rows["change[x]"] == [change, None, None] and table.differs == {} and "esd" in table.paired
+
+
 def test_images_of_one_colour_have_a_row_of_their_own(salun, tmp_path, erased, base):
     blank = [line(found, blank=found["case"] < 2) for found in erased.detections]
     other = write(tmp_path / "other", dataclasses.replace(named(erased, "other"), detections=blank), base)

@@ -4,7 +4,7 @@ import re
 from helpers.audits import EVIL, categorised, judged, line, read_table, without_classifier
 
 from salun_sd.audit.markdown import page
-from salun_sd.audit.report import assemble, headline
+from salun_sd.audit.report import NO_QUALITY, assemble, headline
 from salun_sd.runtime.escape import code
 
 
@@ -58,15 +58,17 @@ def test_page_has_quality_and_broken_files_where_a_report_has(base, erased):
     made = assemble(erased, base, prompts="p", settings={})
     clip = {"name": "clip|x", "value": 0.25, "ci95": [0.2, 0.3], "images": 7}
     fid = {"name": "fid[judge]", "value": 12.5, "images": [7, 9], "note": "fewer images than dimensions"}
-    made["quality"] = {"clip_score": clip, "kid": None, "fid": fid}
-    made["against"]["quality"] = {"clip_score": clip | {"value": 0.5, "ci95": None}, "kid": None, "fid": None}
+    change = {"name": "change[x]", "value": 0.1, "ci95": [0.05, 0.2], "images": 7, "note": "other noise"}
+    made["quality"] = NO_QUALITY | {"change": change, "clip_score": clip, "fid": fid}
+    made["against"]["quality"] = NO_QUALITY | {"clip_score": clip | {"value": 0.5, "ci95": None}}
     made["broken"] = {f"{EVIL}{i}.png": "it is empty" for i in range(30)}
     got = page(made)
     *_, quality, broken, _ = tables(got)
     assert quality[2:] == [
+        ["`change[x]`", "not measured", "0.1 [0.05, 0.2] of 7 images"],
         ["`clip|x`", "0.5 of 7 images", "0.25 [0.2, 0.3] of 7 images"],
         ["`fid[judge]`", "not measured", "12.5 of 7 and 9 images"]]  # fmt: skip
-    assert "`fid[judge]`: fewer images than dimensions" in got
+    assert "`change[x]`: other noise" in got and "`fid[judge]`: fewer images than dimensions" in got
     assert len(broken) == 2 + 20 and all(row[1] == "`it is empty`" for row in broken[2:])
     [count] = [row for row in got.splitlines() if "`out/erased`" in row and "30" in row]
     assert "20" in count

@@ -228,7 +228,7 @@ def evil(run: Run, prompt: str) -> tuple[dict, Run]:
     settings = {"note": prompt, prompt: {prompt: [prompt]}}
     made = assemble(run, run, prompts=prompt, settings=settings, concepts=[prompt], labels=[prompt])
     fid = {"name": prompt, "value": 1.0, "note": prompt, "images": [1, 2], "reference": prompt}
-    extra = {"broken": {prompt: prompt}, "quality": {"clip_score": None, "fid": fid, "kid": None}}
+    extra = {"broken": {prompt: prompt}, "quality": NO_QUALITY | {"change": fid, "fid": fid}}
     made["against"] |= extra
     gate = {"bound": prompt, "holds": False, "confident": False, "values": {prompt: None}}
     return made | extra | {"gate": [gate]}, run
@@ -351,10 +351,15 @@ def test_page_says_whether_the_gate_holds(base, erased):
 def test_page_has_the_quality_of_both_models_with_the_metrics_whole_names(base, erased):
     clip = {"name": "clip score[tiny]", "value": 0.26541, "ci95": [0.25, 0.27], "images": 7}
     fid = {"name": "fid[x]", "value": 12.3, "note": "Too few.", "images": [7, 9], "reference": "pocket"}
-    quality = NO_QUALITY | {"clip_score": clip, "fid": fid}, NO_QUALITY | {"clip_score": clip | {"value": 0.281}}
+    change = {"name": "change[y]", "value": 0.1, "ci95": None, "images": 3}
+    quality = (
+        NO_QUALITY | {"change": change, "clip_score": clip, "fid": fid},
+        NO_QUALITY | {"clip_score": clip | {"value": 0.281}},
+    )
     page = html(assemble(erased, base, prompts="p", settings={}, quality=quality), erased, base)
     shown = rows(page)
     at, end = (shown.index(rows(page, name)[0]) for name in ("clip score[tiny]", "fid[x]"))
+    assert shown[at - 1] == ["erased", "0.1", "", "3"] and shown[at - 2][0].startswith("change[y]")
     assert shown[at + 1 : end] == [["base", "0.281", "0.25 to 0.27", "7"], ["erased", "0.2654", "0.25 to 0.27", "7"]]
     assert (
         "pocket" in shown[end][0]

@@ -21,7 +21,7 @@ from salun_sd.audit import classify, quality
 from salun_sd.audit.clip import Clip
 from salun_sd.audit.features import ImageModel, extractor, features
 from salun_sd.audit.fidelity import frechet, kid, moments
-from salun_sd.audit.report import Run
+from salun_sd.audit.report import NO_QUALITY, Run
 from salun_sd.audit.run import JUDGE
 from salun_sd.audit.vision import BATCH
 from salun_sd.cli import app as cli
@@ -45,13 +45,15 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def run_of(folder: Path, texts: list[str], samples: int = 1, name: str = "m") -> Run:
-    """The folder's images as so many of each text, in turn; the class is the text's last word."""
+    """The folder's images as so many of each text, in turn; the class is the text's last word. Each differs from its
+    twin."""
     manifest = [
         {"file": file.name, "case": n // samples, "k": n % samples, "prompt": texts[n // samples % len(texts)],
-         "class": texts[n // samples % len(texts)].split()[-1]}
+         "class": texts[n // samples % len(texts)].split()[-1], "seed": n}
         for n, file in enumerate(sorted(folder.iterdir()))
     ]  # fmt: skip
-    return Run(name, folder, manifest, [{key: row[key] for key in ("file", "case", "k")} for row in manifest])
+    found = {"change": {"pixels": 0.25, "ssim": 0.5}}
+    return Run(name, folder, manifest, [{key: row[key] for key in ("file", "case", "k")} | found for row in manifest])
 
 
 TEXTS = ["a photo of a bag", "a photo of a sneaker", "a dress"]
@@ -236,7 +238,7 @@ def test_large_images_are_not_held_while_a_batch_of_them_is_looked_at(clip, ince
         Image.new("RGB", (side, side), (n, 0, 0)).save(tmp_path / f"{n:02}_0.png")
     files = sorted(tmp_path.iterdir())
     scored, embedder, judge = Clip(clip), ImageModel(clip), classify.load(clip, ["bag", "boot"], [])
-    lines = [(file, {"case": n, "prompt": "a bag"}) for n, file in enumerate(files)]
+    lines = [(file, {"case": n, "k": 0, "prompt": "a bag"}) for n, file in enumerate(files)]
     for model, work in (
         (embedder.model.vision_model, lambda: list(features(embedder, files))),
         (inception.model, lambda: list(features(inception, files))),
@@ -261,11 +263,14 @@ def test_distances_are_to_the_bases_images_or_to_a_folders(pictures, tmp_path):
     run, base, of = run_of(tmp_path / "other", TEXTS), run_of(pictures, TEXTS, name="b"), extractor("pocket", JUDGE)
     here, there = (np.stack([v for _, v in features(of, sorted(f.iterdir()))]) for f in (run.folder, base.folder))
     got, of_base = quality.measure(quality.Measures(None, of, None), run, base, [])
-    assert of_base == {"clip_score": None, "fid": None, "kid": None}
+    assert of_base == NO_QUALITY
     assert got["fid"]["name"] == "fid[pocket judge, 160-d, 32x32 bilinear]" and got["fid"]["images"] == [40, 40]
     assert got["fid"]["value"] == pytest.approx(frechet(moments(here), moments(there)), rel=1e-4)
     assert got["kid"]["value"] == pytest.approx(kid(here, there, paired=True), rel=1e-3)
     assert "40" in got["fid"]["note"] and "160" in got["fid"]["note"]
+    cosines = (here * there).sum(axis=1) / np.linalg.norm(here, axis=1) / np.linalg.norm(there, axis=1)
+    assert got["change_features"]["value"] == pytest.approx(1 - cosines.mean(), abs=1e-6)
+    assert got["change_features"]["sha256"] == of.digest and got["change"]["value"] == 0.25
     shuffled = Run("m", run.folder, run.manifest[::-1], run.detections)
     assert quality.measure(quality.Measures(None, of, None), shuffled, base, [])[0] == got
     alike, _ = quality.measure(quality.Measures(None, of, None), base, base, [])
@@ -277,6 +282,7 @@ def test_distances_are_to_the_bases_images_or_to_a_folders(pictures, tmp_path):
     got, of_base = quality.measure(quality.Measures(None, of, tmp_path / "few"), run, base, [])
     assert got["fid"]["images"] == [40, 9] and got["fid"]["reference"] == str(tmp_path / "few")
     assert got["kid"]["value"] == pytest.approx(kid(here, there[:9]), rel=1e-3)
+    assert got["change_features"]["value"] == pytest.approx(1 - cosines.mean(), abs=1e-6)
     own = frechet(moments(there), moments(there[:9]))
     assert of_base["fid"]["value"] == pytest.approx(own, rel=1e-4) and of_base["fid"]["images"] == [40, 9]
 
@@ -288,7 +294,7 @@ def test_images_of_the_concept_and_broken_ones_are_not_compared(pictures, clip):
     got, of_base = quality.measure(asked, run, base, ["sneaker"])
     left = [row for row in run.manifest if row["class"] != "sneaker" and row["case"] not in (0, 2)]
     assert got["fid"]["images"] == [len(left)] * 2 and got["clip_score"]["images"] == len(left) == 25
-    assert got["clip_score"] == of_base["clip_score"]
+    assert got["clip_score"] == of_base["clip_score"] and got["change"]["images"] == got["change_features"]["images"]
 
 
 def as_typed(*argv) -> None:
@@ -317,6 +323,8 @@ def test_an_audit_measures_quality_beside_its_base(tiny, clip, few, tmp_path, ca
     printed, report = capsys.readouterr(), json.loads((tmp_path / "report.json").read_text())
     assert report["quality"]["clip_score"] == report["against"]["quality"]["clip_score"]
     assert report["quality"]["fid"]["value"] == report["quality"]["kid"]["value"] == 0
+    values = [report["quality"][name]["value"] for name in ("change", "change_ssim", "change_features")]
+    assert values == [0, 1, 0] and report["against"]["quality"]["change"] is None and "change_ssim" in printed.out
     assert all(part in report["settings"]["classifier"] for part in ("4 classes", "'a photo of a CLASS'"))
     assert "'a photo of a sneaker'" in printed.err and "160" in printed.err  # too few for so many dimensions
     assert "clip_score" in printed.out and "fid" in printed.out

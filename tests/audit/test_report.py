@@ -11,7 +11,7 @@ from helpers.audits import DETECTOR, categorised, line, several, torn, without_c
 
 from salun_sd.audit.measure import measure
 from salun_sd.audit.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS
-from salun_sd.audit.report import Run, assemble, headline, headline_metrics
+from salun_sd.audit.report import NO_QUALITY, Run, assemble, headline, headline_metrics
 from salun_sd.errors import SalunError
 
 
@@ -32,7 +32,7 @@ def test_exact_report_with_a_base(base, erased):
     got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concepts=["sneaker"])
     assert json.dumps(got, indent=1) == json.dumps(
         {
-            "schema": 5,
+            "schema": 6,
             "salun_sd": version("salun-sd"),
             "model": "out/erased",
             "prompts": "pocket",
@@ -67,7 +67,7 @@ def test_exact_report_with_a_base(base, erased):
                 "receler": {"n": 2, "of": 7, "unit": "labels"},
                 "unlearndiffatk": {"n": 2, "of": 7, "unit": "images"} | two,
             },
-            "quality": {"clip_score": None, "fid": None, "kid": None},
+            "quality": NO_QUALITY,
             "broken": {},
             "blank": none | {"files": []},
             "against": {
@@ -95,7 +95,7 @@ def test_exact_report_with_a_base(base, erased):
                     "receler": {"n": 1, "of": 7, "unit": "labels"},
                     "unlearndiffatk": {"n": 2, "of": 7, "unit": "images"} | two,
                 },
-                "quality": {"clip_score": None, "fid": None, "kid": None},
+                "quality": NO_QUALITY,
                 "broken": {},
                 "blank": none | {"files": []},
             },
@@ -356,6 +356,6 @@ def test_headline_metrics_are_what_was_measured_in_words(base, erased):
 
 
 def test_reports_and_pages_need_no_torch():
-    modules = "page, markdown, compare, bounds, detect, fidelity, classify, quality"
+    modules = "page, markdown, compare, bounds, detect, fidelity, classify, change, quality"
     code = f"import sys; from salun_sd.audit import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

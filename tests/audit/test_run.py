@@ -94,6 +94,12 @@ def test_base_images_are_drawn_once_for_every_model_that_is_audited_against_it(t
         assert b.read_bytes() == a.read_bytes()
         assert own.read_bytes() != (tmp_path / "b" / "images" / name).read_bytes()
 
+    values = [found["change"] for found in lines_of(tmp_path / "b" / "detections.jsonl")]
+    for kind, name in (("pixels", "change"), ("ssim", "change_ssim")):  # of three prompts without classes
+        mean = sum(value[kind] for value in values) / 3
+        assert second["quality"][name]["value"] == pytest.approx(mean, abs=1e-6) and 0 < mean < 1
+        assert first["quality"][name]["value"] == (name == "change_ssim")
+
     cli.run(["cache"])
     assert "audited" in capsys.readouterr().out
     cli.run(["cache", "--clear"])
