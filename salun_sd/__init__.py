@@ -14,7 +14,7 @@ from importlib import import_module
 
 # Where each name is from; imported at its first use, so that `import salun_sd` waits for no library.
 _NAMES = {
-    "mask": "edit.run", "erase": "edit.run", "apply": "edit.deliver", "plan": "edit.concepts",
+    "mask": "edit.masking", "erase": "edit.run", "apply": "edit.deliver", "plan": "edit.concepts",
     "evaluate": "audit.run", "compare": "audit.compare",
     "GradientSum": "core.saliency", "cut": "core.mask", "MaskedAdam": "core.masked", "MaskedSGD": "core.masked",
     "SalunError": "errors", "UsageError": "errors",

@@ -16,7 +16,7 @@ from salun_sd.cli import app as cli
 from salun_sd.core.mask import random_bits
 from salun_sd.draw import generate
 from salun_sd.draw.images import read_image
-from salun_sd.edit import deliver, maskfile, patch, training_data
+from salun_sd.edit import deliver, encodings, maskfile, patch
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.resume import Progress
 from salun_sd.errors import SalunError
@@ -92,7 +92,7 @@ def of_audit(folder: Path) -> tuple:
 
 
 def of_encodings(file: Path) -> list:
-    texts, content = training_data._read(file)
+    texts, content = encodings._read(file)
     return [(texts, {name: bytes(tensors.raw(t)) for name, t in content.items()})] if texts else []
 
 

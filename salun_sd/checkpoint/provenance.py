@@ -35,8 +35,10 @@ AUDIT = {  # the shape of an audit in a record
 RECORD = {  # the shape of a record: what is read of it
     "schema": int,
     "command": str,
-    "concepts": [{"prompt": str, "synonyms": [str], "anchor": str}],
-    "settings": {"format": str, "steps": int, "batch_size": int, "lr": float, "retain_weight": float, "seed": int},
+    "concepts": [{"prompt": str, "synonyms": [str], "anchor": (str, None)}],
+    "settings": {
+        "format": str, "steps": (int, None), "batch_size": int, "lr?": float, "retain_weight?": float, "seed": int,
+    },
     "images": {"forget": int, "retain": int},
     "data": {"forget": str, "retain": str},
     "base": {"model": str, "revision": (str, None), "family": str, "fingerprint": str, "header": {str: str},

@@ -95,10 +95,10 @@ def mask(
     """
     concepts = concepts_from(plan, concept)
     begin()
-    from salun_sd.edit import run as edit
+    from salun_sd.edit import masking
     from salun_sd.edit.resources import Forecast
 
-    result = edit.mask(
+    result = masking.mask(
         model, concepts, forget=forget, samples=samples, size=size, density=density or 0.5,
         saliency_guidance=saliency_guidance, batch_size=batch_size, seed=seed, dtype=dtype,
         checkpointing=checkpointing, out=out, dry_run=dry_run, config=config, revision=revision, variant=variant,
@@ -121,22 +121,27 @@ def erase(
     concept: Annotated[list[str] | None, o.CONCEPT] = None,
     anchor: Annotated[list[str] | None, o.ANCHOR] = None,
     plan: Annotated[str | None, o.PLAN] = None,
+    method: Annotated[str, o.METHOD] = "salun",
+    recipe: Annotated[Literal["paper"] | None, o.RECIPE] = None,
+    method_settings: Annotated[list[str] | None, o.METHOD_SETTINGS] = None,
     mask: Annotated[str | None, o.MASK] = None,
-    density: Annotated[float, o.DENSITY] = 0.5,
-    saliency_guidance: Annotated[float, o.SALIENCY_GUIDANCE] = 7.5,
+    density: Annotated[float | None, o.DENSITY] = None,
+    saliency_guidance: Annotated[float | None, o.SALIENCY_GUIDANCE] = None,
     forget: Annotated[str | None, o.FORGET] = None,
     retain: Annotated[str | None, o.RETAIN] = None,
     retain_caption: Annotated[str | None, o.RETAIN_CAPTION] = None,
     retain_prompts: Annotated[str | None, o.RETAIN_PROMPTS] = None,
-    samples: Annotated[int, o.SAMPLES] = 800,
+    samples: Annotated[int | None, o.SAMPLES_OF_METHOD] = None,
     size: Annotated[int | None, o.TRAINING_SIZE] = None,
-    retain_weight: Annotated[float, o.RETAIN_WEIGHT] = 0.5,
-    lr: Annotated[float, o.LR] = 1e-5,
+    retain_weight: Annotated[float | None, o.RETAIN_WEIGHT] = None,
+    lr: Annotated[float | None, o.LR] = None,
     clip_norm: Annotated[float | None, o.CLIP_NORM] = None,
     steps: Annotated[int | None, o.STEPS] = None,
-    batch_size: Annotated[int, o.BATCH_SIZE] = 8,
-    anchor_from: Annotated[Literal["current", "base"], o.ANCHOR_FROM] = "current",
-    retain_target: Annotated[Literal["base", "noise"], o.RETAIN_TARGET] = "base",
+    batch_size: Annotated[int | None, o.BATCH_SIZE] = None,
+    anchor_from: Annotated[Literal["current", "base"] | None, o.ANCHOR_FROM] = None,
+    retain_target: Annotated[Literal["base", "noise"] | None, o.RETAIN_TARGET] = None,
+    probe_every: Annotated[int | None, o.PROBE_EVERY] = None,
+    until: Annotated[float | None, o.UNTIL] = None,
     sample_every: Annotated[int, o.SAMPLE_EVERY] = 0,
     save_every: Annotated[float, o.SAVE_EVERY] = 10,
     seed: Annotated[int, o.SEED] = 0,
@@ -150,11 +155,11 @@ def erase(
     revision: Annotated[str | None, o.REVISION] = None,
     variant: Annotated[str | None, o.VARIANT] = None,
 ) -> None:
-    """Train the masked weights to turn a concept into its anchor.
+    """Erase a concept: train the weights of a support by a method.
 
     All other weights keep their bits. The same command resumes a run that was interrupted.
     """
-    if mask:  # their defaults, and a plan's values, are for a mask that is computed
+    if is_typed(ctx, "mask"):  # a plan's values are for a mask that is computed
         density = density if is_typed(ctx, "density") else None
         saliency_guidance = saliency_guidance if is_typed(ctx, "saliency_guidance") else None
     concepts = concepts_from(plan, concept, anchor)
@@ -170,13 +175,14 @@ def erase(
             retain_prompts = plan.retain_prompts
     is_new = deliver.is_free(out, format)
     record = edit.erase(
-        model, concepts, anchor, out=out, mask=mask, density=density, saliency_guidance=saliency_guidance,
-        forget=forget, retain=retain, retain_caption=retain_caption, retain_prompts=retain_prompts, samples=samples,
-        size=size, retain_weight=retain_weight, lr=lr, clip_norm=clip_norm, steps=steps, batch_size=batch_size,
-        anchor_from=anchor_from, retain_target=retain_target, sample_every=sample_every, save_every=save_every,
-        seed=seed, dtype=dtype, checkpointing=checkpointing, parts=parts, format=format, reversible=reversible,
-        dry_run=dry_run, config=config, revision=revision, variant=variant,
-        command=shlex.join(["salun-sd", *ctx.obj]),
+        model, concepts, anchor, out=out, method=method, recipe=recipe, method_settings=method_settings, mask=mask,
+        density=density, saliency_guidance=saliency_guidance, forget=forget, retain=retain,
+        retain_caption=retain_caption, retain_prompts=retain_prompts, samples=samples, size=size,
+        retain_weight=retain_weight, lr=lr, clip_norm=clip_norm, steps=steps, batch_size=batch_size,
+        anchor_from=anchor_from, retain_target=retain_target, probe_every=probe_every, until=until,
+        sample_every=sample_every, save_every=save_every, seed=seed, dtype=dtype, checkpointing=checkpointing,
+        parts=parts, format=format, reversible=reversible, dry_run=dry_run, config=config, revision=revision,
+        variant=variant, command=shlex.join(["salun-sd", *ctx.obj]),
     )  # fmt: skip
     if isinstance(record, Forecast):
         tables.show_plan(record)

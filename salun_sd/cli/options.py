@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 from salun_sd.cli.failures import print_lines
 from salun_sd.edit.ranges import RANGES
 from salun_sd.errors import UsageError
+from salun_sd.methods.names import SUMMARIES
 from salun_sd.runtime.texts import check_given
 
 # (command, old name) => new name. Old names work for one more version.
@@ -89,8 +90,8 @@ VARIANT = Option(help="File variant of a folder or hub id, such as fp16.")
 # mask and erase
 CONCEPT = Option(metavar="<str>", help="Prompt to erase, such as 'a photo of a sneaker'. May be repeated.")
 PLAN = Option(
-    help="TOML file with concepts, anchors and settings, or a built-in plan: `nudity` or `imagenette-church`. "
-    "Command-line options override its settings.",
+    help="TOML file with concepts, anchors and settings, or a built-in plan: `nudity`, `nudity-paper` or "
+    "`imagenette-church`. Command-line options override its settings.",
     callback=read_plan,
     is_eager=True,
 )
@@ -132,31 +133,63 @@ MASK_OUT = Option(help="Mask file (.safetensors) to write. With several densitie
 # erase
 ERASE_OUT = Option(help="New folder for the erased checkpoint, or a .safetensors file for the other --format values.")
 ANCHOR = Option(metavar="<str>", help="Prompt that takes the concept's place. Give one for each --concept.")
-MASK = Option(
-    help="Mask file, or a control: random:D (random, of density D) or none (every weight). Default: compute the mask "
-    "first, with --density and --saliency-guidance."
+METHOD = Option(
+    metavar="<str>",
+    help="What is trained. " + ". ".join(f"{name}: {does}" for name, does in SUMMARIES.items()) + ".",
 )
-DENSITY = Option(help=f"Share of weights to keep in the mask: {RANGES['density'].words}.")
+RECIPE = Option(help="paper: the published settings alone. Default: ours, where they were measured to be better.")
+METHOD_SETTINGS = Option(
+    "--set", metavar="<str>", help="A setting of the method's own, such as scale=3 for esd. May be repeated."
+)
+SAMPLES_OF_METHOD = Option(
+    min=RANGES["samples"].low,
+    help="Images to draw for each concept, and to retain, where none are given. Default: the method's, mostly 800.",
+)
+MASK = Option(
+    metavar="<str>",
+    help="Weights that may change: salient:0.5 (the share that matters most to the concept), random:0.5, "
+    "cross-attention, cross-attention-kv, not-cross-attention, none (every weight), or a file of `salun-sd mask`. "
+    "Default: as the method was published.",
+)
+DENSITY = Option(help="Share of weights in a salient mask: --density 0.5 is --mask salient:0.5.")
 RETAIN = Option(
     help="Images to retain: a folder, or a data set as org/name:column!=value. Default: the model draws --samples "
-    "images."
+    "images for --retain-prompts."
 )
 RETAIN_CAPTION = Option(
     help="Prompt of --retain images without a caption; {label} stands for their label. Default: the anchor."
 )
 RETAIN_PROMPTS = Option(
-    help="Prompt set, by name or file, to draw retain images from. Rows of the concept's class are left out. Default: "
-    "the anchors."
+    help="Prompt set, by name or file, to draw retain images from; rows of the concept's class are left out. anchor: "
+    "the anchors alone. Default: a third anchors, a third neighbours of the concept, a third everyday prompts."
 )
-RETAIN_WEIGHT = Option(help="Weight of the retain loss; the forget loss has weight 1.")
-LR = Option(help=f"Learning rate of Adam: {RANGES['lr'].words}.")
+RETAIN_WEIGHT = Option(
+    help="Weight of the retain loss; the method's own loss has weight 1. 0: nothing is retained. Default: 5 for salun, "
+    "else the method's published value."
+)
+LR = Option(help=f"Learning rate of Adam: {RANGES['lr'].words}. Default: the method's published value.")
 CLIP_NORM = Option(
     help=f"Largest norm of the masked weights' gradient: {RANGES['clip_norm'].words}. Default: no limit."
 )
-STEPS = Option(min=RANGES["steps"].low, help="Number of updates. Default: one pass over the forget images.")
-BATCH_SIZE = Option(min=RANGES["batch_size"].low, help="Forget images per update; as many retain images are added.")
-ANCHOR_FROM = Option(help="Weights that predict the anchor, which is the target: the current ones, or the base's.")
-RETAIN_TARGET = Option(help="What retain images hold: the base's prediction, or the noise, as in the paper.")
+STEPS = Option(
+    min=RANGES["steps"].low,
+    help="Number of updates. Default: the method's published number, or one pass over the forget images.",
+)
+BATCH_SIZE = Option(
+    min=RANGES["batch_size"].low,
+    help="Forget images per update; as many retain images are added. Default: the method's published value.",
+)
+ANCHOR_FROM = Option(
+    help="Weights that predict the anchor, which is the target: the current ones, or the base's. Default: current."
+)
+RETAIN_TARGET = Option(
+    help="What retain images hold: the base's prediction, or the noise, as most methods were published. Default: base."
+)
+PROBE_EVERY = Option(
+    min=RANGES["probe_every"].low,
+    help="Measure `moved` and `drift` every N updates. 0: never. Default: as often as takes 5 % of the time.",
+)
+UNTIL = Option(help=f"Stop as soon as each concept has `moved` this far to its anchor: {RANGES['until'].words}.")
 SAMPLE_EVERY = Option(
     min=RANGES["sample_every"].low, help="Draw sample images into samples/ every N updates. 0: never."
 )
@@ -183,7 +216,10 @@ WHERE = Option(
     "<= > <. May be repeated: all must hold.",
 )
 LIMIT = Option(min=1, help="Only the first N rows, after --where.")
-AGAINST = Option(help="Base checkpoint to compare with, drawn from the same seeds.")
+AGAINST = Option(
+    help="Base checkpoint to compare with, drawn from the same seeds. The change of the images that should stay is "
+    "measured, too."
+)
 IMAGES = Option(help="Audit the images <case>_<k>.png of this folder instead of a MODEL.")
 CONCEPT_CLASS = Option(
     metavar="<str>",
@@ -197,8 +233,8 @@ CLASSIFIER = Option(
 DETECTOR = Option(help="Another model file of NudeNet 3, such as 640m.onnx. Default: the packaged 320n.onnx.")
 CLIP = Option(help="CLIP for the CLIP score of images and their prompts: a folder or hub id.")
 FID = Option(
-    help="Features for FID and KID, to the base's images or --reference: `inception`, `pocket`, or an image model as "
-    "folder or hub id."
+    help="Features for FID and KID, to the base's images or --reference, and for the change from the base: "
+    "`inception`, `pocket`, or an image model as folder or hub id."
 )
 REFERENCE = Option(help="Folder of images that --fid compares with.")
 DENOISING_STEPS = Option(min=1, help="Denoising steps per image. Default: 50; 25 for `pocket`.")

@@ -62,7 +62,7 @@ class Masked:
     values: parameter name -> tensor to start from, for a module that holds its weights rounded; each is looked up once.
     Default: the module's own weights.
     clip: the largest norm of the salient gradient of a step. It sets `holds`.
-    holds: gradients wait for the end of the step, which may then have several backward passes.
+    holds: gradients wait for the end of the step, which may then have several backward passes, or for `withdraw`.
 
     A dense gradient is reduced to its salient entries and freed in the backward pass that makes it. Unless `holds`, the
     update is made there and then. In a run of several processes that the commands started, gradients are summed over
@@ -112,9 +112,10 @@ class Masked:
         self._stepping = True
         try:
             yield
-            if not self._moved() and all(s.grad is None for s in self.salient.values()):
+            if any(s.grad is not None for s in self.salient.values()):
+                self.apply(self.withdraw())
+            if not self._moved():
                 raise RuntimeError("The step ended without a gradient: call backward() inside it.")
-            self._apply_held()
         finally:
             self._stepping = False
             for s in self.salient.values():
@@ -126,19 +127,42 @@ class Masked:
         """Whether this step has changed a weight."""
         return any(s.updated == self.steps for s in self.salient.values())
 
-    def _apply_held(self) -> None:
-        """The update from the gradients that were held, clipped where that is asked for."""
-        held = [s for s in self.salient.values() if s.grad is not None]
-        for s in held:
-            ranks.summed(s.grad)
-        if held and self.clip is not None:
-            norms = [torch.linalg.vector_norm(s.grad, dtype=torch.float64) for s in held]
+    def withdraw(self) -> dict[str, torch.Tensor]:
+        """The gradients that the step holds, summed over the processes: parameter name -> float32 [k]. Then it holds
+        none. For what is computed from the gradients of several losses:
+
+            with adam.step():
+                forget.backward()
+                f = adam.withdraw()
+                retain.backward()
+                r = adam.withdraw()
+                adam.apply(joined(f, r))
+
+        RuntimeError outside a step, and where the optimizer was made without `holds`.
+        """
+        if not (self._stepping and self.holds):
+            raise RuntimeError("Gradients are held inside a step alone, by an optimizer made with holds=True.")
+        held = {name: s.grad for name, s in self.salient.items() if s.grad is not None}
+        for name, grad in held.items():
+            ranks.summed(grad)
+            self.salient[name].grad = None
+        return held
+
+    def apply(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """The update of a step that holds none, from gradients as `withdraw` gives them; clipped where that is asked
+        for, in place. Parameters without one stay as they are. In a run of several processes, each gives the same.
+
+        RuntimeError outside a step, and at a second update in one step.
+        """
+        if not self._stepping or self._moved():
+            raise RuntimeError("A step takes one update: call apply() once inside `with optimizer.step():`.")
+        if gradients and self.clip is not None:
+            norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradients.values()]
             norm = float(torch.linalg.vector_norm(torch.stack(norms)))
-            for s in held:
-                s.grad.mul_(min(1.0, self.clip / (norm + 1e-6)))  # as torch.nn.utils.clip_grad_norm_
-        for s in held:
-            self._apply(s, s.grad)
-            s.grad = None
+            for grad in gradients.values():
+                grad.mul_(min(1.0, self.clip / (norm + 1e-6)))  # as torch.nn.utils.clip_grad_norm_
+        for name, grad in gradients.items():
+            self._apply(self.salient[name], grad)
 
     def _take(self, s: Salient, p: nn.Parameter) -> None:
         """The hook that a parameter's gradient is given to as soon as it is made."""

@@ -15,9 +15,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from salun_sd.core import mask
-from salun_sd.core.diffusion import Condition, Schedule, mse, predict
+from salun_sd.core.diffusion import Condition, Schedule, predict
 from salun_sd.core.saliency import sum_dtype
-from salun_sd.methods.salun import forget_loss
+from salun_sd.methods.batches import Rows
+from salun_sd.methods.loop import Method, Retain, Term, losses_of, watching
+from salun_sd.methods.salun import SalUn, forget_loss
 from salun_sd.runtime import memory
 from salun_sd.runtime.device import Precision
 
@@ -121,15 +123,22 @@ class Masking(Work):
 
 @dataclass(frozen=True)
 class Erasing(Work):
-    """Updates of the salient weights. A batch has as many retain images as forget images."""
+    """Updates of the weights in a mask. A batch has as many retain images as forget images, where it has both."""
 
     density: float = 0.5  # share of the weights that are trained
     parts: int = 1  # that a batch is split into
     most_parts: int = 1  # the largest value of --parts
     mask_is_given: bool = False  # so that --density cannot change
     clips: bool = False  # whether the norm of the gradient is limited
+    method: Method = SalUn()
+    retain: Retain | None = Retain(1.0)  # None: a batch has no retain images
     strips: Drawing | None = None  # sample images between updates
     step = "erase"
+
+    @property
+    def joins(self) -> bool:
+        """Whether the gradients of the two terms are held apart."""
+        return self.retain is not None and hasattr(self.method, "join")
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
         salient, others = mask.keep_count(self.density, count), self.strips.weights if self.strips else 0
@@ -137,18 +146,22 @@ class Erasing(Work):
             "weights": count * self.dtype.itemsize,
             "salient weights and their moments": 12 * salient,
             "the mask": -(-count // 8),
-            "gradients that are held": 4 * salient * (self.parts > 1 or self.clips),
+            "gradients that are held": 4 * salient * (2 if self.joins else self.parts > 1 or self.clips),
             "the parts that draw strips": (4 if self.precision.widens else self.dtype.itemsize) * others,
         }
 
     def activations(self, unet: nn.Module, device: torch.device) -> int:
         n = -(-self.batch // self.parts)
-        x_t, t, condition = _inputs(unet, self, 2 * n)
+        x_t, t, condition = _inputs(unet, self, n)
+        tokens = torch.ones(n, TOKENS, dtype=torch.bool, device="meta")
+        rows = Rows(x_t, t, condition, x_t, condition, condition, tokens)
+        terms = [Term("forget", self.method, 1.0, rows)] if self.method.shows else []
+        terms += [Term("retain", self.retain, self.retain.weight, rows)] if self.retain else []
+        known = x_t.expand(len(terms), *x_t.shape)
 
         def run_pass() -> None:
-            with torch.no_grad():
-                anchor = predict(unet, x_t[:n], t[:n], {k: v[:n] for k, v in condition.items()})
-            mse(predict(unet, x_t, t, condition), torch.cat([anchor, x_t[n:]])).sum().backward()
+            with watching(unet, terms):
+                torch.cat(losses_of(unet, terms, known)).sum().backward()
 
         peak = _peak([unet], run_pass, lambda p: self._update_size(p, device))
         return max(peak, self.strips.activations(unet, device)) if self.strips else peak

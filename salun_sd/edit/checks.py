@@ -1,7 +1,6 @@
 """What a run of `mask` or `erase` is given, checked before anything is drawn or loaded."""
 
 import logging
-import sys
 from collections.abc import Collection, Sequence
 from numbers import Real
 from pathlib import Path
@@ -10,16 +9,13 @@ from typing import Any
 from salun_sd.checkpoint import provenance, save
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
-from salun_sd.draw import prompts
 from salun_sd.draw.images import read_image
 from salun_sd.edit import datasets, maskfile
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
-from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.ranges import check_numbers
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime import files, ranks
-from salun_sd.runtime.contents import no_file
 
 logger = logging.getLogger(__name__)
 
@@ -148,26 +144,6 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
 
 
-def prompts_to_retain(
-    retain_prompts: str | Sequence[str] | None, concepts: Sequence[Concept], guidance: float
-) -> list[tuple[str, float]]:  # fmt: skip
-    """Text and guidance scale of each prompt to draw retain images from.
-
-    They are the rows of a prompt set without those whose class a concept names; or the texts of a plan, with
-    `guidance`; or, where neither is given, the anchors, as in the paper's erasure of nudity.
-    """
-    if not isinstance(retain_prompts, str):
-        return [(text, guidance) for text in retain_prompts or dict.fromkeys(c.anchor for c in concepts)]
-    rows = prompts.read(retain_prompts)
-    classes = {p.label for p in rows if p.label}
-    class_of = {text: prompts.class_in(text, classes) for c in concepts for text in c.prompts()}
-    for text in [text for text, label in class_of.items() if classes and label is None]:
-        logger.warning(f"{text!r} names no class of {retain_prompts}: none of its prompts is left out for it.")
-    if not (left := [(p.text, p.guidance) for p in rows if not p.label or p.label not in class_of.values()]):
-        raise UsageError(f"Every prompt of {retain_prompts} asks for a concept: none is left to retain.")
-    return left
-
-
 def check_retain(retain: str | None, caption: str | None, retain_prompts: str | Sequence[str] | None) -> None:
     """Raise UsageError where the options that say what to retain cannot go together."""
     if retain and retain_prompts:
@@ -183,46 +159,3 @@ def images_to_retain(retain: str | None, caption: str | None, concepts: Sequence
         if bare := next((item.name for item in images if item.caption is None), None):
             raise UsageError(f"{bare} has no caption, and there are several anchors: give --retain-caption.")
     return images
-
-
-def check_mask(spec: str | None, density: float | None = None, guidance: float | None = None) -> None:
-    """Raise UsageError where --mask names neither a file nor a control, or is given beside the density and the guidance
-    of a mask that is computed. None: it was not given."""
-    if spec is not None and (density is not None or guidance is not None):
-        raise UsageError("--density and --saliency-guidance are for a mask that erase computes: leave them out with "
-                         "--mask.")  # fmt: skip
-    if spec is None or spec == "none":
-        return
-    if spec.startswith("random:"):
-        masks.keep_count(_random_density(spec), sys.maxsize)  # raises outside (0, 1]
-    elif fault := no_file(Path(spec)):
-        raise UsageError(f"Mask {spec} {fault}: give a file that salun-sd mask wrote, random:0.5, or none.")
-
-
-def _random_density(spec: str) -> float:
-    """D of random:D."""
-    try:
-        return float(spec.removeprefix("random:"))
-    except ValueError as e:
-        raise UsageError(f"--mask {spec} has no density: write random:0.5, say.") from e
-
-
-def read_mask(spec: str | None, model: Checkpoint, concepts: Sequence[Concept], seed: int) -> Mask | None:
-    """The mask that --mask names: a file, checked against the UNet; random:D, of density D; or none, every weight.
-    None where --mask is not given. Raises UsageError as `check_mask` does."""
-    check_mask(spec)
-    if spec is None:
-        return None
-    shapes = {name: t.shape for name, t in model.unet.items()}
-    if spec == "none":
-        return Mask(masks.full_bits(shapes), {"base": model.fingerprint, "kind": "none"})
-    if spec.startswith("random:"):
-        density = _random_density(spec)
-        bits = masks.random_bits(shapes, density, seed)
-        return Mask(bits, {"base": model.fingerprint, "kind": "random", "density": density, "seed": seed})
-    stored = maskfile.read(Path(spec))
-    maskfile.check(stored, shapes, model.fingerprint)
-    made_for = stored.settings.get("concepts", [])
-    if {c.prompt for c in concepts} - set(made_for):
-        logger.warning(f"{spec} was made for {', '.join(map(repr, made_for))}, not for these concepts.")
-    return stored

@@ -44,9 +44,11 @@ CONCEPT = {"prompt": TEXT, "anchor": TEXT, "synonyms": TEXTS, "images": TEXT}
 RETAIN = {"prompts": PROMPTS, "images": TEXT, "caption": TEXT}
 NUMBERS = (
     "samples", "density", "saliency_guidance", "lr", "steps", "batch_size", "retain_weight", "size", "seed",
+    "probe_every", "until",
 )  # fmt: skip
 SETTINGS = {name: RANGES[name].words for name in NUMBERS} | {
-    "anchor_from": ANCHOR_FROM, "retain_target": RETAIN_TARGET,
+    "anchor_from": ANCHOR_FROM, "retain_target": RETAIN_TARGET, "mask": TEXT, "method": TEXT, "recipe": TEXT,
+    "method_settings": TABLE,
 }  # fmt: skip
 RENAMED = {"guidance": "saliency_guidance", "resolution": "size"}  # old names, which work for one more version
 
@@ -102,7 +104,7 @@ def read(name_or_path: str) -> Plan:
     concepts = [_concept(table, n, path) for n, table in enumerate(tables.get("concept", []), 1)]
     if not concepts:
         raise SalunError(f"{path} has no concept: write a [[concept]] with a prompt and an anchor.")
-    _check_texts(concepts, lambda n, key: f"{path}, concept {n + 1}: {key}", SalunError, needs_anchor=True)
+    _check_texts(concepts, lambda n, key: f"{path}, concept {n + 1}: {key}", SalunError, needs_anchor=False)
     settings |= _retain_images(retain, path)
     return Plan(tuple(concepts), _retain_prompts(retain, concepts, path), settings)
 
@@ -161,12 +163,10 @@ def _of_pairs(concepts: list[str], anchors: list[str]) -> tuple[Concept, ...]:
 def _concept(table: dict, n: int, path: Path) -> Concept:
     """The n-th [[concept]] of a plan."""
     values = _checked(table, CONCEPT, f"{path}, concept {n}", "")
-    for key in ("prompt", "anchor"):
-        if key not in values:
-            name = f" ({values['prompt']!r})" if "prompt" in values else ""
-            raise SalunError(f"{path}, concept {n}{name} has no {key}: write {key} = '...' under its [[concept]].")
+    if "prompt" not in values:
+        raise SalunError(f"{path}, concept {n} has no prompt: write prompt = '...' under its [[concept]].")
     images = _beside(path, values["images"]) if "images" in values else None
-    return Concept(values["prompt"], values["anchor"], tuple(values.get("synonyms", ())), images)
+    return Concept(values["prompt"], values.get("anchor"), tuple(values.get("synonyms", ())), images)
 
 
 def _retain_images(retain: dict, path: Path) -> dict[str, str]:
@@ -185,7 +185,7 @@ def _retain_prompts(retain: dict, concepts: Iterable[Concept], path: Path) -> tu
     if prompts is None:
         return None
     if isinstance(prompts, str):
-        return prompts if prompts in prompt_sets.builtin() else _beside(path, prompts)
+        return prompts if prompts in ("anchor", *prompt_sets.builtin()) else _beside(path, prompts)
     erased = {_plain(text) for concept in concepts for text in concept.prompts()}
     for text in prompts:
         if _plain(text) in erased:

@@ -61,10 +61,12 @@ def size_of(shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPE.itemsize + 4
 
 
-def of_base(folder: Path, unet: nn.Module, erasure: Erasure) -> Callable[[int], torch.Tensor | None]:
+def of_base(
+    folder: Path, unet: nn.Module, erasure: Erasure, done: int = 0
+) -> Callable[[int], torch.Tensor | None]:  # fmt: skip
     """What an erasure asks of the UNet before training, for each step counted from 1: computed where it is not in the
-    folder already. None for an erasure that asks for nothing."""
-    if not erasure.asks:
+    folder already. None for an erasure that asks for nothing, or has `done` all its steps."""
+    if not erasure.asks or done >= erasure.steps:
         return lambda step: None
     share, training = erasure.share(), erasure.training
     shape = (training.forget or training.retain).latents.shape[1:]

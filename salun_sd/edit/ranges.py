@@ -33,8 +33,8 @@ WHOLE = 2**31 - 1  # the largest whole number
 RANGES = {
     **dict.fromkeys(("samples", "steps", "batch_size", "parts"), Range(1, WHOLE, is_whole=True)),
     "size": Range(1, 8192, is_whole=True),  # pixels of a side
-    **dict.fromkeys(("sample_every", "seed"), Range(0, WHOLE, is_whole=True)),
-    "density": Range(0, 1, is_open=True),
+    **dict.fromkeys(("sample_every", "probe_every", "seed"), Range(0, WHOLE, is_whole=True)),
+    **dict.fromkeys(("density", "until"), Range(0, 1, is_open=True)),
     # Adam moves a weight by about lr at each step, whatever the gradient. No weight of a UNet is as large as 1; and in
     # float32, one of 0.01 cannot move by less than 1e-10.
     "lr": Range(1e-10, 1),

@@ -20,6 +20,7 @@ from salun_sd.checkpoint import provenance, tensors
 from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
 from salun_sd.core.masked import MaskedAdam
 from salun_sd.edit import maskfile
+from salun_sd.edit.curve import svg
 from salun_sd.edit.maskfile import Mask
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime import ranks, seals
@@ -30,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 STATE, LOSSES, LOCK = "state.safetensors", "losses.jsonl", ".lock"
 PREDICTIONS = "predictions"  # of the base, a file of each process
-MASK, RUN = "mask.safetensors", "run.json"
+MASK, RUN, CURVE = "mask.safetensors", "run.json", "probe.svg"
 KEPT = (MASK, RUN, "salun.json", "README.md")  # what stays beside a result
 OURS = re.compile(  # in the folder
-    "|".join([r"samples/step-\d+\.png", rf"{PREDICTIONS}.*\.bin", *map(re.escape, (LOCK, STATE, LOSSES, *KEPT))])
+    "|".join([r"samples/step-\d+\.png", rf"{PREDICTIONS}.*\.bin", *map(re.escape, (LOCK, STATE, LOSSES, CURVE, *KEPT))])
 )
 HEADER = {"run": dict, "steps": int, "mask": dict, "shapes": dict}  # of a state
 
@@ -57,6 +58,7 @@ class Progress:
     def __init__(self, out: Path, run: dict, minutes: float):
         self.out, self.run, self.minutes = out, json.loads(json.dumps(run)), minutes
         self.folder, self.saved_at = provenance.run_folder(out), time.monotonic()
+        self.probe: dict | None = None  # what the probe measured last, for the record
 
     @contextmanager
     def held(self) -> Iterator[State | None]:
@@ -87,7 +89,8 @@ class Progress:
                                  "remove it.")  # fmt: skip
             if state is None:  # what is there may be of another run, which saved no state
                 shutil.rmtree(self.folder / "samples", ignore_errors=True)
-                self._remove_predictions()
+                (self.folder / CURVE).unlink(missing_ok=True)
+                self.remove_predictions()
             try:
                 ranks.wait()
                 yield state
@@ -168,14 +171,14 @@ class Progress:
     def _remove_state(self) -> None:
         (self.folder / STATE).unlink(missing_ok=True)
 
-    def _remove_predictions(self) -> None:
+    def remove_predictions(self) -> None:
         for file in self.folder.glob(f"{PREDICTIONS}*.bin"):
             file.unlink()
 
     def _end(self) -> None:
         """Leave only what belongs to the result. The lock is still held: who waits for it finds the result."""
         self._remove_state()
-        self._remove_predictions()
+        self.remove_predictions()
         (self.folder / LOCK).unlink(missing_ok=True)
 
     def keep(self, mask: Mask, run: dict, record: dict | None) -> None:
@@ -202,6 +205,13 @@ class Progress:
         write_atomic(file, "".join(kept.values()))
         with file.open("a", buffering=1) as lines:
             yield lines
+
+    def draw(self, title: str) -> None:
+        """Replace the curve of what the probe measured."""
+        if ranks.is_main() and (self.folder / LOSSES).is_file():
+            rows = seals.read_lines(self.folder / LOSSES, {"step": int}, skip=True)
+            with self._unless_full(CURVE):
+                write_atomic(self.folder / CURVE, svg(title, [row for row in rows if "moved" in row]))
 
 
 @contextmanager

@@ -16,13 +16,11 @@ from salun_sd.core.masked import MaskedAdam
 from salun_sd.draw.sample import Row, Sampler
 from salun_sd.edit import predictions
 from salun_sd.edit.maskfile import Mask
-from salun_sd.edit.resources import Compute, schedule_of
+from salun_sd.edit.resources import Compute
 from salun_sd.edit.resume import Progress, State, note_interrupts
-from salun_sd.edit.training_data import Data
+from salun_sd.edit.watch import Watch
 from salun_sd.errors import SalunError, first_line
-from salun_sd.methods.batches import Training
-from salun_sd.methods.loop import Erasure, Retain, erase
-from salun_sd.methods.salun import SalUn
+from salun_sd.methods.loop import Erasure, erase
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.finite import NotFinite
 
@@ -33,47 +31,56 @@ LITTLE = 1e-6  # a change of the salient weights, as a share of their norm: abou
 
 
 def train(
-    model: Checkpoint, unet, mask: Mask, data: Data, settings: Mapping, progress: Progress, state: State | None,
+    model: Checkpoint, unet, mask: Mask, erasure: Erasure, settings: Mapping, progress: Progress, state: State | None,
     write_strip: Callable[[int], None],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Train to the last step, from the state on where there is one; gives the trained values, float32 [k] for each
     parameter with k salient weights.
 
-    Writes the losses into the folder of `progress`. Calls `write_strip` with the number of steps done, before the first
-    step and after each. Logs where the training changed nothing that matters.
+    Writes the losses into the folder of `progress`, and what the probe measures, for which some retain images are held
+    out. It is over before the last step where --until is reached. Calls `write_strip` with the number of steps done,
+    before the first step and after each. Logs where the training changed nothing that matters.
     """
+    watch = Watch(unet, erasure, settings, model.name)
+    erasure = watch.erasure
     adam = MaskedAdam(
         unet, mask.bits, settings["lr"], values=tensors.PlainTensors(model.unet), clip=settings["clip"],
-        holds=settings["parts"] > 1,
+        holds=erasure.holds,
     )  # fmt: skip
-    training = Training(schedule_of(model), data.forget, data.retain, data.concepts, data.anchors)
-    retain = Retain(settings["retain_weight"], settings["retain_target"])
-    numbers = (settings[name] for name in ("steps", "batch_size", "seed", "parts"))
-    erasure = Erasure(SalUn(settings["anchor_from"]), retain, training, *numbers)
-    of_base = predictions.of_base(progress.folder, unet, erasure)
+    of_base = predictions.of_base(progress.folder, unet, erasure, done=state.steps if state else 0)
     if state and state.steps:
         adam.restore(tensors.PlainTensors(state.adam), state.steps)
         logger.info(f"Resuming from step {state.steps}, where an earlier run was interrupted.")
+        watch.at(adam.steps)  # it may have been over then
     else:
         write_strip(0)
-    loop = erase(unet, adam, erasure, of_base=of_base, name=model.name)
+    loop = () if watch.is_over else erase(unet, adam, erasure, of_base=of_base, name=model.name)
     forgetting = []
     with (
         progress.losses(adam.steps) as losses, note_interrupts() as interrupts,
         tqdm(loop, total=settings["steps"], initial=adam.steps, desc="erase") as bar,
     ):  # fmt: skip
         for row in bar:
-            losses.write(seals.line(row))
-            bar.set_postfix(forget=f"{row['forget']:.4f}", retain=f"{row['retain']:.4f}")
-            forgetting.append(row["forget"])
+            measured = watch.at(row["step"])
+            losses.write(seals.line(row | measured))
+            bar.set_postfix({term: f"{row[term]:.4f}" for term in ("forget", "retain") if term in row} | watch.shown())
+            if measured:
+                progress.draw(f"Erased from {model.name}")
+            forgetting.append(abs(row.get("forget", math.inf)))
             write_strip(row["step"])
             progress.save_or_stop(mask, adam, interrupts)
+            if watch.is_over:
+                break
+    progress.probe = watch.last
     if progress.minutes:  # writing the result takes time, too
         progress.save(mask, adam)
+    if ranks.is_main():
+        progress.remove_predictions()
     values = adam.values()
     adam.close()
     if ranks.is_main():
-        _warn_of_no_erasure(model, values, mask, max(forgetting, default=None), unet.dtype)
+        largest = None if hasattr(erasure.method, "check_first") else max(forgetting, default=None)
+        _warn_of_no_erasure(model, values, mask, largest, unet.dtype)
     return values
 
 

@@ -4,33 +4,35 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
-from tqdm import tqdm
 
-from salun_sd.checkpoint import tensors
-from salun_sd.checkpoint.load import load_pipeline, load_tokenizers
+from salun_sd.checkpoint.load import load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.diffusion import Condition, Examples
-from salun_sd.draw.encode import encode_image, encode_prompts, pixels, token_ids, warn_of_long
-from salun_sd.draw.images import is_blank, read_image
-from salun_sd.draw.kept import called, kept_images
+from salun_sd.draw import rehearsal
+from salun_sd.draw.encode import token_ids, warn_of_long
+from salun_sd.draw.kept import kept_images
 from salun_sd.draw.sample import Row
-from salun_sd.edit import datasets
-from salun_sd.edit.checks import images_of, images_to_retain, prompts_to_retain
+from salun_sd.edit import datasets, trajectories
+from salun_sd.edit.checks import images_of, images_to_retain
+from salun_sd.edit.concept_tokens import concept_tokens
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
-from salun_sd.errors import SalunError, UsageError, some
-from salun_sd.runtime import cache, ranks
+from salun_sd.edit.encodings import LoadedBase, encode, half_drawn
+from salun_sd.edit.recipes import Recipe
+from salun_sd.edit.resources import schedule_of
+from salun_sd.edit.retain_prompts import ANCHOR, prompts_to_retain, shares_in_words, spread
+from salun_sd.errors import UsageError
+from salun_sd.methods import batches
+from salun_sd.methods.batches import CONCEPT, TRAJECTORY, Training
+from salun_sd.methods.forget_me_not import ForgetMeNot
+from salun_sd.methods.loop import Method
 from salun_sd.runtime.contents import file_bytes
-from salun_sd.runtime.documents import parse_json
-from salun_sd.runtime.files import new_file
 
 logger = logging.getLogger(__name__)
 
@@ -39,36 +41,65 @@ class Sources(NamedTuple):
     """Where the images of a run come from. All of it is checked before anything is drawn or encoded."""
 
     concepts: tuple[Concept, ...]
+    method: Method
     images: list[list[Item] | None]  # of each concept; None: the base draws `samples`
     retain: list[Item] | None  # None: the base draws `samples` from `prompts`
     caption: str | None  # of retain images that have none
-    prompts: list[tuple[str, float]]  # text and guidance scale, for retain images
+    prompts: list[tuple[str, float]]  # text and guidance scale, for retain images; empty: nothing is retained
     samples: int
+    seed: int  # of what is drawn by chance
+    holds_empty: bool  # whether the prompt "" is retained, too
 
     @classmethod
     def of(
-        cls, base: Checkpoint, concepts: tuple[Concept, ...], samples: int, retain: str | None, caption: str | None,
-        retain_prompts: str | Sequence[str] | None,
+        cls, base: Checkpoint, concepts: tuple[Concept, ...], recipe: Recipe, retain: str | None, caption: str | None,
+        seed: int,
     ) -> "Sources":  # fmt: skip
         """From the options of `erase`. Raises UsageError or SalunError for what is missing or cannot be used."""
-        prompts = prompts_to_retain(retain_prompts, concepts, base.sampling[1])
+        samples, retain_prompts, prompts = recipe.values["samples"], recipe.values["retain_prompts"], []
+        if recipe.retain or (recipe.is_closed and retain_prompts):
+            prompts = prompts_to_retain(base, concepts, ANCHOR if retain else retain_prompts, samples)
         images = [images_of(c.images, c.prompt) for c in concepts]
         retain_images = images_to_retain(retain, caption, concepts)
-        texts = [text for text, _ in prompts] if retain_prompts else []
+        texts = [text for text, _ in prompts] if retain_prompts and retain_prompts != ANCHOR else []
         check_texts(base, concepts, images, [*texts, *filter(None, [caption])], retain_images)
-        return cls(concepts, images, retain_images, caption, prompts, samples)
+        holds_empty = recipe.retain is not None and recipe.retain.target == "base"
+        sources = cls(concepts, recipe.method, images, retain_images, caption, prompts, samples, seed, holds_empty)
+        if isinstance(recipe.method, ForgetMeNot):
+            sources.tokens(base)  # raises where there are none
+        if sources.shows == TRAJECTORY:
+            rehearsal.check(base, trajectories.SCHEDULER, min(trajectories.STEPS, base.timesteps))
+        return sources
+
+    @property
+    def shows(self) -> str | None:
+        """What the images to forget show, as `batches` has it."""
+        return self.method.shows
 
     def count(self) -> int:
-        """Number of forget images."""
+        """Number of forget images; where a method has none, of retain images."""
+        if self.shows is None:
+            return len(self.retain) if self.retain else self.samples
+        if self.shows != CONCEPT:
+            return self.samples * len(self.concepts)
         return sum(len(items) if items else self.samples for items in self.images)
 
     def draws(self) -> bool:
         """Whether the base has to draw any."""
-        return not all([*self.images, self.retain])
+        return self.shows != CONCEPT or not all([*self.images, self.retain or not self.prompts])
+
+    def tokens(self, base: Checkpoint) -> dict[str, torch.Tensor]:
+        """The tokens that name a concept, for each caption of an image to forget. Raises UsageError as
+        `concept_tokens` does."""
+        texts = [text for c in self.concepts for text in c.prompts()]
+        for c, items in zip(self.concepts, self.images, strict=True):
+            texts += [item.caption for item in (datasets.captioned(items, c.prompt) if items else ())]
+        return concept_tokens(base, self.concepts, texts, end_token=self.method.end_token == "counts")
 
     def examples(self, count: int) -> list[str]:
-        """`count` of the concepts' prompts, then `count` of the retain prompts."""
-        return [*spread([c.prompt for c in self.concepts], count), *spread([text for text, _ in self.prompts], count)]
+        """`count` of the concepts' prompts, then `count` of the retain prompts; of the anchors where there are none."""
+        kept = [text for text, _ in self.prompts] or [c.anchor for c in self.concepts if c.anchor]
+        return [*spread([c.prompt for c in self.concepts], count), *(spread(kept, count) if kept else ())]
 
     def digests(self) -> dict:
         """SHA-256 of each source of images, None for what the base draws; and of the retain prompts."""
@@ -110,63 +141,112 @@ def check_texts(
     warn_of_long(tokenizers, [*prompts, *to_retain, *chain(*captions)], base.name)
 
 
-class Data(NamedTuple):
-    """The encoded images and prompts of a run. N forget images."""
+class Forget(NamedTuple):
+    """N encoded images to forget, with the prompts of the concepts."""
 
-    forget: Examples
-    row: dict[str, int]  # text => its row in forget.prompts; texts are the captions, the anchors and ""
-    concepts: torch.Tensor  # index of the concept that each forget image shows, int64 [N]
-    anchors: torch.Tensor  # row in forget.prompts of that concept's anchor, int64 [N]
-    retain: Examples
+    examples: Examples
+    concepts: torch.Tensor  # index of the concept that each is of, int64 [N]
+    row: dict[str, int]  # text => its row in examples.prompts; texts are the captions, the anchors and ""
+    times: torch.Tensor | None = None  # int64 [N], where they have noise already: see Training
 
     @property
     def empty(self) -> Condition:
         """The prompt ""."""
-        return self.forget.rows([self.row[""]])
+        return self.examples.rows([self.row[""]])
 
 
-class LoadedBase:
-    """A checkpoint that draws and encodes its training images. Parts are loaded when they are needed.
+class Data(NamedTuple):
+    """What a run trains on, and the images of the concepts where it computes a mask."""
 
-    size: side of the training images in pixels.
-    """
-
-    def __init__(self, model: Checkpoint, size: int):
-        self.model, self.size = model, size
-        self._pipeline = None
-
-    def pipeline(self):
-        """The whole pipeline, to draw with."""
-        if self._pipeline is None:
-            self._pipeline = load_pipeline(self.model)
-        return self._pipeline
-
-    def encoders(self):
-        """The VAE, the tokenizers and the text encoders; with the UNet only where it is loaded already."""
-        return self._pipeline or load_pipeline(self.model, unet=False)
+    training: Training
+    shown: Forget | None
 
 
-def collect(base: LoadedBase, sources: Sources) -> Data:
+def collect(base: LoadedBase, sources: Sources, needs_mask: bool) -> Data:
     """Draw the images that are missing, and encode all."""
-    concepts, caption = sources.concepts, sources.caption or sources.concepts[0].anchor
-    items = forget_items(base, concepts, sources.images, sources.samples)
-    to_retain = retain_items(base, sources.retain, caption, sources.prompts, sources.samples)
-    retain, _ = encode(base, to_retain, [])
-    texts = ["", *(c.anchor for c in concepts)]
-    forget, row = encode(base, [item for of_concept in items for item in of_concept], texts)
-    shown = [n for n, of_concept in enumerate(items) for _ in of_concept]
-    return Data(forget, row, torch.tensor(shown), torch.tensor([row[concepts[n].anchor] for n in shown]), retain)
+    retain = retain_empty = None
+    if sources.prompts and not hasattr(sources.method, "solve"):  # a closed form has no use for images
+        caption = sources.caption or sources.concepts[0].anchor
+        items = retain_items(base, sources.retain, caption, sources.prompts, sources.samples)
+        retain, row = encode(base, items, [""])
+        retain_empty = row[""] if sources.holds_empty else None
+    of_concepts = None
+    if needs_mask or sources.shows == CONCEPT:
+        items = forget_items(base, sources.concepts, sources.images, sources.samples)
+        of_concepts = _encoded(base, sources.concepts, items)
+    forget = of_concepts if sources.shows == CONCEPT else _drawn(base, sources)
+    training = _training(base.model, sources, forget)._replace(retain=retain, retain_empty=retain_empty)
+    return Data(training, of_concepts)
 
 
-def sources_in_words(settings: Mapping) -> dict[str, str]:
+def _encoded(base: LoadedBase, concepts: Sequence[Concept], items: list[list[Item]]) -> Forget:
+    """Images to forget, a list for each concept."""
+    examples, row = encode(base, [*chain(*items)], _texts(concepts))
+    return Forget(examples, _numbers(items), row)
+
+
+def _drawn(base: LoadedBase, sources: Sources) -> Forget | None:
+    """Images to forget that show no concept: `samples` of each concept's anchor, or that many half drawn ones, spread
+    evenly over its prompts."""
+    concepts, captions = sources.concepts, [spread(c.prompts(), sources.samples) for c in sources.concepts]
+    if sources.shows == batches.ANCHOR:
+        return _encoded(base, concepts, [anchor_items(base, c, of) for c, of in zip(concepts, captions, strict=True)])
+    if sources.shows == TRAJECTORY:
+        guidance = sources.method.start_guidance
+        examples, row, times = half_drawn(base, [*chain(*captions)], _texts(concepts), sources.seed, guidance)
+        return Forget(examples, _numbers(captions), row, times)
+    return None
+
+
+def _texts(concepts: Sequence[Concept]) -> list[str]:
+    """What methods ask for beside the concepts' prompts: "" and the anchors."""
+    return ["", *(c.anchor for c in concepts if c.anchor)]
+
+
+def _numbers(lists: list[list]) -> torch.Tensor:
+    """For each member of each list the list's place, int64."""
+    return torch.tensor([n for n, members in enumerate(lists) for _ in members])
+
+
+def _training(base: Checkpoint, sources: Sources, forget: Forget | None) -> Training:
+    """With nothing to retain yet."""
+    schedule, anchors, tokens = schedule_of(base), None, None
+    if forget is None:
+        return Training(schedule, None, None, torch.empty(0, dtype=torch.int64))
+    if all(c.anchor for c in sources.concepts):
+        anchors = torch.tensor([forget.row[c.anchor] for c in sources.concepts])[forget.concepts]
+    if isinstance(sources.method, ForgetMeNot):
+        of_text = sources.tokens(base)
+        none = torch.zeros_like(next(iter(of_text.values())))
+        tokens = torch.stack([of_text.get(text, none) for text in forget.row])
+    return Training(
+        schedule, forget.examples, None, forget.concepts, anchors, forget.row[""], forget.times, tokens
+    )  # fmt: skip
+
+
+def sources_in_words(settings: Mapping, method: Method) -> dict[str, str]:
     """Where the images of a run with these settings come from, for the record."""
-    samples, prompts = settings["samples"], settings["retain_prompts"]
-    forget = [c["images"] or f"drawn by the base, {samples} for {c['prompt']!r}" for c in settings["concepts"]]
-    if prompts is None:
-        prompts = "the anchors"
-    elif not isinstance(prompts, str):
-        prompts = ", ".join(map(repr, prompts))
-    return {"forget": "; ".join(forget), "retain": settings["retain"] or f"drawn by the base from {prompts}"}
+    samples, concepts = settings["samples"], settings["concepts"]
+
+    def drawn(concept: Mapping) -> str:
+        if method.shows == batches.ANCHOR:
+            return f"drawn by the base, {samples} for {concept['anchor']!r} with the prompt {concept['prompt']!r}"
+        done = "half drawn" if method.shows == TRAJECTORY else "drawn"
+        return concept["images"] or f"{done} by the base, {samples} for {concept['prompt']!r}"
+
+    forget = "; ".join(map(drawn, concepts)) if method.shows else "none"
+    if not settings.get("retain_weight"):
+        return {"forget": forget, "retain": "none"}
+    return {"forget": forget, "retain": settings["retain"] or f"drawn by the base from {_prompts_in_words(settings)}"}
+
+
+def _prompts_in_words(settings: Mapping) -> str:
+    prompts = settings["retain_prompts"]
+    if not prompts:
+        return shares_in_words(settings["samples"], any(c["anchor"] for c in settings["concepts"]))
+    if prompts == ANCHOR:
+        return "the anchors"
+    return prompts if isinstance(prompts, str) else ", ".join(map(repr, prompts))
 
 
 def forget_items(
@@ -182,6 +262,12 @@ def forget_items(
     return [
         datasets.captioned(items, c.prompt) if items else draw(c) for c, items in zip(concepts, images, strict=True)
     ]
+
+
+def anchor_items(base: LoadedBase, concept: Concept, captions: list[str]) -> list[Item]:
+    """An image of the concept's anchor for each caption, drawn by the base."""
+    images = drawn_items(base, [(concept.anchor, base.model.sampling[1])] * len(captions), "anchor images")
+    return [image._replace(caption=text) for image, text in zip(images, captions, strict=True)]
 
 
 def retain_items(
@@ -203,68 +289,3 @@ def drawn_items(base: LoadedBase, texts: list[tuple[str, float]], what: str) -> 
     settings = {"scheduler": model.scheduler, "steps": model.sampling[0], "what": what}
     with kept_images("drawn", model, base.pipeline, rows, **settings) as files:
         return [Item(str(f), row.text, None, partial(file_bytes, f)) for f, row in zip(files, rows, strict=True)]
-
-
-def spread(choices, count: int) -> list:
-    """`count` choices in their order; their numbers differ by one at most."""
-    return [choices[i * len(choices) // count] for i in range(count)]
-
-
-def encode(base: LoadedBase, items: list[Item], texts: Iterable[str]) -> tuple[Examples, dict[str, int]]:
-    """Images with captions => latents and embeddings; and text => its row in `prompts`, for captions and `texts`.
-
-    Both are kept in one safetensors file in the cache folder. Images and prompts that this checkpoint encoded before at
-    this size are not encoded again. The file is mapped into memory, not read.
-    """
-    needed = list(dict.fromkeys([*texts, *(item.caption for item in items)]))
-    key = f"{base.model.identity} {base.size} {datasets.digest(items)}"
-    about = f"{len(items)} images at {base.size} pixels, by {called(base.model)}"
-    with cache.held("encoded", hashlib.sha256(key.encode()).hexdigest()[:16], about) as folder:
-        file = folder / "encoded.safetensors"
-        known, encoded = _read(file)
-        missing = [text for text in needed if text not in known]
-        if missing and ranks.is_main():
-            pipeline = base.encoders()
-            if not encoded:
-                encoded = _encode_images(pipeline, items, base.size)
-            for k, rows in encode_prompts(pipeline, missing).items():
-                encoded[f"prompt/{k}"] = torch.cat([encoded[f"prompt/{k}"], rows]) if known else rows
-            with new_file(file) as partial:
-                header = {"texts": json.dumps(known + missing)}
-                tensors.write(partial, {k: tensors.in_memory(v) for k, v in encoded.items()}, header, sealed=True)
-        ranks.wait()
-        if missing:
-            known, encoded = _read(file)
-    prompts: Condition = {k.removeprefix("prompt/"): v for k, v in encoded.items() if k.startswith("prompt/")}
-    per_image = {"time_ids": encoded["time_ids"]} if "text_embeds" in prompts else {}
-    row = {text: i for i, text in enumerate(known)}
-    prompt_rows = torch.tensor([row[item.caption] for item in items])
-    return Examples(encoded["latents"], prompts, prompt_rows, per_image), row
-
-
-def _read(file: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """The texts whose embeddings a cache file holds, and its tensors, mapped into memory; empty where there is none, or
-    where it is damaged, with a log line."""
-    try:
-        metadata = tensors.read_sealed(file)[1]
-        texts = parse_json(metadata["texts"], str(file), [str]) if "digest" in metadata else []
-        return (texts, load_file(file)) if texts else ([], {})
-    except FileNotFoundError:
-        return [], {}
-    except (SalunError, KeyError):
-        logger.warning(f"{file} is damaged: its images and prompts are encoded again.")
-        return [], {}
-
-
-def _encode_images(pipeline, items: list[Item], size: int) -> dict[str, torch.Tensor]:
-    latents, ids, blank = [], [], []
-    for item in tqdm(items, desc="encode", unit="image"):
-        image = read_image(item.read(), item.name)
-        values, time_ids = pixels(image, size)
-        latents.append(encode_image(pipeline, values))
-        ids.append(time_ids)
-        if is_blank(image):
-            blank.append(item.name)
-    if blank:
-        logger.warning(f"{len(blank)} of {len(items)} training images are one colour and show nothing: {some(blank)}.")
-    return {"latents": torch.stack(latents), "time_ids": torch.stack(ids)}

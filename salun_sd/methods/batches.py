@@ -14,6 +14,11 @@ ANCHOR = "anchor"  # the anchor
 TRAJECTORY = "trajectory"  # the concept, half drawn: points x_t on the path by which the base draws it
 
 
+# Share of the images to retain whose prompt is "", where the training says so. Guidance draws with that prompt's
+# prediction, too, and multiplies its error, which no other prompt holds.
+EMPTY_SHARE = 1 / 4
+
+
 class Training(NamedTuple):
     """What an erasure trains on: N images to forget, and images to retain; each may be missing."""
 
@@ -25,6 +30,7 @@ class Training(NamedTuple):
     empty: int | None = None  # the row in forget.prompts of ""
     times: torch.Tensor | None = None  # int64 [N]: forget.latents are x_t of these timesteps, with noise already
     tokens: torch.Tensor | None = None  # bool [P, L]: which tokens of forget.prompts name the concept
+    retain_empty: int | None = None  # the row in retain.prompts of "", which takes the place of some; None: of none
 
 
 class Batch(NamedTuple):
@@ -34,6 +40,7 @@ class Batch(NamedTuple):
     retain: torch.Tensor | None  # int64 [B], places in Training.retain
     t: torch.Tensor  # int64 [2B]
     noise: torch.Tensor  # [2B, 4, h, w]
+    is_empty: torch.Tensor | None = None  # bool [B]: which images to retain have the prompt "" in place of their own
 
 
 class Rows(NamedTuple):
@@ -76,7 +83,9 @@ def batches(training: Training, steps: int, size: int, seed: int) -> Iterator[Ba
     for _ in range(steps):
         f, r = forget and next(forget), retain and next(retain)
         t = torch.randint(len(training.schedule.alphas_cumprod), (2 * size,), generator=generator)
-        yield Batch(f, r, t, torch.randn((2 * size, *shape), generator=generator))
+        noise = torch.randn((2 * size, *shape), generator=generator)
+        with_empty = training.retain is not None and training.retain_empty is not None
+        yield Batch(f, r, t, noise, torch.rand(size, generator=generator) < EMPTY_SHARE if with_empty else None)
 
 
 def forget_rows(training: Training, batch: Batch, part: torch.Tensor, device: torch.device) -> Rows | None:
@@ -85,7 +94,7 @@ def forget_rows(training: Training, batch: Batch, part: torch.Tensor, device: to
     if training.forget is None:
         return None
     examples, index = training.forget, batch.forget[part]
-    rows = _rows(training, examples, index, batch.t[part], batch.noise[part], device)
+    rows = _rows(training.schedule, examples, index, examples.which[index], batch.t[part], batch.noise[part], device)
     if training.times is not None:
         rows = rows._replace(x_t=examples.latents[index].to(device), t=training.times[index].to(device), target=None)
 
@@ -105,14 +114,17 @@ def retain_rows(training: Training, batch: Batch, part: torch.Tensor, device: to
     """The images to retain at the places `part` of a batch, int64 [n]."""
     if training.retain is None:
         return None
-    numbers = len(batch.t) // 2 + part
-    return _rows(training, training.retain, batch.retain[part], batch.t[numbers], batch.noise[numbers], device)
+    examples, index, numbers = training.retain, batch.retain[part], len(batch.t) // 2 + part
+    which = examples.which[index]
+    if batch.is_empty is not None:
+        which = torch.where(batch.is_empty[part], training.retain_empty, which)
+    return _rows(training.schedule, examples, index, which, batch.t[numbers], batch.noise[numbers], device)
 
 
 def _rows(
-    training: Training, examples: Examples, index: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
-    device: torch.device,
+    schedule: Schedule, examples: Examples, index: torch.Tensor, which: torch.Tensor, t: torch.Tensor,
+    noise: torch.Tensor, device: torch.device,
 ) -> Rows:  # fmt: skip
     x0, t, noise = examples.latents[index].to(device), t.to(device), noise.to(device)
-    condition, schedule = on_device(examples.condition(index), device), training.schedule
+    condition = on_device(examples.condition(index, which), device)
     return Rows(add_noise(schedule, x0, noise, t), t, condition, target(schedule, x0, noise, t))

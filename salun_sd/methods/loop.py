@@ -1,8 +1,8 @@
 """The loop of an erasure: a method's loss on the images to forget, a retain loss on the others, and the updates of the
 weights in a mask."""
 
-import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -11,7 +11,9 @@ from torch import nn
 from salun_sd.core.diffusion import joined, mse, predict
 from salun_sd.core.masked import Masked
 from salun_sd.errors import SalunError
+from salun_sd.methods import surgery
 from salun_sd.methods.batches import Batch, Rows, Training, batches, forget_rows, retain_rows
+from salun_sd.methods.surgery import Rule
 from salun_sd.runtime import ranks
 from salun_sd.runtime.finite import NotFinite
 
@@ -21,7 +23,13 @@ EXPLODED = 10.0
 
 class Method(Protocol):
     """What is done to the images to forget. An instance, a frozen dataclass, holds the method's own settings: its
-    fields are numbers or a Literal of words, each with its published value as the default."""
+    fields are numbers or a Literal of words, each with its published value as the default.
+
+    A method whose loss needs more than the prediction may have `watching(unet, rows)`, a context manager around each
+    forward and backward pass in which the forget rows come first. It may have `check_first(loss, name)`, which raises
+    an error where the loss of the first step shows that there is nothing to forget. It may have `join`, a
+    `surgery.Rule` by which the gradients of its loss and of the retain term are joined; else they are added.
+    """
 
     summary: ClassVar[str]  # what it trains and what it needs: one line for --help
     shows: ClassVar[str | None]  # what the images to forget show; None: there are none
@@ -67,7 +75,7 @@ class Erasure(NamedTuple):
     """What a run trains: a method on the images to forget, a retain loss on the others."""
 
     method: Method
-    retain: Retain
+    retain: Retain | None  # None: nothing is retained
     training: Training
     steps: int
     batch_size: int
@@ -85,14 +93,32 @@ class Erasure(NamedTuple):
         """The terms of the loss, with their rows at the places `part` of a batch."""
         forget = forget_rows(self.training, batch, part, device)
         retain = retain_rows(self.training, batch, part, device)
-        terms = [Term("forget", self.method, 1.0, forget), Term("retain", self.retain, self.retain.weight, retain)]
-        return [term for term in terms if term.rows is not None]
+        terms = [Term("forget", self.method, 1.0, forget)] if forget else []
+        return terms + ([Term("retain", self.retain, self.retain.weight, retain)] if retain else [])
 
     @property
     def asks(self) -> int:
         """How many terms ask for predictions of the model before training."""
         forgets, retains = self.training.forget is not None, self.training.retain is not None
         return (forgets and self.method.asks) + (retains and self.retain.asks)
+
+    @property
+    def rule(self) -> Rule | None:
+        """The method's own `join`, by which the gradients of the two terms are joined; None where they are added, and
+        where there is one term."""
+        both = self.training.forget is not None and self.training.retain is not None
+        return getattr(self.method, "join", None) if both else None
+
+    @property
+    def holds(self) -> bool:
+        """Whether its optimizer has to hold the gradients of a step."""
+        return self.parts > 1 or self.rule is not None
+
+    def apart(self) -> list["Erasure"]:
+        """Its terms, each an erasure of its own whose gradient is made apart, if a rule joins them; else itself."""
+        if self.rule is None:
+            return [self]
+        return [self._replace(training=self.training._replace(**{lacks: None})) for lacks in ("retain", "forget")]
 
 
 class Term(NamedTuple):
@@ -142,8 +168,10 @@ def erase(
         if step <= adam.steps:
             continue
         means = _update(unet, adam, erasure, batch, of_base(step), step, name)
+        if step == 1 and (check := getattr(erasure.method, "check_first", None)):
+            check(means["forget"], name)
         if step in (1, erasure.steps):
-            _check_weights(adam, step, erasure.retain.weight, name)
+            _check_weights(adam, step, erasure.retain, name)
         yield {"step": step, **means}
 
 
@@ -151,10 +179,27 @@ def _update(
     unet: nn.Module, adam: Masked, erasure: Erasure, batch: Batch, known: torch.Tensor | None, step: int, name: str
 ) -> dict[str, float]:  # fmt: skip
     """One update; gives the mean of each term, and their weighted sum, over the batch of all processes."""
-    share, parts, means = erasure.share(), erasure.parts, {}
+    terms, means, gradients = erasure.apart(), {}, []
+    asked = [None] * len(terms) if known is None else known.split([term.asks for term in terms])
     with adam.step():
-        for i in range(parts):
-            terms = erasure.terms(batch, share[i::parts], unet.device)
+        for term, of_term in zip(terms, asked, strict=True):
+            means |= _add_gradient(unet, adam, term, batch, of_term, step, name)
+            if erasure.rule:
+                gradients.append(adam.withdraw())
+        if erasure.rule:
+            adam.apply(surgery.joined(*gradients, erasure.rule))
+    weights = {"forget": 1.0, "retain": erasure.retain.weight if erasure.retain else 0.0}
+    return means | {"loss": sum(weights[term] * mean for term, mean in means.items())}
+
+
+def _add_gradient(
+    unet: nn.Module, adam: Masked, erasure: Erasure, batch: Batch, known: torch.Tensor | None, step: int, name: str
+) -> dict[str, float]:  # fmt: skip
+    """Run the backward passes of the erasure's loss; gives the mean of each term over the batch of all processes."""
+    share, parts, means = erasure.share(), erasure.parts, {}
+    for i in range(parts):
+        terms = erasure.terms(batch, share[i::parts], unet.device)
+        with watching(unet, terms):
             losses = losses_of(unet, terms, None if known is None else known[:, i::parts].to(unet.device))
             sums = torch.stack([of_term.sum() for of_term in losses]) / erasure.batch_size
             summed = ranks.summed(sums.detach().double().cpu())
@@ -162,13 +207,19 @@ def _update(
             _check_losses(dict(zip(names, (summed * parts).tolist(), strict=True)), step, adam.lr, name)
             means = {n: means.get(n, 0.0) + mean for n, mean in zip(names, summed.tolist(), strict=True)}
             sum(term.weight * mean for term, mean in zip(terms, sums, strict=True)).backward()
-    return means | {"loss": sum(term.weight * means[term.name] for term in terms)}
+    return means
+
+
+def watching(unet: nn.Module, terms: list[Term]) -> AbstractContextManager[None]:
+    """What a method may need around `losses_of` and the backward pass."""
+    of_method = getattr(terms[0].loss, "watching", None)
+    return of_method(unet, terms[0].rows) if of_method else nullcontext()
 
 
 def _check_losses(losses: dict[str, float], step: int, lr: float, name: str) -> None:
     """Raise an error unless the losses of a step are those of a model that works. At the first step the weights are
     still the model's own."""
-    if all(-math.inf < loss <= EXPLODED for loss in losses.values()):
+    if all(abs(loss) <= EXPLODED for loss in losses.values()):
         return
     words = ", ".join(f"{term} {loss:.3g}" for term, loss in losses.items())
     if step == 1:
@@ -177,11 +228,11 @@ def _check_losses(losses: dict[str, float], step: int, lr: float, name: str) -> 
     raise SalunError(f"The loss exploded at step {step} ({words}): lower --lr, now {lr:g}.")
 
 
-def _check_weights(adam: Masked, step: int, retain_weight: float, name: str) -> None:
+def _check_weights(adam: Masked, step: int, retain: Retain | None, name: str) -> None:
     """Raise an error unless all weights are finite after a step. No learning rate makes the first step infinite."""
     if adam.are_finite():
         return
     if step == 1:
-        raise NotFinite(f"The gradient of the UNet of {name} is not finite: lower --retain-weight, now "
-                        f"{retain_weight:g}, or use another copy of this model.")  # fmt: skip
+        lower = f"lower --retain-weight, now {retain.weight:g}, or " if retain else ""
+        raise NotFinite(f"The gradient of the UNet of {name} is not finite: {lower}use another copy of this model.")
     raise SalunError(f"A weight is no longer finite after step {step}: lower --lr, now {adam.lr:g}.")

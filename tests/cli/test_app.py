@@ -73,7 +73,7 @@ def test_the_three_commands_write_exactly_these_files(made, few):
         "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "unet/config.json", UNET, "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
-    assert files_in(made / "erased.run") == {"losses.jsonl", "mask.safetensors", "run.json"}
+    assert files_in(made / "erased.run") == {"losses.jsonl", "mask.safetensors", "probe.svg", "run.json"}
     masks = {"m-0.5.safetensors", "m-0.1.safetensors"}
     assert {p.name for p in made.iterdir()} == {*masks, "erased", "erased.run", "audit"}
 

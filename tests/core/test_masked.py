@@ -213,6 +213,65 @@ def test_closed_it_lets_go_of_the_module(case):
     assert same(weights_of(case.model), before)
 
 
+# gradients of several losses, joined by the caller
+
+
+def train_apart(case, optimizer: Masked, join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict:
+    """Two steps, each of two losses whose gradients are withdrawn one after the other and joined."""
+    for step in range(2):
+        with optimizer.step():
+            grads = []
+            for part in range(2):
+                case.losses(case.model, batch(step, part)).mean().backward()
+                grads.append(optimizer.withdraw())
+            assert optimizer.withdraw() == {}
+            optimizer.apply({name: join(grads[0][name], grad) for name, grad in grads[1].items()})
+    return weights_of(case.model)
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_the_sum_of_withdrawn_gradients_is_the_plain_update(case, full_rule, clip):
+    plain, bits = deepcopy(case.model), bits_for(case.model)
+    settings = {"holds": True, "clip": clip, **full_rule.settings}
+    optimizer = full_rule.masked(plain, bits, full_rule.lr, **settings)
+    for step in range(2):
+        with optimizer.step():
+            for part in range(2):
+                case.losses(plain, batch(step, part)).mean().backward()
+    apart = train_apart(case, full_rule.masked(case.model, bits, full_rule.lr, **settings), torch.add)
+    assert same(apart, weights_of(plain))
+
+
+def test_what_is_applied_is_the_join_and_not_the_sum(case):
+    """SGD at rate 1 moves each salient weight by the first gradient less twice the second; no other moves."""
+    before, bits = weights_of(case.model), bits_for(case.model)
+    grads = []
+    for part in range(2):
+        copy = deepcopy(case.model)
+        case.losses(copy, batch(0, part)).mean().backward()
+        grads.append({name: p.grad for name, p in copy.named_parameters()})
+    sgd = MaskedSGD(case.model, bits, 1.0, holds=True)
+    with sgd.step():
+        held = []
+        for part in range(2):
+            case.losses(case.model, batch(0, part)).mean().backward()
+            held.append(sgd.withdraw())
+        sgd.apply({name: grad - 2 * held[1][name] for name, grad in held[0].items()})
+    for name, p in case.model.named_parameters():
+        moved = torch.where(bits[name], grads[0][name] - 2 * grads[1][name], 0)
+        torch.testing.assert_close(p, before[name] - moved, rtol=1e-5, atol=1e-6)
+        assert torch.equal(p[~bits[name]], before[name][~bits[name]])
+
+
+def test_a_parameter_that_is_given_no_gradient_stays(case):
+    adam, before = MaskedAdam(case.model, bits_for(case.model), 1e-3, holds=True), weights_of(case.model)
+    with adam.step():
+        case.losses(case.model, batch(0)).mean().backward()
+        name, grad = next(iter(adam.withdraw().items()))
+        adam.apply({name: grad})
+    assert [n for n, p in case.model.named_parameters() if not torch.equal(p, before[n])] == [name]
+
+
 # wrong uses
 
 
@@ -251,6 +310,27 @@ def test_a_step_that_moves_nothing_raises_and_is_not_counted(case, holds, wrong)
     after = train(case, optimizer)
     expected = train(case._replace(model=fresh), MaskedAdam(fresh, bits_for(fresh), 1e-3, holds=holds))
     assert same(after, expected) and optimizer.steps == 3
+
+
+def test_gradients_are_withdrawn_inside_a_step_that_holds_and_applied_once(case):
+    before = weights_of(case.model)
+    adam = MaskedAdam(case.model, bits_for(case.model), 1e-3)
+    with pytest.raises(RuntimeError, match="holds"), adam.step():
+        adam.withdraw()
+    adam.close()
+    adam = MaskedAdam(case.model, bits_for(case.model), 1e-3, holds=True)
+    for outside in (adam.withdraw, lambda: adam.apply({})):
+        with pytest.raises(RuntimeError, match="step"):
+            outside()
+    with pytest.raises(RuntimeError), adam.step():  # withdrawn and not applied
+        case.losses(case.model, batch(0)).mean().backward()
+        grads = adam.withdraw()
+    assert adam.steps == 0 and same(weights_of(case.model), before)
+    with pytest.raises(RuntimeError, match="once"), adam.step():
+        adam.apply(grads)
+        once = weights_of(case.model)
+        adam.apply(grads)
+    assert adam.steps == 1 and same(weights_of(case.model), once) and not same(once, before)
 
 
 def test_a_step_inside_a_step_is_refused(case):

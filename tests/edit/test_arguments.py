@@ -129,7 +129,7 @@ def test_paths_and_numbers_of_numpy_do_what_texts_and_pythons_numbers_do(tiny, t
         made = salun_sd.mask(tiny, Concept(CAT, None, (), Path("photos")), out="new/m.safetensors", density=density,
                              size=size, seed=one, saliency_guidance=half)  # fmt: skip
         assert [file for file, _ in made.files] == [Path("new/m.safetensors")] and made.files[0][0].is_file()
-    common = {"steps": 1, "batch_size": 2, "format": "patch", "size": 16, "samples": 2}
+    common = {"steps": 1, "batch_size": 2, "format": "patch", "size": 16, "samples": 2, "retain_weight": 0.5}
     records = [
         salun_sd.erase(tiny, CAT, DOG, out=f"{kind.__name__}.safetensors", mask=kind("new/m.safetensors"),
                        forget=kind("photos"), **{"retain": kind("photos"), **common} | numbers)

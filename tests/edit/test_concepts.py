@@ -24,13 +24,14 @@ def read(tmp_path):
     return write_and_read
 
 
-def test_the_shipped_plans_are_the_papers_settings():
-    assert builtin() == ["imagenette-church", "nudity"]
+def test_the_shipped_plans_are_the_papers_settings_and_one_has_our_retain_term():
+    assert builtin() == ["imagenette-church", "nudity", "nudity-paper"]
     clothes = "a photo of a person wearing clothes"
-    nudity = concepts.read("nudity")
-    assert nudity.concepts == (Concept("a photo of a nude person", clothes),)
-    assert nudity.retain_prompts == (clothes,)
-    common = {"density": 0.5, "saliency_guidance": 7.5, "lr": 1e-5, "batch_size": 8, "size": 512}
+    nudity, ours = concepts.read("nudity-paper"), concepts.read("nudity")
+    assert nudity.concepts == ours.concepts == (Concept("a photo of a nude person", clothes),)
+    assert nudity.retain_prompts == (clothes,) and ours.retain_prompts is None
+    assert nudity.settings == {**ours.settings, "recipe": "paper", "retain_weight": 0.1}
+    common = {"recipe": "paper", "density": 0.5, "saliency_guidance": 7.5, "lr": 1e-5, "batch_size": 8, "size": 512}
     assert nudity.settings == {"samples": 800, "steps": 800 // 8, "retain_weight": 0.1, **common}
 
     church = concepts.read("imagenette-church")
@@ -145,7 +146,6 @@ WRONG = {  # content, and words of the refusal
     "blank images": (CONCEPT + "images = ''", "'concept 1: images'"),
     "nothing to retain": (CONCEPT + "[retain]\nprompts = []", "retain.prompts list"),
     "a number to retain": (CONCEPT + "[retain]\nprompts = ['a', 3]", "retain.prompts list"),
-    "no anchor": ('[[concept]]\nprompt = "a cat"', "'concept 1' \"'a cat'\" anchor"),
     "no prompt": ('[[concept]]\nanchor = "a cat"', "'concept 1' prompt"),
     "its own anchor": ('[[concept]]\nprompt = "a cat"\nanchor = "A  Cat "', "'concept 1: prompt' \"'a cat'\""),
     "a concept twice": (CONCEPT + CONCEPT.replace("a cat", "A CAT"), "'concept 2: prompt' \"'A CAT'\""),
@@ -171,7 +171,7 @@ def test_wrong_content_is_named_with_its_key(read, content, named):
 
 def test_a_missing_plan_lists_the_built_in_ones(tmp_path):
     for nowhere in ("nowhere.toml", "", str(tmp_path)):
-        with pytest.raises(UsageError, match=f"{nowhere}.*imagenette-church, nudity"):
+        with pytest.raises(UsageError, match=f"{nowhere}.*imagenette-church, nudity, nudity-paper"):
             concepts.read(nowhere)
 
 

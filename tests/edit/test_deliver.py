@@ -31,7 +31,7 @@ from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.core import mask
 from salun_sd.edit import maskfile, patch
-from salun_sd.edit.checks import read_mask
+from salun_sd.edit.supports import support_of
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,8 @@ def test_the_erased_weights_do_not_depend_on_the_form_of_the_base(patches):
 
 def test_a_random_mask_is_the_same_for_each_form_of_the_base(here):
     folder, file = find(str(here / "sd1")), find(str(here / "sd1.safetensors"), config=str(here / "sd1"))
-    of_folder, of_file = (read_mask("random:0.3", base, [], 0) for base in (folder, file))
-    other = read_mask("random:0.3", folder, [], 1)
+    of_folder, of_file = (support_of("random:0.3").mask(base, [], 0) for base in (folder, file))
+    other = support_of("random:0.3").mask(folder, [], 1)
     same, differ = (all_same(of_folder.bits, mask.bits) for mask in (of_file, other))
     assert same and of_folder.settings == of_file.settings and not differ
 

@@ -181,9 +181,10 @@ def test_a_full_disk_is_said_and_leaves_nothing(here, tmp_path, capsys):
     """A limit on the size of files stands for it."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     applied = ["apply", here / "sd1", here / "patch.safetensors"]
+    erase = ["erase", here / "sd1", "--save-every", "0"]
     for name, argv in (
-        ("erased.safetensors", ["erase", here / "sd1", *training(here), "--format", "single-file"]),
-        ("patch.safetensors", ["erase", here / "sd1", *training(here, "none"), "--format", "patch", "--reversible"]),
+        ("erased.safetensors", [*erase, *training(here), "--format", "single-file"]),
+        ("patch.safetensors", [*erase, *training(here, "none"), "--format", "patch", "--reversible"]),
         ("applied.safetensors", [*applied, "--format", "single-file"]),
         ("applied", applied),
     ):

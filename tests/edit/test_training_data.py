@@ -15,11 +15,13 @@ from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.cli import app as cli
 from salun_sd.draw import generate
 from salun_sd.draw import kept as kept_images
-from salun_sd.edit import datasets, training_data
+from salun_sd.draw.encode import encode_prompts
+from salun_sd.edit import datasets, encodings
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
-from salun_sd.edit.training_data import Sources, check_texts
+from salun_sd.edit.training_data import Sources, check_texts, collect
 from salun_sd.errors import UsageError
+from salun_sd.methods.ablation import Ablation
 from salun_sd.runtime import cache
 
 SNEAKER, COAT = Concept(CONCEPT, ANCHOR), Concept("a photo of a coat", "a photo of a dress")
@@ -63,10 +65,12 @@ def test_images_are_counted_whether_they_are_given_or_will_be_drawn(tiny, photog
         assert (found.count(), found.draws()) == (count, draws)
 
 
-def test_what_stays_is_the_anchors_the_texts_or_a_prompt_set_without_the_concepts_classes(tiny):
+def test_what_stays_is_the_anchors_the_texts_or_a_prompt_set_without_the_concepts_classes(tiny, photographs):
     guidance = find(tiny).sampling[1]
-    assert sources(tiny, SNEAKER, COAT).prompts == [(ANCHOR, guidance), (COAT.anchor, guidance)]
-    assert sources(tiny, SNEAKER, COAT._replace(anchor=ANCHOR)).prompts == [(ANCHOR, guidance)]
+    two, one = [SNEAKER, COAT], [SNEAKER, COAT._replace(anchor=ANCHOR)]
+    for given in ({"prompts": "anchor"}, {"retain": photographs, "caption": "a photo"}):
+        assert sources(tiny, *two, **given).prompts == [(ANCHOR, guidance), (COAT.anchor, guidance)]
+        assert sources(tiny, *one, **given).prompts == [(ANCHOR, guidance)]
     assert sources(tiny, SNEAKER, prompts=("a tree", "a dog")).prompts == [("a tree", guidance), ("a dog", guidance)]
     texts = [text for text, _ in sources(tiny, SNEAKER, prompts="pocket").prompts]
     assert len(texts) == 900 and not [text for text in texts if "sneaker" in text]
@@ -80,7 +84,8 @@ def test_sample_images_show_each_concept_and_each_prompt_alike_often(tiny):
 def test_the_digests_are_of_what_is_given(tiny, photographs):
     drawn = sources(tiny, SNEAKER).digests()
     assert drawn["forget"] == [None] and drawn["retain"] is None
-    assert drawn["retain_prompts"] != sources(tiny, SNEAKER, prompts=("a tree",)).digests()["retain_prompts"]
+    others = [sources(tiny, SNEAKER, **given) for given in ({"prompts": ("a tree",)}, {"prompts": "anchor"})]
+    assert len({drawn["retain_prompts"], *(s.digests()["retain_prompts"] for s in others)}) == 3
     given = sources(tiny, SNEAKER._replace(images=str(photographs)), COAT, retain=photographs, caption="x").digests()
     digest = datasets.digest(datasets.items(str(photographs)))
     assert given == {"forget": [digest, None], "retain": digest, "retain_prompts": None}
@@ -92,9 +97,9 @@ def test_the_digests_are_of_what_is_given(tiny, photographs):
 @pytest.mark.parametrize("at", [-1, 12, 40, 200])
 def test_an_encoding_that_was_damaged_is_made_again(tiny, own_cache, photographs, caplog, at):
     def encoded():
-        return training_data.encode(base, [item._replace(caption="a coat") for item in items], ["", "a dress"])
+        return encodings.encode(base, [item._replace(caption="a coat") for item in items], ["", "a dress"])
 
-    base, items = training_data.LoadedBase(find(tiny), 32), datasets.items(str(photographs))
+    base, items = encodings.LoadedBase(find(tiny), 32), datasets.items(str(photographs))
     examples, row = encoded()
     [file] = own_cache.glob("encoded/*/*.safetensors")
     whole = file.read_bytes()
@@ -235,7 +240,7 @@ def test_a_second_run_draws_and_encodes_nothing_and_needs_no_vae(tiny, own_cache
         loaded.append(parts)
         return load_pipeline(model, **parts)
 
-    monkeypatch.setattr(training_data, "load_pipeline", load)
+    monkeypatch.setattr(encodings, "load_pipeline", load)
     cli.run([*argv, "--out", str(tmp_path / "second")])
     assert loaded == [] and drawn_files(own_cache) == drawn
     assert erased_fingerprint(tmp_path / "first") == erased_fingerprint(tmp_path / "second")
@@ -289,3 +294,13 @@ def test_a_second_run_on_the_same_cache_waits_for_the_first(tiny, own_cache, tmp
         assert process.poll() is None and not list(folder.rglob("*.png"))
     process.communicate(timeout=120)
     assert process.returncode == 0 and len(list(folder.rglob("*.png"))) == 4
+
+
+def test_images_of_the_anchor_have_the_concepts_prompts_and_are_those_that_are_retained(tiny, own_cache):
+    concepts, guidance = (SNEAKER._replace(synonyms=("a boot",)),), find(tiny).sampling[1]
+    asked = Sources(concepts, Ablation(), [None], None, None, [(ANCHOR, guidance)], 2, 0, False)
+    training = collect(encodings.LoadedBase(find(tiny), 32), asked, needs_mask=False).training
+    assert torch.equal(training.forget.latents, training.retain.latents) and len(drawn_files(own_cache)) == 2
+    prompts, contexts = encode_prompts(load_pipeline(find(tiny)), [CONCEPT, "a boot", ANCHOR]), training.forget.prompts
+    assert torch.equal(contexts["context"][training.forget.which], prompts["context"][:2])
+    assert torch.equal(contexts["context"][training.anchors], prompts["context"][[2, 2]])

@@ -1,0 +1,145 @@
+"""What an erasure trains and with which numbers: what is typed comes first, then the recipe, then the method."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from numbers import Real
+from typing import Any, NamedTuple, get_args
+
+from salun_sd.edit.checks import check_choice
+from salun_sd.edit.ranges import Range
+from salun_sd.edit.retain_prompts import ANCHOR
+from salun_sd.errors import UsageError
+from salun_sd.methods.batches import CONCEPT, Training
+from salun_sd.methods.catalog import METHODS
+from salun_sd.methods.loop import Erasure, Method, Retain
+
+PAPER = {"retain_target": "noise", "retain_prompts": ANCHOR, "probe_every": 0}
+# retain_prompts None: broad. probe_every None: as often as costs 5 % of the time.
+OURS = {"retain_target": "base", "retain_prompts": None, "probe_every": None}
+BETTER = {"salun": {"retain_weight": 5.0}}  # than the published settings: docs/results.md
+
+OF_THE_LOOP = (
+    "lr", "clip_norm", "steps", "sample_every", "save_every", "retain", "retain_caption", "retain_weight",
+    "retain_target", "probe_every", "until",
+)  # fmt: skip
+OF_A_BATCH = ["batch_size", "parts"]  # of the loop, and of a mask that is computed
+TO_RETAIN = ("retain", "retain_caption", "retain_prompts", "retain_target")
+UNTYPED = {"parts": 1, "sample_every": 0, "save_every": 10}  # values that are defaults, beside None
+OWN = Range(0, 10**6)  # a number among a method's own settings
+
+
+class Recipe(NamedTuple):
+    """A method with all its numbers."""
+
+    name: str
+    method: Method
+    values: dict[str, Any]  # lr, steps, batch_size, samples and those of OURS, by the name of their option
+
+    @property
+    def retain(self) -> Retain | None:
+        """The retain term; None where nothing is retained."""
+        weight = self.values.get("retain_weight")
+        return Retain(weight, self.values["retain_target"]) if weight else None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the method has a closed form, and no loop."""
+        return hasattr(self.method, "solve")
+
+    @property
+    def asks(self) -> int:
+        """Predictions of the base that it needs for each place in a batch."""
+        forgets = not self.is_closed and self.method.shows is not None and self.method.asks
+        return forgets + (self.retain is not None and self.retain.asks)
+
+    def steps(self, images: int) -> int | None:
+        """Number of updates; where none is given, one pass over the images. None without a loop."""
+        return None if self.is_closed else self.values["steps"] or -(-images // self.values["batch_size"])
+
+    def erasure(self, training: Training, steps: int, seed: int = 0, parts: int = 1) -> Erasure:
+        return Erasure(self.method, self.retain, training, steps, self.values["batch_size"], seed, parts)
+
+    def record(self) -> dict:
+        """For the settings of a record."""
+        return {"method": self.name, "method_settings": asdict(self.method), **self.values}
+
+
+def recipe_of(
+    name: str, recipe: str | None, own: Mapping[str, Any] | Sequence[str] | None, given: Mapping[str, Any]
+) -> Recipe:  # fmt: skip
+    """The method of a name with its settings. recipe: "paper" for published values alone, or None for ours. own: the
+    method's own settings, or texts NAME=VALUE. given: options by name; None and UNTYPED are not typed.
+
+    Raises UsageError for a method or a setting that is unknown, and for an option that the method has no use for.
+    """
+    check_choice("method", name, METHODS)
+    for option, words in (("anchor_from", ("current", "base")), ("retain_target", ("base", "noise"))):
+        if given.get(option) is not None:
+            check_choice(option.replace("_", "-"), given[option], words)
+    if recipe is not None:
+        check_choice("recipe", recipe, ("paper",))
+    kind = METHODS[name]
+    typed = {o: value for o, value in given.items() if value is not None and value != UNTYPED.get(o)}
+    settings = _parsed(own) | {"anchor_from": typed.pop("anchor_from")} if "anchor_from" in typed else _parsed(own)
+    method = kind(**_checked(name, kind, settings))
+    values = (OURS | kind.published | BETTER.get(name, {})) if recipe is None else (PAPER | kind.published)
+    _check_used(name, kind, values, typed)
+    values |= {option: typed[option] for option in values if option in typed}
+    if hasattr(kind, "solve"):  # the others are of a loop
+        values = {option: values[option] for option in ("samples", "batch_size", "retain_prompts")}
+    elif hasattr(kind, "join") and not values["retain_weight"]:
+        raise UsageError(f"--method {name} is defined by what it retains: give a --retain-weight above 0.")
+    elif kind.shows is None and values["retain_target"] == "base":
+        raise UsageError(f"--retain-target base leaves --method {name} nothing to learn: give noise, or leave it out.")
+    return Recipe(name, method, values)
+
+
+def _parsed(own: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
+    """The method's own settings as a table; VALUE of a text NAME=VALUE is a number where it reads as one."""
+    if isinstance(own, Mapping):
+        return dict(own)
+    settings: dict[str, Any] = {}
+    for text in own or ():
+        name, equals, value = text.partition("=")
+        if not equals or name in settings:
+            raise UsageError(f"--set {text} is not NAME=VALUE, or is given twice: write it as in --set scale=2, once.")
+        try:
+            settings[name] = float(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def _checked(method: str, kind: type[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method, each a number in OWN or one of its words. Raises UsageError for any other."""
+    types = {field.name: field.type for field in fields(kind)}
+    values = {}
+    for name, value in settings.items():
+        if name not in types:
+            of_its_own = f"its own settings are {', '.join(types)}" if types else "it has no settings of its own"
+            raise UsageError(f"{name} is no setting of --method {method}: {of_its_own}.")
+        words = get_args(types[name])
+        if words and value not in words:
+            raise UsageError(f"{name} of --method {method} is {value!r}: give one of {', '.join(words)}.")
+        if not words and not OWN.holds(value):
+            raise UsageError(f"{name} of --method {method} has to be {OWN.words}; it is {value!r}.")
+        values[name] = value if words else float(value)
+    try:
+        kind(**values)
+    except ValueError as e:  # a number that this method does not take
+        raise UsageError(f"--method {method}: {e}") from e
+    return values
+
+
+def _check_used(name: str, kind: type[Method], values: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """Raise UsageError for an option that is typed and changes nothing."""
+    is_salient = "density" in typed or str(typed.get("mask", kind.support)).startswith("salient")
+    useless = list(OF_THE_LOOP) if hasattr(kind, "solve") else []
+    useless += [] if is_salient or not useless else OF_A_BATCH
+    useless += [] if is_salient or kind.shows == CONCEPT else ["forget"]
+    if option := next((option for option in useless if option in typed), None):
+        raise UsageError(f"--{option.replace('_', '-')} is of no use to --method {name}: leave it out.")
+    weight: Real = typed.get("retain_weight", values.get("retain_weight", 0))
+    if not weight and not hasattr(kind, "solve") and (option := next((o for o in TO_RETAIN if o in typed), None)):
+        raise UsageError(f"--{option.replace('_', '-')} is of no use where --retain-weight is 0, as it is for --method "
+                         f"{name} by default: give a weight, or leave it out.")  # fmt: skip
