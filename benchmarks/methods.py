@@ -37,9 +37,12 @@ PUBLISHED = "published"  # a method's own support
 SUPPORTS = (PUBLISHED, "salient:0.5", "random:0.5", "none")
 # name => recipe and numbers. The pocket is small: its learning rates are some 10 times those of Stable Diffusion.
 RUNS = {
-    "salun": POCKET_TRAINING,
-    "salun:paper": "--recipe paper --retain-prompts pocket --steps 60 --batch-size 32 --lr 1e-4".split(),
+    "salun": ["--samples", "200", *POCKET_TRAINING],
+    "salun:paper": "--recipe paper --samples 200 --retain-prompts pocket --steps 60 --batch-size 32 --lr 1e-4".split(),
 }
+
+
+NO_ANCHOR = ("esd", "ascent", "finetune")  # as published
 
 
 class Row(NamedTuple):
@@ -94,7 +97,7 @@ def measured(out: Path, run: str, support: str, concept: str, seed: int, options
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
     (here / "prompts.csv").write_text(prompts.as_csv(audit_prompts(prompts.read("pocket"), concept)))
-    pair = ["--concept", photo_of(concept), "--anchor", photo_of(NEAR[concept])]
+    pair = ["--concept", photo_of(concept), *([] if run in NO_ANCHOR else ["--anchor", photo_of(NEAR[concept])])]
     mask = [] if support == PUBLISHED else ["--mask", support]
     cli.run(["erase", "pocket", *pair, "--method", run.partition(":")[0], *mask, *options, "--seed", str(seed), "--out",
              str(here / "erased")])  # fmt: skip

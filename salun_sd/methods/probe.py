@@ -107,11 +107,11 @@ def _joined(a: Points, b: Points) -> Points:
 
 
 class Measure(NamedTuple):
-    """What a probe finds. With e the model's predictions and e_base those before training, sums over the points:
+    """What a probe finds. With e the model's predictions and e_base those before training:
 
-    moved, of each concept: sum <e(c) - e_base(c), e_base(c') - e_base(c)> / sum |e_base(c') - e_base(c)|^2, the share
-    of the way from the concept to the anchor. 0: untouched; 1: it is the anchor; more: past it. Across the way it does
-    not look. None where the base predicts the same for both prompts.
+    moved, of each concept: sum min(<e(c) - e_base(c), w>, |w|^2) / sum |w|^2 over its points, w = e_base(c') - e_base(c)
+    the way to its anchor. 0: untouched; 1: at each point it is as far as the anchor. So no point that is past the
+    anchor stands for one that is not there yet. None where the base predicts the same for both prompts.
     drift: sum |e(r) - e_base(r)|^2 / sum |e_base(r)|^2 over prompts r that are to stay. None where none are held out.
     """
 
@@ -141,6 +141,7 @@ class Probe:
         """Raises NotFinite where a prediction is not finite."""
         change, concepts = self.predictions(unet, self.points.prompt) - self.base, self.points.concept
         values = self._of_points(change, change, self.way)
+        values = torch.where(concepts == RETAIN, values, values.minimum(self.scale))
 
         def share(concept: int) -> float | None:
             value, scale = (float(of_points[concepts == concept].sum()) for of_points in (values, self.scale))

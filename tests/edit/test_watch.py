@@ -94,7 +94,7 @@ def run(tiny, tmp_path_factory):
     def run(*argv):
         out = tmp_path_factory.mktemp("run") / "out"
         cli.run(["erase", tiny, *PAIR, "--samples", "8", "--retain-prompts", "anchor", "--mask", "random:0.5", "--lr",
-                 "3e-4", "--batch-size", "4", "--dtype", "float32", "--out", str(out), *argv])  # fmt: skip
+                 "1e-4", "--batch-size", "4", "--dtype", "float32", "--out", str(out), *argv])  # fmt: skip
         return out, list(seals.read_lines(out.with_name("out.run") / "losses.jsonl"))
 
     return run
