@@ -29,10 +29,6 @@ from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of
 from salun_sd.draw import prompts
 
 HERE = Path(__file__).parent
-NEAR = {  # class => its anchor, a similar one
-    "t-shirt": "shirt", "trouser": "dress", "pullover": "coat", "dress": "coat", "coat": "pullover",
-    "sandal": "sneaker", "shirt": "t-shirt", "sneaker": "sandal", "bag": "dress", "ankle boot": "sneaker",
-}  # fmt: skip
 PUBLISHED = "published"  # a method's own support
 SUPPORTS = (PUBLISHED, "salient:0.5", "random:0.5", "none")
 # name => recipe and numbers. The pocket is small: its learning rates are some 10 times those of Stable Diffusion.
@@ -83,6 +79,12 @@ def main(
                     write(rows_of(out))
 
 
+def anchor_of(concept: str) -> str:
+    """The next class, as in pocket_classes.py."""
+    classes = list(dict.fromkeys(p.label for p in prompts.read("pocket")))
+    return classes[(classes.index(concept) + 1) % len(classes)]
+
+
 def rows_of(out: Path, name: str = "rows") -> list[Row]:
     file = out / f"{name}.jsonl"
     return [Row(**row) for row in map(json.loads, file.read_text().splitlines())] if file.exists() else []
@@ -97,7 +99,7 @@ def measured(out: Path, run: str, support: str, concept: str, seed: int, options
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
     (here / "prompts.csv").write_text(prompts.as_csv(audit_prompts(prompts.read("pocket"), concept)))
-    pair = ["--concept", photo_of(concept), *([] if run in NO_ANCHOR else ["--anchor", photo_of(NEAR[concept])])]
+    pair = ["--concept", photo_of(concept), *([] if run in NO_ANCHOR else ["--anchor", photo_of(anchor_of(concept))])]
     mask = [] if support == PUBLISHED else ["--mask", support]
     cli.run(["erase", "pocket", *pair, "--method", run.partition(":")[0], *mask, *options, "--seed", str(seed), "--out",
              str(here / "erased")])  # fmt: skip
@@ -127,7 +129,7 @@ def write(rows: list[Row]) -> None:
 `python benchmarks/{Path(__file__).name} --out DIR`, with the options that the last table names
 {date.today()}, {cpu()}, Python {platform.python_version()}; one thread.
 
-Each class is erased towards a similar one. UA: share of the concept's 100 prompts whose image is not classified as it.
+Each class is erased towards the next one. UA: share of the concept's 100 prompts whose image is not classified as it.
 RA: share of 180 prompts of the other classes classified as what they ask for, less the base's on the same prompts and
 seeds. Change: mean absolute difference of the kept images' pixels from the base's, 0 to 1. Beside a mean stands the
 worst class.

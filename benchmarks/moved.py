@@ -27,7 +27,7 @@ from salun_sd.cli.demo import photo_of
 from salun_sd.draw import prompts
 from salun_sd.draw.prompts import Prompt
 from salun_sd.edit import watch
-from salun_sd.methods.probe import RETAIN, Measure, Probe
+from salun_sd.methods.probe import RETAIN, Measure, Points, Probe
 from salun_sd.runtime import seals
 from salun_sd.runtime.files import write_atomic
 
@@ -41,14 +41,18 @@ DRAWS = 2000  # of the bootstrap
 
 
 class Both(Probe):
-    """The probe, and beside it the other measure that lies at hand: by how much the concept is nearer to the anchor."""
+    """The probe, and beside it the other measure that lies at hand, against the anchor's prediction by the base."""
 
-    nearer = 0.0  # 1 - sum |e(c) - e_base(c')|^2 / sum |e_base(c) - e_base(c')|^2
+    against_base = 0.0  # 1 - sum |e(c) - e_base(c')|^2 / sum |e_base(c) - e_base(c')|^2
+
+    def __init__(self, unet: torch.nn.Module, points: Points, size: int, name: str):
+        super().__init__(unet, points, size, name)
+        self.of_concept = (points.concept != RETAIN).nonzero().squeeze(1)
+        self.anchor = self.predictions(unet, points.goal, self.of_concept)
 
     def __call__(self, unet: torch.nn.Module) -> Measure:
-        of_concept = self.points.concept != RETAIN
-        change, way = (self.predictions(unet, self.points.prompt) - self.base)[of_concept], self.way[of_concept]
-        Both.nearer = 1 - float((change - way).square().sum() / way.square().sum())
+        distance = (self.predictions(unet, self.points.prompt, self.of_concept) - self.anchor).square().sum()
+        Both.against_base = 1 - float(distance / self.scale[self.of_concept].sum())
         return super().__call__(unet)
 
 
@@ -61,7 +65,7 @@ class Point(NamedTuple):
     steps: int
     lr: float
     moved: float
-    nearer: float
+    against_base: float
     drift: float
     ua: float
     ra: float
@@ -70,10 +74,10 @@ class Point(NamedTuple):
 def main(out: Annotated[Path, typer.Option(help="Folder for masks, checkpoints and audits.")]) -> None:
     watch.RUNAWAY, watch.Probe = math.inf, Both  # so that ruined models are audited, too
     first = next(iter(PAIRS))
-    runs = [(*run, LR) for run in product(SEEDS, ANCHORS, PAIRS, STEPS)]
-    runs[15:15] = [(0, "current", first, max(STEPS), lr) for lr in RUINED]
+    runs = [(*run, LR) for run in product(SEEDS, PAIRS, ANCHORS, STEPS)]
+    runs[6:6] = [(0, first, "current", max(STEPS), lr) for lr in RUINED]
     points: list[Point] = []
-    for seed, anchor_from, concept, steps, lr in runs:
+    for seed, concept, anchor_from, steps, lr in runs:
         here = out / concept / f"{seed}-{anchor_from}-{steps}-{lr:g}"
         if not (here / "point.json").exists():
             write_atomic(here / "point.json", json.dumps(measured(here, concept, seed, anchor_from, steps, lr)))
@@ -96,7 +100,7 @@ def measured(here: Path, concept: str, seed: int, anchor_from: str, steps: int, 
     *_, last = seals.read_lines(here / "erased.run" / "losses.jsonl")
     rates = json.loads((here / "audit" / "report.json").read_text())["metrics"]
     [moved] = last["moved"].values()
-    return Point(concept, seed, anchor_from, steps, lr, moved, Both.nearer, last["drift"],
+    return Point(concept, seed, anchor_from, steps, lr, moved, Both.against_base, last["drift"],
                  rates["ua"]["rate"], rates["ra"]["rate"])  # fmt: skip
 
 
@@ -143,10 +147,10 @@ def write(points: list[Point]) -> None:
     by_anchor = []
     for name, some in {"all": usual, **of_anchors}.items():
         if len({p.concept for p in some}) > 1:
-            both = (correlation(some, measure) for measure in ("moved", "nearer"))
+            both = (correlation(some, measure) for measure in ("moved", "against_base"))
             by_anchor.append(f"| {name} | {len(some)} | {' | '.join(both)} |")
     rows = [f"| {p.concept} → {PAIRS[p.concept]} | {p.seed} | {p.anchor_from} | {p.steps} | {p.moved:.3f} "
-            f"| {p.nearer:.3f} | {p.drift:.4f} | {p.ua:.2f} | {p.ra:.2f} |" for p in usual]  # fmt: skip
+            f"| {p.against_base:.3f} | {p.drift:.4f} | {p.ua:.2f} | {p.ra:.2f} |" for p in usual]  # fmt: skip
     high_lr = [f"| {p.lr:g} | {p.moved:.3f} | {p.drift:.3f} | {p.ua:.2f} | {p.ra:.2f} |" for p in ruined]
     (HERE / "moved.svg").write_text(scatter(usual))
     (HERE / "moved.md").write_text(
@@ -156,11 +160,10 @@ def write(points: list[Point]) -> None:
 with `{" ".join(TRAINING)} --lr {LR:g}` and a mask of density 0.5; the last measure of each run. Audits: UA on 50
 prompts of the concept, RA on 45 of the other classes, 25 denoising steps.
 
-Spearman's rank correlation of a measure with UA, with its 95 % bootstrap over pairs of class and seed. `moved` is the
-share of the way to the anchor's prediction. "Nearer" is 1 - |e(c) - e_base(c')|² / |e_base(c) - e_base(c')|²: 1, too,
-where the model predicts the anchor.
+Spearman's rank correlation of a measure with UA, with its 95 % bootstrap over pairs of class and seed. `moved` is
+1 - |e(c) - e(c')|² / |e_base(c) - e_base(c')|². "Against the base" has e_base(c') in place of e(c').
 
-| anchor from | erasures | moved | nearer |
+| anchor from | erasures | moved | against the base |
 | --- | --- | --- | --- |
 {chr(10).join(by_anchor)}
 
@@ -181,7 +184,7 @@ drift, {BOUND}, was lifted for these runs.
 
 ## All erasures
 
-| concept → anchor | seed | anchor from | steps | moved | nearer | drift | UA | RA |
+| concept → anchor | seed | anchor from | steps | moved | against the base | drift | UA | RA |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 """

@@ -46,6 +46,7 @@ RECORD = {  # the shape of a record: what is read of it
     "erased": {"fingerprint": str, "parts?": dict},
     "mask": {"kept": int, "of": int},
     "changed": {"inside": int, "outside": int},
+    "probe?": ({"step": int, "moved": {str: (float, None)}, "drift": (float, None)}, None),
     "audits?": {str: AUDIT},
     "files?": {str: str},
 }  # fmt: skip

@@ -123,7 +123,7 @@ def erase(
     plan: Annotated[str | None, o.PLAN] = None,
     method: Annotated[str, o.METHOD] = "salun",
     recipe: Annotated[Literal["paper"] | None, o.RECIPE] = None,
-    method_settings: Annotated[list[str] | None, o.METHOD_SETTINGS] = None,
+    setting: Annotated[list[str] | None, o.SETTING] = None,
     mask: Annotated[str | None, o.MASK] = None,
     density: Annotated[float | None, o.DENSITY] = None,
     saliency_guidance: Annotated[float | None, o.SALIENCY_GUIDANCE] = None,
@@ -175,7 +175,7 @@ def erase(
             retain_prompts = plan.retain_prompts
     is_new = deliver.is_free(out, format)
     record = edit.erase(
-        model, concepts, anchor, out=out, method=method, recipe=recipe, method_settings=method_settings, mask=mask,
+        model, concepts, anchor, out=out, method=method, recipe=recipe, setting=setting, mask=mask,
         density=density, saliency_guidance=saliency_guidance, forget=forget, retain=retain,
         retain_caption=retain_caption, retain_prompts=retain_prompts, samples=samples, size=size,
         retain_weight=retain_weight, lr=lr, clip_norm=clip_norm, steps=steps, batch_size=batch_size,

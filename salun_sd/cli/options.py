@@ -138,9 +138,7 @@ METHOD = Option(
     help="What is trained. " + ". ".join(f"{name}: {does}" for name, does in SUMMARIES.items()) + ".",
 )
 RECIPE = Option(help="paper: the published settings alone. Default: ours, where they were measured to be better.")
-METHOD_SETTINGS = Option(
-    "--set", metavar="<str>", help="A setting of the method's own, such as scale=3 for esd. May be repeated."
-)
+SETTING = Option(metavar="<str>", help="A setting of the method's own, such as scale=3 for esd. May be repeated.")
 SAMPLES_OF_METHOD = Option(
     min=RANGES["samples"].low,
     help="Images to draw for each concept, and to retain, where none are given. Default: the method's, mostly 800.",
@@ -189,7 +187,7 @@ PROBE_EVERY = Option(
     min=RANGES["probe_every"].low,
     help="Measure `moved` and `drift` every N updates. 0: never. Default: as often as takes 5 % of the time.",
 )
-UNTIL = Option(help=f"Stop as soon as each concept has `moved` this far to its anchor: {RANGES['until'].words}.")
+UNTIL = Option(help=f"Stop at the first measure where each concept has `moved` this far: {RANGES['until'].words}.")
 SAMPLE_EVERY = Option(
     min=RANGES["sample_every"].low, help="Draw sample images into samples/ every N updates. 0: never."
 )

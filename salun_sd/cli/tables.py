@@ -63,7 +63,7 @@ def show_erased(record: dict, out, is_new: bool) -> None:
     print_lines(f"changed {changed['inside']:,} of {kept:,} weights inside the mask, {changed['outside']} outside")
     sizes = ", ".join(f"{format} {megabytes(size)}" for format, size in record["sizes"].items())
     print_lines(f"sizes by --format: {sizes}; on disk {megabytes(deliver.size_on_disk(out))}")
-    steps = record["probe"]["step"] if record["probe"] else record["settings"]["steps"]
+    steps = record["probe"]["step"] if record.get("probe") else record["settings"]["steps"]
     done = "solved in closed form" if steps is None else f"{steps} steps"
     print_lines(f"{out}: {done}; mask and losses, for you alone: {run_folder(out)}")
     if is_new and (run := deliver.run_of(out)):

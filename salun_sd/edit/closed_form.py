@@ -9,9 +9,9 @@ from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.checkpoint.tensors import PlainTensors
 from salun_sd.draw.encode import encode_prompts
 from salun_sd.edit.concepts import Concept
+from salun_sd.edit.encodings import LoadedBase
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.supports import KEYS_AND_VALUES, parameters_of
-from salun_sd.edit.training_data import LoadedBase
 from salun_sd.errors import UsageError
 from salun_sd.methods.uce import UCE, last_tokens
 from salun_sd.runtime.finite import finite

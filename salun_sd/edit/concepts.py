@@ -48,7 +48,7 @@ NUMBERS = (
 )  # fmt: skip
 SETTINGS = {name: RANGES[name].words for name in NUMBERS} | {
     "anchor_from": ANCHOR_FROM, "retain_target": RETAIN_TARGET, "mask": TEXT, "method": TEXT, "recipe": TEXT,
-    "method_settings": TABLE,
+    "setting": TABLE,
 }  # fmt: skip
 RENAMED = {"guidance": "saliency_guidance", "resolution": "size"}  # old names, which work for one more version
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from numbers import Real
 from typing import Any, NamedTuple, get_args
 
 from salun_sd.edit.checks import check_choice
 from salun_sd.edit.ranges import Range
 from salun_sd.edit.retain_prompts import ANCHOR
+from salun_sd.edit.watch import check_until
 from salun_sd.errors import UsageError
 from salun_sd.methods.batches import CONCEPT, Training
 from salun_sd.methods.catalog import METHODS
 from salun_sd.methods.loop import Erasure, Method, Retain
+from salun_sd.methods.uce import UCE
 
 PAPER = {"retain_target": "noise", "retain_prompts": ANCHOR, "probe_every": 0}
 # retain_prompts None: broad. probe_every None: as often as costs 5 % of the time.
@@ -32,7 +33,7 @@ class Recipe(NamedTuple):
     """A method with all its numbers."""
 
     name: str
-    method: Method
+    method: Method | UCE
     values: dict[str, Any]  # lr, steps, batch_size, samples and those of OURS, by the name of their option
 
     @property
@@ -44,7 +45,7 @@ class Recipe(NamedTuple):
     @property
     def is_closed(self) -> bool:
         """Whether the method has a closed form, and no loop."""
-        return hasattr(self.method, "solve")
+        return isinstance(self.method, UCE)
 
     @property
     def asks(self) -> int:
@@ -61,7 +62,7 @@ class Recipe(NamedTuple):
 
     def record(self) -> dict:
         """For the settings of a record."""
-        return {"method": self.name, "method_settings": asdict(self.method), **self.values}
+        return {"method": self.name, "setting": asdict(self.method), **self.values}
 
 
 def recipe_of(
@@ -80,12 +81,13 @@ def recipe_of(
         check_choice("recipe", recipe, ("paper",))
     kind = METHODS[name]
     typed = {o: value for o, value in given.items() if value is not None and value != UNTYPED.get(o)}
-    settings = _parsed(own) | {"anchor_from": typed.pop("anchor_from")} if "anchor_from" in typed else _parsed(own)
-    method = kind(**_checked(name, kind, settings))
+    settings = _parsed(own) | {o: typed.pop(o) for o in ("anchor_from",) if o in typed}
+    method = _method(name, kind, settings)
     values = (OURS | kind.published | BETTER.get(name, {})) if recipe is None else (PAPER | kind.published)
-    _check_used(name, kind, values, typed)
     values |= {option: typed[option] for option in values if option in typed}
-    if hasattr(kind, "solve"):  # the others are of a loop
+    _check_used(name, kind, values, typed)
+    check_until(typed.get("until"), values["probe_every"])
+    if kind is UCE:  # the others are of a loop
         values = {option: values[option] for option in ("samples", "batch_size", "retain_prompts")}
     elif hasattr(kind, "join") and not values["retain_weight"]:
         raise UsageError(f"--method {name} is defined by what it retains: give a --retain-weight above 0.")
@@ -102,7 +104,7 @@ def _parsed(own: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
     for text in own or ():
         name, equals, value = text.partition("=")
         if not equals or name in settings:
-            raise UsageError(f"--set {text} is not NAME=VALUE, or is given twice: write it as in --set scale=2, once.")
+            raise UsageError(f"--setting {text} is not NAME=VALUE, or is given twice: write scale=2, say, once.")
         try:
             settings[name] = float(value)
         except ValueError:
@@ -110,8 +112,8 @@ def _parsed(own: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
     return settings
 
 
-def _checked(method: str, kind: type[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a method, each a number in OWN or one of its words. Raises UsageError for any other."""
+def _method(method: str, kind: type[Method] | type[UCE], settings: Mapping[str, Any]) -> Method | UCE:
+    """A method with its own settings, each a number in OWN or one of its words. Raises UsageError for any other."""
     types = {field.name: field.type for field in fields(kind)}
     values = {}
     for name, value in settings.items():
@@ -125,21 +127,23 @@ def _checked(method: str, kind: type[Method], settings: Mapping[str, Any]) -> di
             raise UsageError(f"{name} of --method {method} has to be {OWN.words}; it is {value!r}.")
         values[name] = value if words else float(value)
     try:
-        kind(**values)
+        return kind(**values)
     except ValueError as e:  # a number that this method does not take
         raise UsageError(f"--method {method}: {e}") from e
-    return values
 
 
-def _check_used(name: str, kind: type[Method], values: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+def _check_used(
+    name: str, kind: type[Method] | type[UCE], values: Mapping[str, Any], typed: Mapping[str, Any]
+) -> None:  # fmt: skip
     """Raise UsageError for an option that is typed and changes nothing."""
     is_salient = "density" in typed or str(typed.get("mask", kind.support)).startswith("salient")
-    useless = list(OF_THE_LOOP) if hasattr(kind, "solve") else []
-    useless += [] if is_salient or not useless else OF_A_BATCH
-    useless += [] if is_salient or kind.shows == CONCEPT else ["forget"]
+    useless = list(OF_THE_LOOP) if kind is UCE else []
+    useless += OF_A_BATCH if kind is UCE and not is_salient else []
+    useless += ["forget"] if kind.shows != CONCEPT and not is_salient else []
+    useless += ["until"] if kind.shows is None else []  # no concept moves
     if option := next((option for option in useless if option in typed), None):
         raise UsageError(f"--{option.replace('_', '-')} is of no use to --method {name}: leave it out.")
-    weight: Real = typed.get("retain_weight", values.get("retain_weight", 0))
-    if not weight and not hasattr(kind, "solve") and (option := next((o for o in TO_RETAIN if o in typed), None)):
+    retains = kind is UCE or values["retain_weight"]
+    if not retains and (option := next((o for o in TO_RETAIN if o in typed), None)):
         raise UsageError(f"--{option.replace('_', '-')} is of no use where --retain-weight is 0, as it is for --method "
                          f"{name} by default: give a weight, or leave it out.")  # fmt: skip

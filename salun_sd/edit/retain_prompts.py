@@ -35,11 +35,11 @@ BATCH = 32  # prompts that are encoded at once
 def prompts_to_retain(
     base: Checkpoint, concepts: Sequence[Concept], retain_prompts: str | Sequence[str] | None, samples: int
 ) -> list[tuple[str, float]]:  # fmt: skip
-    """Text and guidance scale of each prompt to draw `samples` retain images from, each alike often.
+    """Text and guidance scale of each prompt to draw `samples` retain images from, each equally often.
 
     They are the rows of a prompt set without those whose class a concept names; or, with the base's own guidance, the
     texts of a plan; the anchors where `retain_prompts` is ANCHOR, as in the paper's erasure of nudity; and where none
-    are given, `samples` texts, at most MOST, in SHARES, which are no paper's. Raises UsageError where none is left.
+    are given, `samples` texts, at most MOST, in SHARES: our choice, of no paper. Raises UsageError where none is left.
     """
     if retain_prompts == ANCHOR:
         texts = dict.fromkeys(c.anchor for c in concepts if c.anchor)
@@ -54,7 +54,7 @@ def prompts_to_retain(
 
 
 def shares(samples: int, has_anchor: bool = True) -> dict[str, int]:
-    """How many of `samples` retain images each of SHARES has, to one image; none the anchors, where there are none."""
+    """How many of `samples` retain images each of SHARES has, rounded; without the anchors, where there are none."""
     weights = {name: weight for name, weight in SHARES.items() if has_anchor or name != ANCHORS}
     ends = [-(-samples * weight // sum(weights.values())) for weight in accumulate(weights.values(), initial=0)]
     return {name: end - start for name, (start, end) in zip(weights, pairwise(ends), strict=True)}

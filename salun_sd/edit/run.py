@@ -52,7 +52,7 @@ OPTIONS = RENAMED | {"clip": "clip_norm"}  # keys of a record's settings that ar
 def erase(
     model: str | Path | Checkpoint, concept: str | Concept | Sequence[str | Concept],
     anchor: str | Sequence[str] | None = None, *, out: str | Path, method: str = "salun", recipe: str | None = None,
-    method_settings: Mapping[str, Any] | Sequence[str] | None = None, mask: str | Path | None = None,
+    setting: Mapping[str, Any] | Sequence[str] | None = None, mask: str | Path | None = None,
     density: float | None = None, saliency_guidance: float | None = None, forget: str | Path | None = None,
     retain: str | Path | None = None, retain_caption: str | None = None,
     retain_prompts: str | Path | Sequence[str] | None = None, samples: int | None = None, size: int | None = None,
@@ -65,7 +65,7 @@ def erase(
     command: str = "salun_sd.erase()",
 ) -> dict | Forecast:  # fmt: skip
     """Erase concepts from a checkpoint, and write the result. Parameters are those of `salun-sd erase`; `command` is
-    what the record names as the maker. None: the method's or the recipe's value. `method_settings` is --set, as a table
+    what the record names as the maker. None: the method's or the recipe's value. `setting` is --setting, as a table
     or as texts NAME=VALUE.
 
     Gives the record that the result carries. Where `out` holds the same result from the same inputs, gives its record;
@@ -149,7 +149,7 @@ def _prepared(o: SimpleNamespace) -> Job:
         o.retain_prompts = (
             text_of(o.retain_prompts) if isinstance(o.retain_prompts, str | Path) else [*o.retain_prompts]
         )
-    recipe = recipe_of(o.method, o.recipe, o.method_settings, vars(o))
+    recipe = recipe_of(o.method, o.recipe, o.setting, vars(o))
     support = support_of(o.mask, o.density, o.saliency_guidance, recipe.method.support)
     concepts = concepts_of(o.concept, o.anchor, o.forget, needs_anchor=recipe.method.needs_anchor)
     check_batch(recipe.values["batch_size"], o.parts)

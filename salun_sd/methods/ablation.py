@@ -8,7 +8,6 @@ from torch import nn
 
 from salun_sd.core.diffusion import mse
 from salun_sd.methods.batches import ANCHOR, Rows
-from salun_sd.methods.names import SUMMARIES
 from salun_sd.methods.salun import SalUn
 
 
@@ -21,12 +20,11 @@ class Ablation(SalUn):
     The first is SalUn's loss on other images, with no gradient through e(x_t|c') either. Learning rate and steps are
     those for one GPU: 2e-6 times a batch of 4, and 200.
 
-    Deviations: Adam in place of AdamW with a weight decay of 0.01. The authors clip the gradient's norm at 1, as
-    `clip_norm` does. They draw about 1,000 images from many prompts with the anchor's words, and scale and crop them at
-    random; here they come from one prompt, one for each place in a batch.
+    Deviations: Adam in place of AdamW with a weight decay of 0.01. The authors clip the norm of the gradient to 1:
+    --clip-norm 1. They draw about 1,000 images from many prompts with the anchor's words, and scale and crop them at
+    random; here the images come from the anchor's one prompt, as many as 200 steps of 4 need.
     """
 
-    summary = SUMMARIES["ablation"]
     shows, needs_anchor, support = ANCHOR, True, "cross-attention-kv"
     published = {"lr": 8e-6, "steps": 200, "batch_size": 4, "samples": 800, "retain_weight": 0.0}
 

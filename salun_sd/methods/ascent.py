@@ -7,7 +7,6 @@ from torch import nn
 
 from salun_sd.core.diffusion import mse
 from salun_sd.methods.batches import CONCEPT, Rows
-from salun_sd.methods.names import SUMMARIES
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,6 @@ class Ascent:
     The loss has no lower bound: more steps always do more damage.
     """
 
-    summary = SUMMARIES["ascent"]
     shows, needs_anchor, support = CONCEPT, False, "none"
     published = {
         "lr": 1e-5, "steps": None, "batch_size": 8, "samples": 800, "retain_weight": 0.1, "retain_target": "noise",

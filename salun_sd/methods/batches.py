@@ -13,9 +13,8 @@ CONCEPT = "concept"  # the concept
 ANCHOR = "anchor"  # the anchor
 TRAJECTORY = "trajectory"  # the concept, half drawn: points x_t on the path by which the base draws it
 
-
-# Share of the images to retain whose prompt is "", where the training says so. Guidance draws with that prompt's
-# prediction, too, and multiplies its error, which no other prompt holds.
+# Share of the images to retain whose prompt is "", where the training says so. Guidance uses the prediction for that
+# prompt in every image, and multiplies its error; no other prompt holds it.
 EMPTY_SHARE = 1 / 4
 
 
@@ -80,11 +79,11 @@ def batches(training: Training, steps: int, size: int, seed: int) -> Iterator[Ba
     forget = training.forget and balanced(training.concepts, size, generator)
     retain = training.retain and shuffled(len(training.retain), size, generator)
     shape = (training.forget or training.retain).latents.shape[1:]
+    with_empty = training.retain is not None and training.retain_empty is not None
     for _ in range(steps):
         f, r = forget and next(forget), retain and next(retain)
         t = torch.randint(len(training.schedule.alphas_cumprod), (2 * size,), generator=generator)
         noise = torch.randn((2 * size, *shape), generator=generator)
-        with_empty = training.retain is not None and training.retain_empty is not None
         yield Batch(f, r, t, noise, torch.rand(size, generator=generator) < EMPTY_SHARE if with_empty else None)
 
 

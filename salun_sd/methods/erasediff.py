@@ -24,7 +24,6 @@ class EraseDiff(SalUn):
     eta - cos(grad q, grad R), is not the paper's. eta 0.1 is the default of the authors' ddpm/main.py.
     """
 
-    summary = "as salun, with as much of its gradient as the retain gradient leaves to do; needs an anchor"
     support = "not-cross-attention"
     published = {
         "lr": 1e-5, "steps": None, "batch_size": 8, "samples": 800, "retain_weight": 1.0, "retain_target": "noise",

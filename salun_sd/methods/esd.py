@@ -8,7 +8,6 @@ from torch import nn
 
 from salun_sd.core.diffusion import joined, mse, predict
 from salun_sd.methods.batches import TRAJECTORY, Rows
-from salun_sd.methods.names import SUMMARIES
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class ESD:
     no anchor: they train its own prediction, on its own path.
     """
 
-    summary = SUMMARIES["esd"]
     shows, needs_anchor, support = TRAJECTORY, False, "cross-attention"  # their esd-x
     published = {"lr": 5e-5, "steps": 200, "batch_size": 1, "samples": 200, "retain_weight": 0.0}
     asks = True

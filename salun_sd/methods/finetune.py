@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from salun_sd.methods.batches import Rows
-from salun_sd.methods.names import SUMMARIES
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,6 @@ class Finetune:
     before the first step, and nothing would change.
     """
 
-    summary = SUMMARIES["finetune"]
     shows, needs_anchor, support = None, False, "none"
     published = {
         "lr": 1e-5, "steps": None, "batch_size": 8, "samples": 800, "retain_weight": 1.0, "retain_target": "noise",

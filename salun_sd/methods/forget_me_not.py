@@ -11,7 +11,6 @@ from torch import nn
 
 from salun_sd.errors import SalunError
 from salun_sd.methods.batches import CONCEPT, Rows
-from salun_sd.methods.names import SUMMARIES
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +52,17 @@ class ForgetMeNot:
     concept (arXiv 2303.17591, algorithm 1: the sum; github.com/SHI-Labs/Forget-Me-Not, a4a81e8: src/train_attn.py).
     p = softmax(Q K^T / sqrt(d)) is how much a pixel attends to a token.
 
-    A mean is the sum divided by a number that no weight changes, which Adam does not see. So a layer counts as in the
-    paper, by its heads and pixels. end_token: whether the end of the prompt is a token of the concept, too, as in the
-    authors' configs/attn.yaml (use_pooler). Where a tokenizer fills prompts up with that token, as in SD 1.x, each of
-    them counts.
+    A mean is the sum divided by a number that no weight changes: so a layer counts as in the paper, by its heads and
+    pixels. Adam sees that number only where a gradient is as small as its epsilon, 1e-8. end_token: whether the end of
+    the prompt is a token of the concept, too, as in the authors' configs/attn.yaml (use_pooler). Where a tokenizer
+    fills prompts up with that token, as in SD 1.x, each of them counts.
 
     Deviations: no textual inversion, which the authors put first, 500 steps at 1e-3 for four new tokens; the concept
-    has the tokens of its own words. Their code takes the root of the sum, and clips the norm of its gradient to 1,
-    which keeps the gradient's direction: --clip-norm. Adam in place of AdamW, whose weight decay is 0.01. Images that
-    the base draws of the concept in place of ten photographs, cropped at random.
+    has the tokens of its own words. Their code takes the root of the sum, which does not turn the gradient, and clips
+    its norm to 1: --clip-norm 1. Adam in place of AdamW, whose weight decay is 0.01. Images that the base draws of the
+    concept in place of ten photographs, cropped at random.
     """
 
-    summary = SUMMARIES["forget-me-not"]
     shows, needs_anchor, support = CONCEPT, False, "none"
     published = {"lr": 2e-6, "steps": 35, "batch_size": 1, "samples": 10, "retain_weight": 0.0}
     asks = False

@@ -31,11 +31,10 @@ class Method(Protocol):
     `surgery.Rule` by which the gradients of its loss and of the retain term are joined; else they are added.
     """
 
-    summary: ClassVar[str]  # what it trains and what it needs: one line for --help
     shows: ClassVar[str | None]  # what the images to forget show; None: there are none
     needs_anchor: ClassVar[bool]
     support: ClassVar[str]  # the published support, as --mask has it
-    published: ClassVar[dict[str, float | None]]  # lr, steps (None: one pass), batch_size, samples, retain_weight
+    published: ClassVar[dict[str, float | None]]  # by the name of their option; steps None: one pass
 
     @property
     def asks(self) -> bool:

@@ -57,13 +57,18 @@ def _some(examples: Examples, index: torch.Tensor) -> Examples:
 
 
 class Points(NamedTuple):
-    """n points, and what the model ought to predict there: what it predicted before training with the prompt `goal`."""
+    """n points, each with its prompt and with the prompt whose prediction is wanted for it."""
 
     x_t: torch.Tensor  # [n, 4, h, w]
     t: torch.Tensor  # int64 [n]
     prompt: Condition  # the concept c, or a retain prompt r; n rows
     goal: Condition  # the anchor c', or "" where there is none, or the same r; n rows
     concept: torch.Tensor  # int64 [n], the number of the concept, or RETAIN
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one example that a measure takes: two at each point of a concept, else one."""
+        return len(self.t) + int((self.concept != RETAIN).sum())
 
 
 def points_of(training: Training, held: Examples | None, seed: int) -> Points | None:
@@ -107,11 +112,12 @@ def _joined(a: Points, b: Points) -> Points:
 
 
 class Measure(NamedTuple):
-    """What a probe finds. With e the model's predictions and e_base those before training:
+    """What a probe finds. With e the model's predictions and e_base those before training, sums over the points:
 
-    moved, of each concept: sum min(<e(c) - e_base(c), w>, |w|^2) / sum |w|^2 over its points, w = e_base(c') - e_base(c)
-    the way to its anchor. 0: untouched; 1: at each point it is as far as the anchor. So no point that is past the
-    anchor stands for one that is not there yet. None where the base predicts the same for both prompts.
+    moved, of each concept: 1 - sum |e(c) - e(c')|^2 / sum |e_base(c) - e_base(c')|^2. 0: untouched; 1: the model no
+    longer tells the concept from its anchor. The anchor's prediction is the model's own: where the anchor is not held
+    to the base, it moves along, and a concept that is gone can be far from e_base(c'). None where the base predicts the
+    same for both prompts.
     drift: sum |e(r) - e_base(r)|^2 / sum |e_base(r)|^2 over prompts r that are to stay. None where none are held out.
     """
 
@@ -133,37 +139,37 @@ class Probe:
         """unet: before training. Raises NotFinite, which calls it `name`, where it is damaged."""
         self.points, self.size, self.name = points, size, name
         self.own = torch.arange(len(points.t))[ranks.rank() :: ranks.count()]
-        self.base = self.predictions(unet, points.prompt)
-        self.way = self.predictions(unet, points.goal) - self.base
-        self.scale = self._of_points(self.base, self.way, self.way)
+        self.base = self.predictions(unet, points.prompt, self.own)
+        self.scale = self._distances(unet, torch.zeros_like(self.base))
 
     def __call__(self, unet: nn.Module) -> Measure:
         """Raises NotFinite where a prediction is not finite."""
-        change, concepts = self.predictions(unet, self.points.prompt) - self.base, self.points.concept
-        values = self._of_points(change, change, self.way)
-        values = torch.where(concepts == RETAIN, values, values.minimum(self.scale))
+        distances, concepts = self._distances(unet, self.base), self.points.concept
 
-        def share(concept: int) -> float | None:
-            value, scale = (float(of_points[concepts == concept].sum()) for of_points in (values, self.scale))
-            return value / scale if scale else None
+        def left(concept: int) -> float | None:
+            distance, scale = (float(of_points[concepts == concept].sum()) for of_points in (distances, self.scale))
+            return distance / scale if scale else None
 
-        return Measure({c: share(c) for c in concepts.unique().tolist() if c != RETAIN}, share(RETAIN))
+        of_concepts = {c: left(c) for c in concepts.unique().tolist() if c != RETAIN}
+        return Measure({c: None if share is None else 1 - share for c, share in of_concepts.items()}, left(RETAIN))
 
-    def _of_points(self, retained: torch.Tensor, moved: torch.Tensor, way: torch.Tensor) -> torch.Tensor:
-        """At each point |retained|^2 for a retain prompt, and else <moved, way>: [n] float64, from the values at this
-        process's, [m, 4, h, w] each. All processes raise where one has a value that is not finite."""
-        is_retained = (self.points.concept == RETAIN)[self.own]
-        squares, products = (retained.double() ** 2).flatten(1).sum(1), (moved.double() * way).flatten(1).sum(1)
-        values = torch.zeros(len(self.points.t), dtype=torch.float64)
-        values[self.own] = torch.where(is_retained, squares, products)
-        return finite(ranks.summed(values), f"The prediction of the UNet of {self.name}")
+    def _distances(self, unet: nn.Module, of_retained: torch.Tensor) -> torch.Tensor:
+        """The squared distance of each point's prediction from that with its goal or, for a retain prompt, from a given
+        one, [m, 4, h, w] for this process's points: [n] float64. All processes raise where one has a value that is not
+        finite."""
+        apart = self.predictions(unet, self.points.prompt, self.own) - of_retained
+        is_concept = self.points.concept[self.own] != RETAIN
+        apart[is_concept] -= self.predictions(unet, self.points.goal, self.own[is_concept]) - of_retained[is_concept]
+        distances = torch.zeros(len(self.points.t), dtype=torch.float64)
+        distances[self.own] = apart.double().square().flatten(1).sum(1)
+        return finite(ranks.summed(distances), f"The prediction of the UNet of {self.name}")
 
     @torch.no_grad()
-    def predictions(self, unet: nn.Module, condition: Condition) -> torch.Tensor:
-        """The predictions at this process's points, [m, 4, h, w] float32."""
+    def predictions(self, unet: nn.Module, prompts: Condition, places: torch.Tensor) -> torch.Tensor:
+        """The predictions at some points, int64 [m], with their rows of prompts: [m, 4, h, w] float32."""
         parts = [self.points.x_t[:0].float()]
-        for index in filter(len, self.own.split(self.size)):
+        for index in filter(len, places.split(self.size)):
             x_t, t = (values[index].to(unet.device) for values in (self.points.x_t, self.points.t))
-            rows = on_device({k: v[index] for k, v in condition.items()}, unet.device)
+            rows = on_device({k: v[index] for k, v in prompts.items()}, unet.device)
             parts.append(predict(unet, x_t, t, rows).cpu())
         return torch.cat(parts)

@@ -75,7 +75,6 @@ class SalUn:
     the authors do) or of those before training ("base").
     """
 
-    summary = "moves the concept's prediction to the anchor's; needs an anchor"
     shows, needs_anchor, support = CONCEPT, True, "salient:0.5"
     published = {"lr": 1e-5, "steps": None, "batch_size": 8, "samples": 800, "retain_weight": 0.5}
 

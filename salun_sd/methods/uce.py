@@ -31,7 +31,6 @@ class UCE:
     taken. Computed in float64. The empty prompt of SDXL base is zeros, as the model draws without a prompt.
     """
 
-    summary = "rewrites cross-attention in closed form, with no training loop; an anchor is optional"
     shows, needs_anchor, support = None, False, "cross-attention-kv"
     published = {"batch_size": 8, "samples": 800}  # of images, where a mask is computed
 

@@ -52,7 +52,7 @@ CASES = {
     "anchors of each other": (ERASE + f"--concept '{ANCHOR}' --anchor '{CONCEPT}'", 2, "'--anchor 1' '--concept 2'"),
     "one anchor for two": (ERASE + "--concept 'a coat'", 2, "--anchor \"'a coat'\""),
     "no such plan": ("erase pocket --plan nowhere", 2, "nowhere nudity"),
-    "a plan without an anchor": ("erase pocket --plan {here}/bad.toml", 1, "bad.toml anchor"),
+    "a plan without an anchor": ("erase pocket --plan {here}/bad.toml", 2, "--concept anchor"),
     "a plan and a concept": (ERASE + "--plan {here}/plan.toml", 2, "--plan --concept"),
     "images of two concepts": (TWO + "--forget {photos}", 2, "--forget [[concept]]"),
     # numbers

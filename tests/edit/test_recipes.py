@@ -35,7 +35,7 @@ def test_what_is_typed_comes_before_the_recipe_and_the_recipe_before_ours():
 def test_a_methods_own_settings_are_texts_or_a_table():
     texts = recipe_of("esd", None, ["scale=3", "start_guidance=2.5"], {})
     table = recipe_of("esd", None, {"scale": 3, "start_guidance": 2.5}, {})
-    assert texts == table and texts.record()["method_settings"] == {"scale": 3.0, "start_guidance": 2.5}
+    assert texts == table and texts.record()["setting"] == {"scale": 3.0, "start_guidance": 2.5}
     assert recipe_of("ablation", None, ["target=noise"], {"anchor_from": "base"}).method.anchor_from == "base"
 
 
@@ -54,6 +54,8 @@ WRONG = {
     "anchor_from of a method without": (("ascent", None, None, {"anchor_from": "base"}), "anchor_from ascent"),
     "steps without a loop": (("uce", None, None, {"steps": 3}), "--steps uce"),
     "a retain weight without a loop": (("uce", None, None, {"retain_weight": 0.5}), "--retain-weight uce"),
+    "a stop that nothing measures": (("salun", "paper", None, {"until": 0.9}), "--until --probe-every"),
+    "a stop where no concept moves": (("finetune", None, None, {"until": 0.9}), "--until finetune"),
     "a join of one gradient": (("erasediff", None, None, {"retain_weight": 0.0}), "erasediff --retain-weight"),
     "nothing to learn": (("finetune", None, None, {"retain_target": "base"}), "finetune --retain-target base"),
     "a batch where no mask is computed": (("uce", None, None, {"batch_size": 4}), "--batch-size uce"),
@@ -81,5 +83,5 @@ def test_what_is_of_use_after_all_is_taken(given):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_settings_of_every_method_can_be_written_and_read_again(name):
     record = recipe_of(name, None, None, {}).record()
-    assert record["method"] == name and record["method_settings"].keys() == {f.name for f in fields(METHODS[name])}
-    assert recipe_of(name, None, record["method_settings"], {}).record() == record
+    assert record["method"] == name and record["setting"].keys() == {f.name for f in fields(METHODS[name])}
+    assert recipe_of(name, None, record["setting"], {}).record() == record

@@ -19,6 +19,7 @@ from salun_sd.draw.encode import encode_prompts
 from salun_sd.edit import datasets, encodings
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
+from salun_sd.edit.recipes import recipe_of
 from salun_sd.edit.training_data import Sources, check_texts, collect
 from salun_sd.errors import UsageError
 from salun_sd.methods.ablation import Ablation
@@ -48,7 +49,8 @@ def drawn_files(folder) -> dict[str, int]:
 
 
 def sources(tiny, *concepts, samples=5, retain=None, caption=None, prompts=None) -> Sources:
-    return Sources.of(find(tiny), concepts, samples, retain and str(retain), caption, prompts)
+    recipe = recipe_of("salun", None, None, {"samples": samples, "retain_prompts": prompts})
+    return Sources.of(find(tiny), concepts, recipe, retain and str(retain), caption, seed=0)
 
 
 def test_images_are_counted_whether_they_are_given_or_will_be_drawn(tiny, photographs):

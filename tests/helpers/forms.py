@@ -43,7 +43,7 @@ def training(here: Path, mask: str | None = "random:0.3") -> list[str]:
     """Options of an erasure with the images of `write_forms`; without a mask, one is computed."""
     return [
         "--concept", CAT, "--anchor", DOG, "--forget", str(here / "forget"), "--retain", str(here / "retain"),
-        "--size", "16", "--steps", "2", "--batch-size", "2", "--lr", "1e-3", *(("--mask", mask) if mask else ()),
+        "--size", "16", "--steps", "2", "--batch-size", "2", "--lr", "1e-4", *(("--mask", mask) if mask else ()),
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from itertools import islice
 
 import torch
 
-from salun_sd.methods.batches import balanced, shuffled
+from salun_sd.methods.batches import EMPTY_SHARE, Training, balanced, batches, retain_rows, shuffled
 
 
 def test_every_example_is_seen_once_a_pass():
@@ -26,3 +26,17 @@ def test_concepts_have_equal_shares_of_every_batch_however_many_images_each_has(
     alone = islice(balanced(torch.zeros(10), 4, torch.Generator().manual_seed(3)), 5)
     usual = islice(shuffled(10, 4, torch.Generator().manual_seed(3)), 5)
     assert all(torch.equal(a, b) for a, b in zip(alone, usual, strict=True))
+
+
+def test_some_images_to_retain_have_the_empty_prompt_where_it_is_held_and_the_others_their_own(schedule, retain):
+    own = Training(schedule, None, retain, torch.empty(0))
+    held, context, count = own._replace(retain_empty=0), retain.prompts["context"], 0
+    for training in (own, held):
+        for batch in batches(training, 20, 8, seed=0):
+            rows = retain_rows(training, batch, torch.arange(8), torch.device("cpu"))
+            prompts = retain.which[batch.retain]
+            if training is held:
+                prompts = prompts.where(~batch.is_empty, 0)
+                count += int(batch.is_empty.sum())
+            assert torch.equal(rows.condition["context"], context[prompts])
+    assert abs(count / 160 - EMPTY_SHARE) < 0.1

@@ -43,23 +43,17 @@ def test_untouched_nothing_moved_and_later_it_is_the_formula(fresh_unet, trainin
     assert probe(fresh_unet) == ({0: 0.0, 1: 0.0}, 0.0)
     moved, drift = probe(worn(fresh_unet))
     with torch.no_grad():
-        after, before, wanted = (
+        after, before, anchor_after, anchor_before = (
             predict(unet, points.x_t, points.t, prompts)
-            for unet, prompts in (
-                (worn(fresh_unet), points.prompt),
-                (fresh_unet, points.prompt),
-                (fresh_unet, points.goal),
-            )
-        )
+            for prompts in (points.prompt, points.goal) for unet in (worn(fresh_unet), fresh_unet)
+        )  # fmt: skip
     for c in (0, 1):
         of = points.concept == c
-        way = (wanted - before)[of]
-        ways = way.square().flatten(1).sum(1)
-        gone = ((after - before)[of] * way).flatten(1).sum(1)
-        assert moved[c] == pytest.approx((gone.minimum(ways).sum() / ways.sum()).item(), rel=1e-3, abs=1e-4)
+        left = (after - anchor_after)[of].square().sum() / (before - anchor_before)[of].square().sum()
+        assert moved[c] == pytest.approx(1 - left.item(), rel=1e-3, abs=1e-4)
     of = points.concept == RETAIN
     assert drift == pytest.approx(((after - before)[of].square().sum() / before[of].square().sum()).item(), rel=1e-3)
-    assert max(moved.values()) < 1 and drift > 0 and len({*moved.values(), 0.0, drift}) == 4
+    assert drift > 0 and len({*moved.values(), 0.0, drift}) == 4
 
 
 def test_a_model_that_takes_the_concept_for_its_anchor_moved_all_the_way(fresh_unet, training, held, contexts):
@@ -74,21 +68,6 @@ def test_a_model_that_takes_the_concept_for_its_anchor_moved_all_the_way(fresh_u
     with fresh_unet.register_forward_pre_hook(swap, with_kwargs=True):
         moved, drift = probe(fresh_unet)
     assert list(moved.values()) == pytest.approx([1, 1]) and drift == pytest.approx(0, abs=1e-9)
-
-
-def test_a_point_past_the_anchor_does_not_stand_for_another(fresh_unet, training):
-    """Twice the way at the late timesteps counts as their share of it."""
-    probe = Probe(fresh_unet, points_of(training._replace(concepts=torch.zeros(10).long()), None, seed=3), size=8)
-    late = (probe.points.t > 500)[:, None, None, None]
-    ways = (probe.way.double() ** 2).flatten(1).sum(1)
-    with fresh_unet.register_forward_hook(lambda module, args, output: past(output, probe.way * 2 * late)):
-        moved, _ = probe(fresh_unet)
-    assert moved[0] == pytest.approx((ways[probe.points.t > 500].sum() / ways.sum()).item(), rel=1e-4)
-
-
-def past(output, way):
-    output.sample = output.sample + way
-    return output
 
 
 def test_without_an_anchor_the_goal_is_no_prompt_at_all(training, held, contexts):

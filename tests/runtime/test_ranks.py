@@ -63,7 +63,7 @@ def made(tiny, tmp_path_factory):
         for argv in (
             ["mask", tiny, *CONCEPT, "--samples", "10", "--batch-size", "4", "--out", "m.safetensors"],
             ["erase", tiny, *CONCEPT, "--anchor", "a photo of a bag", "--mask", "m.safetensors", "--samples", "10",
-             "--batch-size", "4", "--steps", "3", "--lr", "1e-3", "--out", "erased"],
+             "--batch-size", "4", "--steps", "3", "--lr", "1e-4", "--out", "erased"],
             ["evaluate", folders[1] / "erased", "--prompts", few, "--against", tiny, "--denoising-steps", "2",
              "--clip", clip, "--fid", "pocket", "--out", "audit"],
         ):  # fmt: skip
