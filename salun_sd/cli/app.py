@@ -162,6 +162,8 @@ def erase(
     if is_typed(ctx, "mask"):  # a plan's values are for a mask that is computed
         density = density if is_typed(ctx, "density") else None
         saliency_guidance = saliency_guidance if is_typed(ctx, "saliency_guidance") else None
+    elif is_typed(ctx, "density"):
+        mask = None  # of a plan
     concepts = concepts_from(plan, concept, anchor)
     begin()
     from salun_sd.edit import deliver

@@ -64,7 +64,11 @@ def read_plan(ctx: typer.Context, name: str | None):
 
     plan = concepts.read(name)
     repeatable = {p.name for p in ctx.command.params if p.multiple}
-    ctx.default_map = {k: [v] if k in repeatable else v for k, v in plan.settings.items()}
+
+    def texts(value: object) -> list:
+        return [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [value]
+
+    ctx.default_map = {k: texts(v) if k in repeatable else v for k, v in plan.settings.items()}
     return plan
 
 
@@ -181,7 +185,8 @@ ANCHOR_FROM = Option(
     help="Weights that predict the anchor, which is the target: the current ones, or the base's. Default: current."
 )
 RETAIN_TARGET = Option(
-    help="What retain images hold: the base's prediction, or the noise, as most methods were published. Default: base."
+    help="What retain images hold: the base's prediction, or the noise, as published. Default: base; noise for ascent, "
+    "erasediff and finetune."
 )
 PROBE_EVERY = Option(
     min=RANGES["probe_every"].low,

@@ -138,7 +138,7 @@ class Erasing(Work):
     @property
     def joins(self) -> bool:
         """Whether the gradients of the two terms are held apart."""
-        return self.retain is not None and hasattr(self.method, "join")
+        return self.retain is not None and self.method.join is not None
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
         salient, others = mask.keep_count(self.density, count), self.strips.weights if self.strips else 0

@@ -104,8 +104,7 @@ class Job(NamedTuple):
         settings, compute, size = self.settings, self.compute, self.settings["resolution"]
         batch, processes = settings["batch_size"], ranks.count()
         common = {"parts": settings["parts"], "most_parts": batch // processes}
-        draws = self.mask is None if self.recipe.is_closed else self.sources.draws()
-        steps: list[Work] = [compute.drawing(size, draws)]
+        steps: list[Work] = [compute.drawing(size, self.sources.draws(needs_mask=self.mask is None))]
         if not self.mask:
             steps.append(compute.work(Masking, size, batch=batch, guidance=settings["guidance"], **common))
         if not self.recipe.is_closed:

@@ -79,7 +79,7 @@ def train(
     values = adam.values()
     adam.close()
     if ranks.is_main():
-        largest = None if hasattr(erasure.method, "check_first") else max(forgetting, default=None)
+        largest = max(forgetting, default=None) if erasure.method.needs_anchor else None
         _warn_of_no_erasure(model, values, mask, largest, unet.dtype)
     return values
 

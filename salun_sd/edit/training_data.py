@@ -32,6 +32,7 @@ from salun_sd.methods import batches
 from salun_sd.methods.batches import CONCEPT, TRAJECTORY, Training
 from salun_sd.methods.forget_me_not import ForgetMeNot
 from salun_sd.methods.loop import Method
+from salun_sd.methods.uce import UCE
 from salun_sd.runtime.contents import file_bytes
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Sources(NamedTuple):
     """Where the images of a run come from. All of it is checked before anything is drawn or encoded."""
 
     concepts: tuple[Concept, ...]
-    method: Method
+    method: Method | UCE
     images: list[list[Item] | None]  # of each concept; None: the base draws `samples`
     retain: list[Item] | None  # None: the base draws `samples` from `prompts`
     caption: str | None  # of retain images that have none
@@ -56,6 +57,9 @@ class Sources(NamedTuple):
         seed: int,
     ) -> "Sources":  # fmt: skip
         """From the options of `erase`. Raises UsageError or SalunError for what is missing or cannot be used."""
+        bare = next((c.prompt for c in concepts if c.anchor is None), None)
+        if bare and any(c.anchor for c in concepts) and not recipe.is_closed:
+            raise UsageError(f"Concept {bare!r} has no anchor, and another has one: give one for each, or for none.")
         samples, retain_prompts, prompts = recipe.values["samples"], recipe.values["retain_prompts"], []
         if recipe.retain or (recipe.is_closed and retain_prompts):
             prompts = prompts_to_retain(base, concepts, ANCHOR if retain else retain_prompts, samples)
@@ -84,9 +88,16 @@ class Sources(NamedTuple):
             return self.samples * len(self.concepts)
         return sum(len(items) if items else self.samples for items in self.images)
 
-    def draws(self) -> bool:
+    def draws(self, needs_mask: bool) -> bool:
         """Whether the base has to draw any."""
-        return self.shows != CONCEPT or not all([*self.images, self.retain or not self.prompts])
+        if self.shows in (batches.ANCHOR, TRAJECTORY) or (self.retains and not self.retain):
+            return True
+        return (needs_mask or self.shows == CONCEPT) and not all(self.images)
+
+    @property
+    def retains(self) -> bool:
+        """Whether images are retained; uce takes prompts alone."""
+        return bool(self.prompts) and not isinstance(self.method, UCE)
 
     def tokens(self, base: Checkpoint) -> dict[str, torch.Tensor]:
         """The tokens that name a concept, for each caption of an image to forget. Raises UsageError as
@@ -165,7 +176,7 @@ class Data(NamedTuple):
 def collect(base: LoadedBase, sources: Sources, needs_mask: bool) -> Data:
     """Draw the images that are missing, and encode all."""
     retain = retain_empty = None
-    if sources.prompts and not hasattr(sources.method, "solve"):  # a closed form has no use for images
+    if sources.retains:
         caption = sources.caption or sources.concepts[0].anchor
         items = retain_items(base, sources.retain, caption, sources.prompts, sources.samples)
         retain, row = encode(base, items, [""])
@@ -224,15 +235,16 @@ def _training(base: Checkpoint, sources: Sources, forget: Forget | None) -> Trai
     )  # fmt: skip
 
 
-def sources_in_words(settings: Mapping, method: Method) -> dict[str, str]:
+def sources_in_words(settings: Mapping, method: Method | UCE) -> dict[str, str]:
     """Where the images of a run with these settings come from, for the record."""
     samples, concepts = settings["samples"], settings["concepts"]
 
     def drawn(concept: Mapping) -> str:
         if method.shows == batches.ANCHOR:
             return f"drawn by the base, {samples} for {concept['anchor']!r} with the prompt {concept['prompt']!r}"
-        done = "half drawn" if method.shows == TRAJECTORY else "drawn"
-        return concept["images"] or f"{done} by the base, {samples} for {concept['prompt']!r}"
+        if method.shows == TRAJECTORY:
+            return f"half drawn by the base, {samples} for {concept['prompt']!r}"
+        return concept["images"] or f"drawn by the base, {samples} for {concept['prompt']!r}"
 
     forget = "; ".join(map(drawn, concepts)) if method.shows else "none"
     if not settings.get("retain_weight"):

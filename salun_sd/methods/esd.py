@@ -8,10 +8,11 @@ from torch import nn
 
 from salun_sd.core.diffusion import joined, mse, predict
 from salun_sd.methods.batches import TRAJECTORY, Rows
+from salun_sd.methods.loop import Method
 
 
 @dataclass(frozen=True)
-class ESD:
+class ESD(Method):
     """loss = ||e(x_t|c) - (s - scale (e_base(x_t|c) - e_base(x_t|"")))||^2, where s is e_base(x_t|c), or e_base(x_t|c')
     with an anchor (github.com/rohitgandikota/erasing, 25613d2).
 

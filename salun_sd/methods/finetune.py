@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from salun_sd.methods.batches import Rows
+from salun_sd.methods.loop import Method
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(Method):
     """loss = ||e(x_t|r) - noise||^2 over D_r, the retain loss alone: there are no images to forget.
 
     It is the baseline FT of SalUn (arXiv 2310.12508, after 2108.11577), which gives no settings of it for Stable
@@ -21,12 +18,3 @@ class Finetune:
     published = {
         "lr": 1e-5, "steps": None, "batch_size": 8, "samples": 800, "retain_weight": 1.0, "retain_target": "noise",
     }  # fmt: skip
-    asks = False
-
-    def of_base(self, unet: nn.Module, rows: Rows) -> torch.Tensor:
-        raise NotImplementedError("it asks for nothing")
-
-    def losses(
-        self, unet: nn.Module, prediction: torch.Tensor, rows: Rows, of_base: torch.Tensor | None
-    ) -> torch.Tensor:  # fmt: skip
-        raise NotImplementedError("there are no images to forget")

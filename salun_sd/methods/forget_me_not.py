@@ -11,6 +11,7 @@ from torch import nn
 
 from salun_sd.errors import SalunError
 from salun_sd.methods.batches import CONCEPT, Rows
+from salun_sd.methods.loop import Method
 
 logger = logging.getLogger(__name__)
 
@@ -47,30 +48,27 @@ class Watched:
 
 
 @dataclass(frozen=True)
-class ForgetMeNot:
-    """loss = the mean of p^2 over D_f, over all cross-attention layers, their heads, all pixels and the tokens of the
+class ForgetMeNot(Method):
+    """loss = the root of the mean of p^2 over all cross-attention layers, their heads, all pixels and the tokens of the
     concept (arXiv 2303.17591, algorithm 1: the sum; github.com/SHI-Labs/Forget-Me-Not, a4a81e8: src/train_attn.py).
     p = softmax(Q K^T / sqrt(d)) is how much a pixel attends to a token.
 
     A mean is the sum divided by a number that no weight changes: so a layer counts as in the paper, by its heads and
-    pixels. Adam sees that number only where a gradient is as small as its epsilon, 1e-8. end_token: whether the end of
-    the prompt is a token of the concept, too, as in the authors' configs/attn.yaml (use_pooler). Where a tokenizer
-    fills prompts up with that token, as in SD 1.x, each of them counts.
+    pixels. The root, which the authors' code takes of the sum, does not turn the gradient of an image. It makes it
+    larger: many gradients of the mean are as small as Adam's epsilon, 1e-8. end_token: whether the end of the prompt is
+    a token of the concept, too, as in the authors' configs/attn.yaml (use_pooler). Where a tokenizer fills prompts up
+    with that token, as in SD 1.x, each of them counts.
 
     Deviations: no textual inversion, which the authors put first, 500 steps at 1e-3 for four new tokens; the concept
-    has the tokens of its own words. Their code takes the root of the sum, which does not turn the gradient, and clips
-    its norm to 1: --clip-norm 1. Adam in place of AdamW, whose weight decay is 0.01. Images that the base draws of the
-    concept in place of ten photographs, cropped at random.
+    has the tokens of its own words. They clip the norm of the gradient to 1: --clip-norm 1. Adam in place of AdamW,
+    whose weight decay is 0.01. Images that the base draws of the concept in place of ten photographs, cropped at
+    random.
     """
 
     shows, needs_anchor, support = CONCEPT, False, "none"
     published = {"lr": 2e-6, "steps": 35, "batch_size": 1, "samples": 10, "retain_weight": 0.0}
-    asks = False
 
     end_token: Literal["counts", "left-out"] = "counts"
-
-    def of_base(self, unet: nn.Module, rows: Rows) -> torch.Tensor:
-        raise NotImplementedError("it asks for nothing")
 
     @contextmanager
     def watching(self, unet: nn.Module, rows: Rows) -> Iterator[None]:
@@ -89,13 +87,12 @@ class ForgetMeNot:
         """Of a forward pass in `watching`."""
         layers = [layer for layer in unet.attn_processors.values() if layer.squares is not None]
         queries = sum(layer.queries for layer in layers)
-        return sum(layer.squares for layer in layers) / (queries * rows.tokens.sum(1))
+        return (sum(layer.squares for layer in layers) / (queries * rows.tokens.sum(1))).sqrt()
 
     def check_first(self, loss: float, name: str) -> None:
         """Log the attention before training, from the mean loss of the first step. Raises SalunError where there is
         none to lower."""
-        attention = loss**0.5
-        if attention < NONE:
-            raise SalunError(f"{name} pays no attention to the concept's words, {attention:.1e} on average: there is "
+        if loss < NONE:
+            raise SalunError(f"{name} pays no attention to the concept's words, {loss:.1e} on average: there is "
                              "nothing to lower. Use another --method, or other words in --concept.")  # fmt: skip
-        logger.info(f"Attention on the concept's words before training: {attention:.3f}, root mean square.")
+        logger.info(f"Attention on the concept's words before training: {loss:.3f}, root mean square.")

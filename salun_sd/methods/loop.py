@@ -3,7 +3,7 @@ weights in a mask."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -21,32 +21,33 @@ from salun_sd.runtime.finite import NotFinite
 EXPLODED = 10.0
 
 
-class Method(Protocol):
-    """What is done to the images to forget. An instance, a frozen dataclass, holds the method's own settings: its
-    fields are numbers or a Literal of words, each with its published value as the default.
-
-    A method whose loss needs more than the prediction may have `watching(unet, rows)`, a context manager around each
-    forward and backward pass in which the forget rows come first. It may have `check_first(loss, name)`, which raises
-    an error where the loss of the first step shows that there is nothing to forget. It may have `join`, a
-    `surgery.Rule` by which the gradients of its loss and of the retain term are joined; else they are added.
-    """
+class Method:
+    """What is done to the images to forget. Each method is a frozen dataclass: its fields are its own settings, numbers
+    or a Literal of words, with the published values as defaults."""
 
     shows: ClassVar[str | None]  # what the images to forget show; None: there are none
     needs_anchor: ClassVar[bool]
     support: ClassVar[str]  # the published support, as --mask has it
-    published: ClassVar[dict[str, float | None]]  # by the name of their option; steps None: one pass
-
-    @property
-    def asks(self) -> bool:
-        """Whether the loss needs to know what the model predicted before training."""
+    published: ClassVar[dict[str, float | str | None]]  # by the name of their option; steps None: one pass
+    asks: bool = False  # whether the loss needs to know what the model predicted before training
+    join: Rule | None = None  # how the gradients of its loss and of the retain term are joined; None: they are added
 
     def of_base(self, unet: nn.Module, rows: Rows) -> torch.Tensor:
-        """What it needs to know, [n, 4, h, w], from the model before training."""
+        """What it needs to know, [n, 4, h, w], from the model before training, where it asks."""
+        raise NotImplementedError
 
     def losses(
         self, unet: nn.Module, prediction: torch.Tensor, rows: Rows, of_base: torch.Tensor | None
     ) -> torch.Tensor:  # fmt: skip
         """The loss of each row, [n]. prediction [n, 4, h, w]: the model's for the rows, with their own prompts."""
+        raise NotImplementedError
+
+    def watching(self, unet: nn.Module, rows: Rows) -> AbstractContextManager[None]:
+        """Around each forward and backward pass, whose first rows these are: for a loss of more than the prediction."""
+        return nullcontext()
+
+    def check_first(self, loss: float, name: str) -> None:
+        """Raises SalunError where the loss of the first step shows that the model `name` has nothing to forget."""
 
 
 class Retain(NamedTuple):
@@ -106,7 +107,7 @@ class Erasure(NamedTuple):
         """The method's own `join`, by which the gradients of the two terms are joined; None where they are added, and
         where there is one term."""
         both = self.training.forget is not None and self.training.retain is not None
-        return getattr(self.method, "join", None) if both else None
+        return self.method.join if both else None
 
     @property
     def holds(self) -> bool:
@@ -167,8 +168,8 @@ def erase(
         if step <= adam.steps:
             continue
         means = _update(unet, adam, erasure, batch, of_base(step), step, name)
-        if step == 1 and (check := getattr(erasure.method, "check_first", None)):
-            check(means["forget"], name)
+        if step == 1 and "forget" in means:
+            erasure.method.check_first(means["forget"], name)
         if step in (1, erasure.steps):
             _check_weights(adam, step, erasure.retain, name)
         yield {"step": step, **means}
@@ -211,8 +212,8 @@ def _add_gradient(
 
 def watching(unet: nn.Module, terms: list[Term]) -> AbstractContextManager[None]:
     """What a method may need around `losses_of` and the backward pass."""
-    of_method = getattr(terms[0].loss, "watching", None)
-    return of_method(unet, terms[0].rows) if of_method else nullcontext()
+    first = terms[0]
+    return first.loss.watching(unet, first.rows) if isinstance(first.loss, Method) else nullcontext()
 
 
 def _check_losses(losses: dict[str, float], step: int, lr: float, name: str) -> None:

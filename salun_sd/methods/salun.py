@@ -22,6 +22,7 @@ from salun_sd.core.diffusion import (
     target,
 )
 from salun_sd.methods.batches import CONCEPT, Rows
+from salun_sd.methods.loop import Method
 from salun_sd.runtime import ranks
 from salun_sd.runtime.finite import finite
 
@@ -68,7 +69,7 @@ def forget_gradient(
 
 
 @dataclass(frozen=True)
-class SalUn:
+class SalUn(Method):
     """loss = ||e(x_t|c') - e(x_t|c)||^2 over D_f (SalUn, section 4, and the authors' nsfw_removal.py).
 
     No gradient flows through the anchor's prediction e(x_t|c'). It is that of the weights being trained ("current", as

@@ -30,6 +30,10 @@ def places(tiny, tmp_path_factory) -> dict:
     (folder / "short.csv").write_text("case_number,evaluation_seed\n0,1\n")
     (folder / "odd.csv").write_text("case_number,prompt,evaluation_seed,evaluation_guidance\n0,a,x,7\n")
     (folder / "bad.toml").write_text('[[concept]]\nprompt = "x"\n')
+    (folder / "half.toml").write_text('[[concept]]\nprompt = "x"\nanchor = "y"\n[[concept]]\nprompt = "z"\n')
+    (folder / "esd.toml").write_text(
+        '[[concept]]\nprompt = "x"\n[settings]\nmethod = "esd"\nmask = "none"\nsetting = {scale = "much"}\n'
+    )
     (folder / "plan.toml").write_text('[[concept]]\nprompt = "x"\nanchor = "y"\n')
     unet = {name: t.shape for name, t in find(tiny).unet.items()}
     maskfile.write(folder / "mask.safetensors", Mask(random_bits(unet, 0.1, 0), {"base": "0" * 64}))
@@ -53,6 +57,13 @@ CASES = {
     "one anchor for two": (ERASE + "--concept 'a coat'", 2, "--anchor \"'a coat'\""),
     "no such plan": ("erase pocket --plan nowhere", 2, "nowhere nudity"),
     "a plan without an anchor": ("erase pocket --plan {here}/bad.toml", 2, "--concept anchor"),
+    "an anchor for one of two": ("erase pocket --plan {here}/half.toml --method esd", 2, "'z' anchor"),
+    "a word in a plan's table of settings": ("erase pocket --plan {here}/esd.toml", 2, "scale esd much"),
+    "a density in place of a plan's mask": (
+        "erase pocket --plan {here}/esd.toml --setting scale=2 --density 1e-9",
+        2,
+        "1e-09 keeps",
+    ),
     "a plan and a concept": (ERASE + "--plan {here}/plan.toml", 2, "--plan --concept"),
     "images of two concepts": (TWO + "--forget {photos}", 2, "--forget [[concept]]"),
     # numbers

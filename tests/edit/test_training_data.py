@@ -20,9 +20,11 @@ from salun_sd.edit import datasets, encodings
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
 from salun_sd.edit.recipes import recipe_of
-from salun_sd.edit.training_data import Sources, check_texts, collect
+from salun_sd.edit.training_data import Sources, check_texts, collect, sources_in_words
 from salun_sd.errors import UsageError
 from salun_sd.methods.ablation import Ablation
+from salun_sd.methods.ascent import Ascent
+from salun_sd.methods.esd import ESD
 from salun_sd.runtime import cache
 
 SNEAKER, COAT = Concept(CONCEPT, ANCHOR), Concept("a photo of a coat", "a photo of a dress")
@@ -64,7 +66,7 @@ def test_images_are_counted_whether_they_are_given_or_will_be_drawn(tiny, photog
         ([given, COAT], photographs, 3 + 5, True),
     ):
         found = sources(tiny, *concepts, retain=retain, caption=retain and "a photo")
-        assert (found.count(), found.draws()) == (count, draws)
+        assert (found.count(), found.draws(needs_mask=True)) == (count, draws)
 
 
 def test_what_stays_is_the_anchors_the_texts_or_a_prompt_set_without_the_concepts_classes(tiny, photographs):
@@ -306,3 +308,9 @@ def test_images_of_the_anchor_have_the_concepts_prompts_and_are_those_that_are_r
     prompts, contexts = encode_prompts(load_pipeline(find(tiny)), [CONCEPT, "a boot", ANCHOR]), training.forget.prompts
     assert torch.equal(contexts["context"][training.forget.which], prompts["context"][:2])
     assert torch.equal(contexts["context"][training.anchors], prompts["context"][[2, 2]])
+
+
+def test_images_that_only_a_mask_is_made_of_are_not_said_to_be_trained_on():
+    concept = Concept("a photo of a sneaker", None, images="here/photos").record()
+    said = {kind: sources_in_words({"samples": 7, "concepts": [concept]}, kind())["forget"] for kind in (ESD, Ascent)}
+    assert "7" in said[ESD] and "photos" not in said[ESD] and said[Ascent] == "here/photos"

@@ -56,7 +56,7 @@ def run(unet, erasure, lr=1e-3):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_loss_is_the_mean_square_of_the_probabilities_of_every_layers_own_queries_and_keys(name):
+def test_the_loss_is_the_root_mean_square_of_the_probabilities_of_every_layers_own_queries_and_keys(name):
     unet = family(name)
     rows, inputs = rows_of(unet, TOKENS), []
     layers = [layer for layer_name, layer in unet.named_modules() if layer_name.endswith("attn2")]
@@ -80,7 +80,7 @@ def test_the_loss_is_the_mean_square_of_the_probabilities_of_every_layers_own_qu
         wanted = torch.stack([torch.cat(of_image).mean() for of_image in seen])
         loss = loss_of(unet, rows)
     assert len(inputs) == len(layers) > 1 and wanted.min() > 0
-    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(loss, wanted.sqrt())
 
 
 def test_watching_changes_no_prediction_and_goes_after_an_error(fresh_unet):
@@ -136,7 +136,7 @@ def test_training_lowers_the_attention_on_the_concepts_tokens(pocket, schedule, 
     rows = run(unet, erasure_of(schedule, forget, tokens, retain, steps=12), lr=5e-4)
     attention = [row["forget"] for row in rows]
     assert sum(attention[-4:]) < 0.5 * sum(attention[:4])
-    assert f"{attention[0] ** 0.5:.3f}" in caplog.text
+    assert f"{attention[0]:.3f}" in caplog.text
 
 
 def test_parts_are_the_same_update_and_what_no_gradient_reaches_stays(fresh_unet, schedule, forget):
@@ -158,5 +158,5 @@ def test_parts_are_the_same_update_and_what_no_gradient_reaches_stays(fresh_unet
 
 def test_no_attention_to_lower_is_an_error_by_name():
     with pytest.raises(SalunError, match="here/model"):
-        METHOD.check_first(1e-9, "here/model")
-    METHOD.check_first(1e-4, "here/model")
+        METHOD.check_first(3e-5, "here/model")
+    METHOD.check_first(1e-2, "here/model")
