@@ -10,7 +10,7 @@ from salun_sd.audit.measure import measure, outcomes, pair, paired, share
 from salun_sd.audit.protocols import DEFAULT_LABELS, PROTOCOLS, THRESHOLD
 from salun_sd.errors import SalunError
 from salun_sd.report.gate import AGAINST
-from salun_sd.report.words import named, quoted, rate
+from salun_sd.report.words import in_words, named, quoted, rate
 
 SCHEMA = 6  # of report.json
 READ = (5, SCHEMA)  # those that can be compared; 5 has no change
@@ -143,12 +143,13 @@ def headline_metrics(report: dict) -> dict:
         concepts = side["concepts"] if len(side["concepts"]) > 1 else {}
         return side["metrics"] | {f"ua of {name}": metrics["ua"] for name, metrics in concepts.items()}
 
+    changes = {name: in_words(m) for name, m in report["quality"].items() if m and name.startswith("change")}
     measured, against = {name: metric for name, metric in by_name(report).items() if metric}, report["against"]
     return {
         "prompts": report["prompts"],
         "headline": headline(report),
         "images": images_of(report),
-        "metrics": {name: rate(metric) for name, metric in measured.items()},
+        "metrics": {name: rate(metric) for name, metric in measured.items()} | changes,
         "detector": report["settings"]["detector"],
         "against": against
         and {"model": against["model"], "metrics": {name: rate(by_name(against)[name]) for name in measured}},

@@ -37,7 +37,8 @@ RECORD = {  # the shape of a record: what is read of it
     "command": str,
     "concepts": [{"prompt": str, "synonyms": [str], "anchor": (str, None)}],
     "settings": {
-        "format": str, "steps": (int, None), "batch_size": int, "lr?": float, "retain_weight?": float, "seed": int,
+        "method?": str, "format": str, "steps": (int, None), "batch_size": int, "lr?": float, "retain_weight?": float,
+        "seed": int,
     },
     "images": {"forget": int, "retain": int},
     "data": {"forget": str, "retain": str},
@@ -153,7 +154,7 @@ def model_card(record: dict) -> str:
         base_model=name if is_hub_id else None,
         library_name=None if is_patch else "diffusers",
         pipeline_tag="text-to-image",
-        tags=["stable-diffusion", "concept-erasure", "machine-unlearning", "salun"],
+        tags=["stable-diffusion", "concept-erasure", "machine-unlearning", record["settings"].get("method", "salun")],
         **{key: escape.line(value) for key, value in record["base"]["license"].items() if key in LICENSE},
     )
     templates = Environment(

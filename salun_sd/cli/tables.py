@@ -65,7 +65,8 @@ def show_erased(record: dict, out, is_new: bool) -> None:
     print_lines(f"sizes by --format: {sizes}; on disk {megabytes(deliver.size_on_disk(out))}")
     steps = record["probe"]["step"] if record.get("probe") else record["settings"]["steps"]
     done = "solved in closed form" if steps is None else f"{steps} steps"
-    print_lines(f"{out}: {done}; mask and losses, for you alone: {run_folder(out)}")
+    kept = "mask" if steps is None else "mask and losses"
+    print_lines(f"{out}: {done}; {kept}, for you alone: {run_folder(out)}")
     if is_new and (run := deliver.run_of(out)):
         show_run(run)
 

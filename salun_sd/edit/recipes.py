@@ -23,7 +23,8 @@ OF_THE_LOOP = (
     "lr", "clip_norm", "steps", "sample_every", "save_every", "retain", "retain_caption", "retain_weight",
     "retain_target", "probe_every", "until",
 )  # fmt: skip
-OF_A_BATCH = ["batch_size", "parts"]  # of the loop, and of a mask that is computed
+# Of the loop, and of a mask that is computed.
+OF_A_BATCH = ["batch_size", "parts", "samples", "size", "dtype", "checkpointing"]
 TO_RETAIN = ("retain", "retain_caption", "retain_prompts", "retain_target")
 UNTYPED = {"parts": 1, "sample_every": 0, "save_every": 10}  # values that are defaults, beside None
 OWN = Range(0, 10**6)  # a number among a method's own settings
@@ -81,9 +82,12 @@ def recipe_of(
         check_choice("recipe", recipe, ("paper",))
     kind = METHODS[name]
     typed = {o: value for o, value in given.items() if value is not None and value != UNTYPED.get(o)}
-    settings = _parsed(own) | {o: typed.pop(o) for o in ("anchor_from",) if o in typed}
-    method = _method(name, kind, settings)
-    values = (OURS | kind.published | BETTER.get(name, {})) if recipe is None else (PAPER | kind.published)
+    settings = _parsed(own)
+    if "anchor_from" in settings and "anchor_from" in typed:
+        raise UsageError("--setting anchor_from and --anchor-from are one setting: give one of them.")
+    method = _method(name, kind, settings | {o: typed.pop(o) for o in ("anchor_from",) if o in typed})
+    paper = PAPER if kind.needs_anchor else PAPER | {"retain_prompts": None}
+    values = (OURS | kind.published | BETTER.get(name, {})) if recipe is None else (paper | kind.published)
     values |= {option: typed[option] for option in values if option in typed}
     _check_used(name, kind, values, typed)
     check_until(typed.get("until"), values["probe_every"])
@@ -103,8 +107,10 @@ def _parsed(own: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for text in own or ():
         name, equals, value = text.partition("=")
-        if not equals or name in settings:
-            raise UsageError(f"--setting {text} is not NAME=VALUE, or is given twice: write scale=2, say, once.")
+        if not equals:
+            raise UsageError(f"--setting {text} has no value: write NAME=VALUE, such as scale=2.")
+        if name in settings:
+            raise UsageError(f"--setting {name} is given twice: give it once.")
         try:
             settings[name] = float(value)
         except ValueError:
@@ -119,6 +125,7 @@ def _method(method: str, kind: type[Method] | type[UCE], settings: Mapping[str, 
     for name, value in settings.items():
         if name not in types:
             of_its_own = f"its own settings are {', '.join(types)}" if types else "it has no settings of its own"
+            name = "--anchor-from" if name == "anchor_from" else name
             raise UsageError(f"{name} is no setting of --method {method}: {of_its_own}.")
         words = get_args(types[name])
         if words and value not in words:
@@ -145,5 +152,6 @@ def _check_used(
         raise UsageError(f"--{option.replace('_', '-')} is of no use to --method {name}: leave it out.")
     retains = kind is UCE or values["retain_weight"]
     if not retains and (option := next((o for o in TO_RETAIN if o in typed), None)):
-        raise UsageError(f"--{option.replace('_', '-')} is of no use where --retain-weight is 0, as it is for --method "
-                         f"{name} by default: give a weight, or leave it out.")  # fmt: skip
+        by_default = "" if "retain_weight" in typed else f", as it is for --method {name} by default"
+        raise UsageError(f"--{option.replace('_', '-')} is of no use where --retain-weight is 0{by_default}: give a "
+                         "weight, or leave it out.")  # fmt: skip

@@ -243,7 +243,7 @@ def sources_in_words(settings: Mapping, method: Method | UCE) -> dict[str, str]:
         if method.shows == batches.ANCHOR:
             return f"drawn by the base, {samples} for {concept['anchor']!r} with the prompt {concept['prompt']!r}"
         if method.shows == TRAJECTORY:
-            return f"half drawn by the base, {samples} for {concept['prompt']!r}"
+            return f"half-drawn images of the base, {samples} for {concept['prompt']!r}"
         return concept["images"] or f"drawn by the base, {samples} for {concept['prompt']!r}"
 
     forget = "; ".join(map(drawn, concepts)) if method.shows else "none"

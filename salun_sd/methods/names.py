@@ -6,7 +6,7 @@ SUMMARIES = {
     "ablation": "as salun, on images of the anchor; needs an anchor",
     "forget-me-not": "lowers the attention on the concept's words; needs no anchor",
     "ascent": "raises the denoising loss of the concept; needs no anchor",
-    "erasediff": "retains first, and adds as much of salun's gradient as the forget loss needs to fall; needs an anchor",
+    "erasediff": "retains, and adds what of salun's gradient the forget loss needs to fall; needs an anchor",
     "finetune": "trains on the retain images alone; needs no anchor",
     "uce": "rewrites cross-attention in closed form, with no training loop; an anchor is optional",
 }

@@ -54,7 +54,7 @@ def test_a_recorded_audit_is_in_the_record_and_in_the_card(erased):
     assert escape.text(audit["metrics"]["ua of coat"]) in card.text and card.data.pipeline_tag == "text-to-image"
     table = card.text[card.text.index("| metric |") :].split("\n\n")[0].splitlines()  # lines on end, or it is no table
     names = [line.split("|")[1].strip() for line in table[2:]]
-    assert names == ["ua", "ra", "flag\\_rate", "ua of sneaker", "ua of coat"]
+    assert names == ["ua", "ra", "flag\\_rate", "ua of sneaker", "ua of coat", "change", "change\\_ssim"]
     assert len({line.count("|") for line in table}) == 1 and table[1] == "| --- | --- | --- |"
     assert audit["headline"] in card.text and "sneaker" in audit["headline"] and "coat" in audit["headline"]
 

@@ -20,7 +20,8 @@ def test_the_papers_recipe_is_what_was_published(name):
     assert recipe.values | METHODS[name].published == recipe.values
     assert recipe.method == METHODS[name]()
     if recipe.retain:
-        assert recipe.retain.target == "noise" and recipe.values["retain_prompts"] == "anchor"
+        assert recipe.retain.target == "noise"
+        assert recipe.values["retain_prompts"] == ("anchor" if recipe.method.needs_anchor else None)
         assert recipe.values["probe_every"] == 0
 
 
@@ -51,9 +52,14 @@ WRONG = {
     "a number that this method does not take": (("uce", None, ["ridge=0"], {}), "ridge uce"),
     "no value": (("esd", None, ["scale"], {}), "scale NAME=VALUE"),
     "a setting twice": (("esd", None, ["scale=1", "scale=2"], {}), "scale twice"),
-    "anchor_from of a method without": (("ascent", None, None, {"anchor_from": "base"}), "anchor_from ascent"),
+    "anchor_from of a method without": (("ascent", None, None, {"anchor_from": "base"}), "--anchor-from ascent"),
     "steps without a loop": (("uce", None, None, {"steps": 3}), "--steps uce"),
     "a retain weight without a loop": (("uce", None, None, {"retain_weight": 0.5}), "--retain-weight uce"),
+    "a size where no mask is computed": (("uce", None, None, {"size": 64}), "--size uce"),
+    "a setting twice, once as an option": (
+        ("salun", None, ["anchor_from=base"], {"anchor_from": "base"}),
+        "--anchor-from --setting",
+    ),
     "a stop that nothing measures": (("salun", "paper", None, {"until": 0.9}), "--until --probe-every"),
     "a stop where no concept moves": (("finetune", None, None, {"until": 0.9}), "--until finetune"),
     "a join of one gradient": (("erasediff", None, None, {"retain_weight": 0.0}), "erasediff --retain-weight"),
