@@ -242,7 +242,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny, made,
 def test_a_disk_that_takes_no_more_is_said_and_leaves_nothing(masking, erasing, tmp_path):
     """A limit on the size of files stands for a full disk: the system refuses the write in the same way."""
     for argv, name, most in (
-        ([*erasing, "--mask", "none"], "erased", 2**21),
+        ([*erasing, "--mask", "none", "--save-every", "0"], "erased", 2**21),
         (masking, "mask.safetensors", 2**16),
     ):
         limit = (resource.RLIMIT_FSIZE, (most, most))
