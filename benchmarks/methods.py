@@ -1,13 +1,13 @@
-"""Every method on every support: how well it erases a class of the pocket checkpoint, and how much it changes the rest.
+"""Methods on supports: how well they erase a class of the pocket checkpoint, and how much they change the rest.
 
     python benchmarks/methods.py --out /tmp/methods
-    python benchmarks/methods.py --out /tmp/methods --method salun --method salun:paper --seed 0 --seed 1 --seed 2
+    python benchmarks/methods.py --out /tmp/methods --method salun --support none --seed 0 --seed 1 --seed 2
 
-Runs the commands that a person would type, one audit for each. Keeps each row in DIR/rows.jsonl, and writes
+Runs the commands that a person would type, one audit for each of RUNS. Keeps each row in DIR/rows.jsonl, and writes
 benchmarks/methods.md with benchmarks/methods.svg from all of them. Run again to go on where it stopped; several may run
 at once, each with other options.
 
-Every method has its own steps and learning rate, found by `--tune` on two classes and a seed that the table has not.
+A method's numbers are found with `--tune`, on other classes and seeds than those of the table.
 """
 
 import json
@@ -127,7 +127,7 @@ def write(rows: list[Row]) -> None:
         f"""# Methods and supports, on the classes of the pocket checkpoint
 
 `python benchmarks/{Path(__file__).name} --out DIR`, with the options that the last table names
-{date.today()}, {cpu()}, Python {platform.python_version()}; one thread.
+{date.today()}, {cpu()}, Python {platform.python_version()}; one thread. Seconds were taken while other programs ran.
 
 Each class is erased towards the next one. UA: share of the concept's 100 prompts whose image is not classified as it.
 RA: share of 180 prompts of the other classes classified as what they ask for, less the base's on the same prompts and

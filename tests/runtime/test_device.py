@@ -44,7 +44,7 @@ def test_the_saved_file_has_the_bases_dtype_and_outside_the_mask_its_bytes(tmp_p
         old, new = t.read(), after[name].read()
         assert new.dtype == dtype and torch.equal(old[~bits[name]], new[~bits[name]]), name
         moved += int((old != new)[bits[name]].sum())
-    assert moved > 0.9 * mask.kept(bits)[0]
+    assert moved > 0.8 * mask.kept(bits)[0]
     finest = torch.cat([after[name].read()[bits[name]] for name in bits])
     assert (
         finest != finest.bfloat16().to(dtype)
