@@ -6,6 +6,7 @@ So training needs no base weights beside those that it changes.
 import math
 import zlib
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -71,10 +72,11 @@ def of_base(
     share, training = erasure.share(), erasure.training
     shape = (training.forget or training.retain).latents.shape[1:]
     kept = Predictions(folder, (erasure.asks, len(share), *shape))
-    with tqdm(erasure.batches(), desc="predict", total=erasure.steps, unit="step") as bar:
-        for n, batch in enumerate(bar):
-            if n < len(kept):
-                continue
+    if (known := len(kept)) >= erasure.steps:
+        return kept
+    rest = islice(erasure.batches(), known, None)  # the random numbers of those before are drawn, and not used
+    with tqdm(rest, desc="predict", total=erasure.steps, initial=known, unit="step") as bar:
+        for batch in bar:
             values = torch.empty(kept.shape)
             for i in range(erasure.parts):
                 terms = erasure.terms(batch, share[i :: erasure.parts], unet.device)

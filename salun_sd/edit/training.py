@@ -74,11 +74,10 @@ def train(
     progress.probe = watch.last
     if progress.minutes:  # writing the result takes time, too
         progress.save(mask, adam)
-    if ranks.is_main():
-        progress.remove_predictions()
     values = adam.values()
     adam.close()
     if ranks.is_main():
+        progress.remove_predictions()
         largest = max(forgetting, default=None) if erasure.method.needs_anchor else None
         _warn_of_no_erasure(model, values, mask, largest, unet.dtype)
     return values

@@ -22,7 +22,9 @@ def erasure_by(
     return Erasure(method, Retain(weight, target), training, steps, batch_size, seed=0)
 
 
-def train(unet, erasure: Erasure, *, bits: Bits | None = None, lr: float = 1e-3) -> Iterator[dict[str, float]]:
+def train(
+    unet, erasure: Erasure, *, bits: Bits | None = None, lr: float = 1e-3, name: str = "the model"
+) -> Iterator[dict[str, float]]:  # fmt: skip
     """The steps of an erasure; the model that it asks is the UNet as it is before the first."""
     base, batches = deepcopy(unet), list(erasure.batches())
 
@@ -31,7 +33,7 @@ def train(unet, erasure: Erasure, *, bits: Bits | None = None, lr: float = 1e-3)
         return loop.of_base(base, terms) if erasure.asks else None
 
     bits = bits or full_bits({name: p.shape for name, p in unet.named_parameters()})
-    return loop.erase(unet, MaskedAdam(unet, bits, lr, holds=erasure.holds), erasure, of_base=known)
+    return loop.erase(unet, MaskedAdam(unet, bits, lr, holds=erasure.holds), erasure, of_base=known, name=name)
 
 
 def check_forget_loss(unet, erasure: Erasure, naive: Callable[[Batch], torch.Tensor]) -> None:

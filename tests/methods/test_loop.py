@@ -5,12 +5,12 @@ from itertools import islice
 
 import pytest
 import torch
+from helpers.erasures import train
 
 from salun_sd.core.diffusion import add_noise, target
 from salun_sd.core.mask import full_bits, random_bits
 from salun_sd.core.masked import MaskedAdam
 from salun_sd.errors import SalunError
-from salun_sd.methods import loop
 from salun_sd.methods.batches import Training
 from salun_sd.methods.loop import Erasure, Retain, erase
 from salun_sd.methods.salun import SalUn
@@ -31,19 +31,9 @@ def erasure_of(
     return Erasure(SalUn(anchor_from), Retain(retain_weight, retain_target), training, steps, batch_size, seed, parts)
 
 
-def known(unet, erasure):
-    """What the erasure asks of the model as it is, for each step."""
-    if not erasure.asks:
-        return lambda step: None
-    base, share = deepcopy(unet), erasure.share()
-    of_steps = [loop.of_base(base, erasure.terms(batch, share, base.device)) for batch in erasure.batches()]
-    return lambda step: of_steps[step - 1]
-
-
 def run(unet, bits, schedule, forget, contexts, retain, *, lr=1e-3, name="the model", **settings):
     erasure = erasure_of(schedule, forget, retain, **settings)
-    adam = MaskedAdam(unet, bits, lr, holds=erasure.parts > 1)
-    return list(erase(unet, adam, erasure, of_base=known(unet, erasure), name=name))
+    return list(train(unet, erasure, bits=bits, lr=lr, name=name))
 
 
 def test_a_batch_in_parts_is_the_same_update_to_rounding(fresh_unet, schedule, forget, contexts, retain):
