@@ -15,7 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import models
+from helpers import by_class, models
 from helpers.commands import python
 from PIL import Image
 
@@ -71,7 +71,7 @@ def raw(t: tensors.Lazy) -> torch.Tensor:
 
 
 def moved(base, other, change) -> int:
-    """Compare every tensor of every part; how many weights differ, all of them in the UNet and inside the mask."""
+    """Compare every tensor of every part; how many weights differ, all of them in the denoiser and inside the mask."""
     bits = {key.removeprefix("mask/"): t for key, t in change.tensors.items() if key.startswith("mask/")}
     count = 0
     assert other.parts.keys() == base.parts.keys()
@@ -81,7 +81,7 @@ def moved(base, other, change) -> int:
         for name, t in of_base.items():
             assert (of_other[name].dtype, of_other[name].shape) == (torch.float16, t.shape), f"{part} {name}"
             differs = raw(t) != raw(of_other[name])
-            if part == "unet" and name in bits:
+            if part == base.denoiser and name in bits:
                 count += int(differs.sum())
                 differs &= ~mask.unpacked_bits(bits[name].read(), t.shape)
             assert not differs.any(), f"{part} {name}"
@@ -177,3 +177,32 @@ def test_every_form_of_the_true_architecture(here, run, family, prediction):
         assert others and all(torch.equal(before[key].read(), after[key].read()) for key in others)
         reverted = apply("erased folder", [of_file], "--revert")
         assert fingerprints(find(str(reverted))) == of_base
+
+
+@pytest.mark.slow
+def test_a_transformer_that_draws_classes(here, run):
+    """DiT-XL/2 256, whose config has the class that it was published with."""
+    started, labels = time.monotonic(), [f"thing {n}" for n in range(1000)]
+    folder = by_class.write_dit(here / "base", labels, full=True, dtype=torch.float16)
+    by_class.change(folder / "transformer" / "config.json", _class_name="Transformer2DModel")
+    print(f"{'write the base':<32} {time.monotonic() - started:8.1f}")
+    base = find(str(folder))
+    weights = sum(t.shape.numel() for t in base.unet.values())
+    assert (base.image_size, len(base.classes.labels), base.classes.null) == (256, 1000, 1000)
+
+    mask_file, change, applied = here / "mask.safetensors", here / "patch.safetensors", here / "erased"
+    (here / "images" / "1.png").unlink()
+    train = ["--concept", "thing 7", "--forget", here / "images", "--size", 64, "--batch-size", 1]
+    run("mask", "mask", folder, *train, "--density", 0.01, "--dtype", "bfloat16", "--out", mask_file)
+    train += ["--anchor", 8, "--retain", here / "images", "--steps", 1, "--lr", 1e-3, "--dtype", "bfloat16"]
+    run("erase -> patch", "erase", folder, *train, "--mask", mask_file, "--format", "patch", "--reversible",
+        "--out", change)  # fmt: skip
+    written = patch.read(change)
+    assert (written.record["mask"]["kept"], written.record["mask"]["of"]) == (round(0.01 * weights), weights)
+    peak = run("apply", "apply", folder, change, "--out", applied)
+    assert peak < 0.6 * size_on_disk(folder)
+    erased = find(str(applied))
+    assert moved(base, erased, written) == written.record["changed"]["inside"] > 0
+    assert fingerprints(erased) == fingerprints(base) | {"transformer": written.record["erased"]["fingerprint"]}
+    opened = diffusers.DiTPipeline.from_pretrained(applied, torch_dtype=torch.float16, local_files_only=True)
+    assert all(torch.equal(opened.transformer.state_dict()[name], t.read()) for name, t in erased.unet.items())

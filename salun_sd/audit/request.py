@@ -95,15 +95,16 @@ class Request(NamedTuple):
 
     @classmethod
     def of(
-        cls, name: str, where: Sequence[str], limit: int | None, guidance: float | None, size: str | None
+        cls, name: str, where: Sequence[str], limit: int | None, guidance: float | None, size: str | None,
+        model: Checkpoint | None = None,
     ) -> "Request":  # fmt: skip
-        """The prompts of these options of `evaluate`, with nothing to judge yet. Raises UsageError or SalunError for
-        values that do not exist or cannot be used."""
+        """The prompts of these options of `evaluate`, with nothing to judge yet; `model` is for the set "classes".
+        Raises UsageError or SalunError for values that do not exist or cannot be used."""
         sides = None if size is None else prompts.parse_size(size)
         if guidance is not None and not 0 <= guidance <= prompts.MOST_GUIDANCE:
             raise UsageError(f"--guidance {guidance} is not a guidance scale: give a number from 0 to "
                              f"{prompts.MOST_GUIDANCE}, such as 7.5.")  # fmt: skip
-        originals = prompts.read(name, where, limit)
+        originals = prompts.read(name, where, limit, model)
         rows = prompts.overridden(originals, guidance, sides)
         filtered = f" where {' and '.join(where)}" if where else ""
         first = f", the first {limit}" if limit else ""

@@ -22,6 +22,7 @@ from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import generate
 from salun_sd.draw.encode import warn_of_long
 from salun_sd.draw.kept import kept_images
+from salun_sd.draw.prompts import CLASSES
 from salun_sd.draw.sample import scheduler_class
 from salun_sd.errors import UsageError, some
 from salun_sd.report import gate
@@ -66,7 +67,9 @@ def evaluate(
     check_options(model, against, images, out, drawing=(denoising_steps, scheduler, guidance, size),
                   samples=samples_per_prompt, confident=confident, fail_if=fail_if)  # fmt: skip
     check_place(out / "report.json", out / "images" / "0_0.png")
-    request = Request.of(prompts, where, limit, guidance, size)
+    models = cache(partial(_models, model, against, config, revision, variant))
+    drawn = (models()[0] or models()[1]) if prompts == CLASSES else None
+    request = Request.of(prompts, where, limit, guidance, size, drawn)
     sampling = {"steps": denoising_steps, "scheduler": None if scheduler is None else scheduler_class(scheduler)}
     manifest = collected(images, request.rows, out, subset=bool(where or limit)) if images else None
     samples = len(manifest) // len(request.rows) if images else samples_per_prompt or 1
@@ -76,7 +79,7 @@ def evaluate(
     quality.check_options(fid, reference, has_base=against is not None)
     if detector:
         load_detector(detector)
-    audited, base, erasure = _models(model, against, config, revision, variant)
+    audited, base, erasure = models()
     if record:
         check_record(audited, erasure)
     request = request.judging(concept_class, classifier, erasure)

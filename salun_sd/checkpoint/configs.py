@@ -1,6 +1,7 @@
 """The configs of a pipeline folder: read, checked, and the modules that they describe."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +22,23 @@ class Part(NamedTuple):
 
     shape: Shape
     key: str  # that names the kind of model
-    kind: str  # the one that salun-sd knows
+    kind: str
 
 
 UNET = Part(
     {"in_channels": int, "out_channels?": int, "block_out_channels": [int], "attention_head_dim": (int, [int], None),
      "cross_attention_dim": int, "sample_size?": SIDE},
     "_class_name", "UNet2DConditionModel",
+)  # fmt: skip
+UNET_BY_CLASS = Part(
+    {"in_channels": int, "out_channels": int, "block_out_channels": [int], "sample_size": SIDE,
+     "attention_head_dim?": (int, None), "num_class_embeds?": (int, None), "class_embed_type?": (str, None)},
+    "_class_name", "UNet2DModel",
+)  # fmt: skip
+DIT = Part(
+    {"in_channels": int, "out_channels?": (int, None), "num_attention_heads": int, "attention_head_dim": int,
+     "num_layers": int, "patch_size": int, "sample_size": int, "num_embeds_ada_norm": int},
+    "_class_name", "DiTTransformer2DModel",
 )  # fmt: skip
 VAE = Part(
     {"block_out_channels": [int], "latent_channels?": int, "sample_size?": SIDE, "scaling_factor?": float,
@@ -41,7 +52,10 @@ TEXT_ENCODER = Part(
      "pad_token_id?": (int, None)},
     "model_type", "clip_text_model",
 )  # fmt: skip
-PARTS = {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER, "text_encoder_2": TEXT_ENCODER}
+OLD = {"Transformer2DModel": DIT.kind}  # as DiT was published: diffusers had no class of its own for it
+# The kinds of each part that salun-sd knows; a config that names none is of the first.
+PARTS = {"unet": (UNET, UNET_BY_CLASS), "transformer": (DIT,), "vae": (VAE,), "text_encoder": (TEXT_ENCODER,),
+         "text_encoder_2": (TEXT_ENCODER,)}  # fmt: skip
 # The variances of the noise, and what the UNet predicts. Each class of diffusers has its own other settings.
 SCHEDULER = {
     "_class_name": str, "prediction_type?": (str, None), "num_train_timesteps?": int, "beta_start?": float,
@@ -52,14 +66,24 @@ SCHEDULER = {
 def read(folder: Path, part: str, name: str) -> dict:
     """The config of one part of a pipeline, which errors call `name`. Raises UsageError if it is missing or damaged, or
     of another kind of model."""
-    file, (shape, key, kind) = folder / part / "config.json", PARTS[part]
-    settings = _settings(file, shape, name)
-    if (other := settings.get(key, kind)) != kind:
-        raise UsageError(f"{file} is of a {other}, and salun-sd knows only {kind} as the {part} of a pipeline.")
+    file, known = folder / part / "config.json", {known.kind: known for known in PARTS[part]}
+    key, usual = PARTS[part][0].key, PARTS[part][0].kind
+    kind = _settings(file, {f"{key}?": str}, name).get(key, usual)
+    if (kind := OLD.get(kind, kind)) not in known:
+        raise UsageError(f"{file} is of a {kind}, and salun-sd knows only {' and '.join(known)} as the {part} of a "
+                         "pipeline.")  # fmt: skip
+    shape = known[kind].shape
+    settings = _settings(file, shape, name) | {key: kind}
     for k, value in settings.items():
         if fault := _fault(k, value, is_known=k in shape or f"{k}?" in shape):
             raise UsageError(f"{file} is damaged: {k} {fault}.")
     return settings
+
+
+def multiple(settings: dict) -> int:
+    """What both sides of the latents have to be a multiple of, so that the denoiser with this config can halve them, or
+    cut them into patches."""
+    return settings.get("patch_size") or 2 ** (len(settings["block_out_channels"]) - 1)
 
 
 def _settings(file: Path, shape: Shape, name: str) -> dict:
@@ -109,7 +133,7 @@ def skeleton(folder: Path, part: str, name: str) -> nn.Module:
                 with_projection = part == "text_encoder_2"
                 kind = transformers.CLIPTextModelWithProjection if with_projection else transformers.CLIPTextModel
                 return kind(config)
-            kind = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
+            kind = getattr(diffusers, settings["_class_name"])
             parameters = signature(kind).parameters
             known = {key: value for key, value in settings.items() if key in parameters}
             if odd := [key for key, value in known.items() if not _is_like(value, parameters[key].default)]:
@@ -117,7 +141,7 @@ def skeleton(folder: Path, part: str, name: str) -> nn.Module:
             return kind.from_config(known)
     except Exception as e:  # every layer has its own types
         file = folder / part / "config.json"
-        raise UsageError(f"{file} is damaged: it describes no {PARTS[part].kind} ({first_line(e)}).") from e
+        raise UsageError(f"{file} is damaged: it describes no {settings[PARTS[part][0].key]} ({first_line(e)}).") from e
 
 
 @torch.no_grad()
@@ -131,6 +155,10 @@ def check_pass(folder: Path, part: str, module: nn.Module) -> None:
             elif part == "vae":
                 side = 8 << len(config.block_out_channels)
                 module(torch.empty(1, 3, side, side))
+            elif type(module).__name__ != UNET.kind:
+                side = 4 * multiple(config)
+                x, number = torch.empty(1, config.in_channels, side, side), torch.zeros(1, dtype=torch.int64)
+                deepcopy(module).to("meta")(x, number, class_labels=number)  # some have buffers
             else:
                 side, times = 1 << len(config.block_out_channels), config.addition_time_embed_dim or 0
                 pooled = (config.projection_class_embeddings_input_dim or 0) - 6 * times
@@ -138,7 +166,7 @@ def check_pass(folder: Path, part: str, module: nn.Module) -> None:
                 context = torch.empty(1, 2, config.cross_attention_dim)
                 module(torch.empty(1, 4, side, side), torch.zeros(1), context, added_cond_kwargs=sizes)
     except Exception as e:  # every layer has its own types
-        raise UsageError(f"{file} is damaged: no tensor passes its {PARTS[part].kind} ({first_line(e)}).") from e
+        raise UsageError(f"{file} is damaged: no tensor passes its {type(module).__name__} ({first_line(e)}).") from e
 
 
 def _is_like(value: object, default: object) -> bool:

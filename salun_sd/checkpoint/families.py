@@ -1,4 +1,5 @@
-"""Which model a folder or a file holds: Stable Diffusion 1.x, 2.x, SDXL base, or one that is not supported."""
+"""Which model a folder or a file holds: Stable Diffusion 1.x, 2.x, SDXL base, a class-conditional model, or one that is
+not supported."""
 
 import re
 from pathlib import Path
@@ -9,16 +10,24 @@ from salun_sd.checkpoint.tensors import Tensors
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime.documents import read_json
 
-SUPPORTED = "salun-sd edits Stable Diffusion 1.x, 2.x and SDXL base"
+SUPPORTED = "salun-sd edits Stable Diffusion 1.x, 2.x and SDXL base, and class-conditional DDPM and DiT"
 
 
 class Family(NamedTuple):
     key: str  # of layout.FAMILIES
     name: str
     pipeline: str  # the class in diffusers
-    parts: tuple[str, ...]  # the components with weights
-    encoder_prefix: str  # of its text encoder's tensors in a single file; no other family has such names
-    hub: str  # a hub id whose configs fit a single file of the family
+    parts: tuple[str, ...]  # the components with weights; the first is the one that is edited
+    encoder_prefix: str = ""  # of its text encoder's tensors in a single file; no other family has such names
+    hub: str = ""  # a hub id whose configs fit a single file of the family
+    steps: int = 50  # of denoising, to draw with
+    guidance: float = 7.5  # guidance scale to draw with, in diffusers' form
+    saliency_guidance: float = 7.5  # w of the saliency, as the authors have it
+
+    @property
+    def draws_text(self) -> bool:
+        """Whether it draws from a text; a class-conditional model draws from a class."""
+        return "text_encoder" in self.parts
 
 
 SD1 = Family(
@@ -34,7 +43,15 @@ SDXL = Family(
     "conditioner.embedders.1.model.", "stabilityai/stable-diffusion-xl-base-1.0",
 )  # fmt: skip
 
-INDEX = {"_class_name": str, "force_zeros_for_empty_prompt?": bool}  # the shape of model_index.json
+# The authors guide both the mask and the images with w = 2. DiT's guidance is that of diffusers' pipeline.
+DDPM = Family(
+    "ddpm", "class-conditional DDPM", "DDPMPipeline", ("unet",), steps=100, guidance=3.0, saliency_guidance=2.0
+)  # fmt: skip
+DIT = Family("dit", "DiT", "DiTPipeline", ("transformer", "vae"), guidance=4.0, saliency_guidance=2.0)
+BY_CLASS = {"DDPMPipeline": DDPM, "DDIMPipeline": DDPM, "DiTPipeline": DIT}
+
+# The shape of model_index.json.
+INDEX = {"_class_name": str, "force_zeros_for_empty_prompt?": bool, "id2label?": ({str: str}, None)}
 OTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 UNET, EMA = "model.diffusion_model.", "model_ema."  # prefixes in a single file: of the UNet, and of its moving average
 ENTRY = f"{UNET}input_blocks.0.0.weight"
@@ -62,11 +79,15 @@ def of_folder(folder: Path, name: str) -> Family:
     if not file.is_file() and not file.is_symlink():
         component = _class_of(folder / "config.json")
         what = f"it is one component, {component}" if component else "it has no model_index.json"
-        raise UsageError(f"{name} is not a Stable Diffusion pipeline folder: {what}.")
+        raise UsageError(f"{name} is not a pipeline folder: {what}.")
     pipeline = read_json(file, INDEX, UsageError)["_class_name"]
+    if pipeline in BY_CLASS:
+        return _by_class(folder, BY_CLASS[pipeline], name)
     if pipeline not in (SD1.pipeline, SDXL.pipeline):
         raise UsageError(f"{name} is a {pipeline}; {SUPPORTED}.")
     unet = configs.read(folder, "unet", name)
+    if unet["_class_name"] != "UNet2DConditionModel":
+        raise UsageError(f"{name} is a {pipeline} with a {unet['_class_name']}: its config is of another model.")
     if unet["in_channels"] != 4:
         raise UsageError(_odd_input(name, unet["in_channels"]))
     if pipeline == SDXL.pipeline:
@@ -76,6 +97,31 @@ def of_folder(folder: Path, name: str) -> Family:
     else:  # OpenAI's CLIP (1.x) was trained with quick_gelu, OpenCLIP (2.x) with gelu
         family = SD1 if configs.read(folder, "text_encoder", name)["hidden_act"] == "quick_gelu" else SD2
     _check_fit(family, {part: configs.read(folder, part, name) for part in family.parts}, name)
+    return family
+
+
+def _by_class(folder: Path, family: Family, name: str) -> Family:
+    """The family itself. Raises UsageError where a model draws no classes, or its parts do not fit one another."""
+    settings = configs.read(folder, family.parts[0], name)
+    inputs, outputs = settings["in_channels"], settings.get("out_channels") or settings["in_channels"]
+    if family is DDPM:
+        if settings["_class_name"] != "UNet2DModel":
+            raise UsageError(f"{name} has a {settings['_class_name']}, and a {family.pipeline} needs a UNet2DModel.")
+        if settings.get("class_embed_type") is not None or not settings.get("num_class_embeds"):
+            raise UsageError(f"{name} draws no classes (its UNet has no num_class_embeds), so there is none to erase; "
+                             f"{SUPPORTED}.")  # fmt: skip
+        if inputs not in (1, 3):
+            raise UsageError(f"The unet of {name} has {inputs} channels, and an image has 1 or 3: its config is of "
+                             "another model.")  # fmt: skip
+        wanted = {inputs}
+    else:
+        latents, wanted = configs.read(folder, "vae", name).get("latent_channels", 4), {inputs, 2 * inputs}
+        if inputs != latents:
+            raise UsageError(f"The transformer of {name} has {inputs} input channels, and its vae {latents}: a config "
+                             "is of another model.")  # fmt: skip
+    if outputs not in wanted:
+        raise UsageError(f"The {family.parts[0]} of {name} gives {outputs} channels for {inputs}: its config is "
+                         "damaged.")  # fmt: skip
     return family
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from salun_sd.checkpoint import families, layout, provenance, tensors
-from salun_sd.checkpoint.model import CONFIGS, FILES, POCKET, Checkpoint
+from salun_sd.checkpoint.model import BUNDLED, CONFIGS, FILES, POCKET, Checkpoint
 from salun_sd.checkpoint.tensors import Tensors
 from salun_sd.errors import SalunError, UsageError, first_line, some
 from salun_sd.runtime.documents import parse_json
@@ -44,11 +44,11 @@ def opened(
 def find(
     model: str, *, config: str | None = None, revision: str | None = None, variant: str | None = None
 ) -> Checkpoint:  # fmt: skip
-    """The checkpoint `pocket`, a diffusers folder, a single file in the original layout, or a hub id (cached).
+    """A checkpoint of BUNDLED, a diffusers folder, a single file in the original layout, or a hub id (cached).
 
     Raises UsageError, which says what `model` is, for anything else; SalunError for a damaged one.
     """
-    path = POCKET if model == "pocket" else Path(model)
+    path = BUNDLED.get(model, Path(model))
     if os.path.lexists(path) and not path.is_dir():
         return _single_file(model, path, config, revision, variant)
     if config:
@@ -61,10 +61,11 @@ def find(
     else:
         path = _from_hub(model, revision, variant)
         revision = path.name  # the commit
-    if variant and not any(path.glob(f"unet/*.{variant}*")):
+    family = families.of_folder(path, model)
+    if variant and not any(path.glob(f"{family.parts[0]}/*.{variant}*")):
         logger.warning(f"{model} has no {variant} UNet; its plain files are read instead.")
         variant = None
-    return _checked(Checkpoint(model, path, path, families.of_folder(path, model), variant, revision))
+    return _checked(Checkpoint(model, path, path, family, variant, revision))
 
 
 def _single_file(name: str, file: Path, config: str | None, revision: str | None, variant: str | None) -> Checkpoint:
@@ -155,7 +156,8 @@ def _prediction_type(content: Tensors, header: dict[str, str]) -> str | None:
 def _from_hub(model: str, revision: str | None, variant: str | None) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         raise UsageError(
-            f"Model {model} was not found: give pocket, a diffusers folder, a single file or a hub id such as org/name."
+            f"Model {model} was not found: give {', '.join(BUNDLED)}, a diffusers folder, a single file or a hub id "
+            "such as org/name."
         )
     from diffusers import DiffusionPipeline
     from huggingface_hub import snapshot_download
@@ -189,10 +191,11 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     name = checkpoint.name
     for part, content in checkpoint.parts.items():
         for key, t in content.items():
-            if t.dtype not in EDITED and (part == "unet" or key.endswith((".weight", ".bias"))):
+            if t.dtype not in EDITED and (part == checkpoint.denoiser or key.endswith((".weight", ".bias"))):
                 raise UsageError(f"{key} in the {part} of {name} is in {t.dtype}; salun-sd edits float32, float16 and "
                                  "bfloat16.")  # fmt: skip
-    vae, scheduler, prediction = checkpoint.settings("vae"), checkpoint.scheduler, checkpoint.prediction_type
+    scheduler, prediction = checkpoint.scheduler, checkpoint.prediction_type
+    vae = checkpoint.vae_settings or {}
     if scheduler.startswith("EDM"):
         raise UsageError(f"{name} was trained with the noise of EDM ({scheduler}); {families.SUPPORTED}.")
     if prediction not in ("epsilon", "v_prediction"):

@@ -69,13 +69,14 @@ def take_meta(piece: Piece, which: int, shape, dtype: torch.dtype) -> tuple[list
 def canonical(part: str, name: str) -> str | None:
     """The name that the tables use for a tensor in a part's file; None for a buffer that is no weight.
 
-    Older programs put "text_model." before a text encoder's names, and used words for the VAE's attention.
+    Older programs put "text_model." before a text encoder's names, and used words for the attention of a VAE or of a
+    UNet that draws classes.
     """
     if part.startswith("text_encoder"):
         name = name.removeprefix("text_model.")
         return None if name == "embeddings.position_ids" else name
-    if part == "vae":
-        return re.sub(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda m: _VAE_WORDS[m[1]], name)
+    if part in ("vae", "unet"):
+        return re.sub(r"(?<=\.attentions\.\d\.)(query|key|value|proj_attn)(?=\.)", lambda m: _OLD_WORDS[m[1]], name)
     return name
 
 
@@ -84,6 +85,8 @@ def original_layout(family: str, names: Parts) -> Pieces:
 
     Raises SalunError, which names the tensor, if one has no place there or is missing: nothing is translated in part.
     """
+    if family not in FAMILIES:
+        raise SalunError("Only Stable Diffusion has a layout of one file.")
     if names.keys() != FAMILIES[family].keys():
         raise SalunError(f"A {family} checkpoint has {', '.join(FAMILIES[family])}; this one has {', '.join(names)}.")
     layout = {}
@@ -213,7 +216,7 @@ def _vae(names: list[str]) -> Table:
 
 _VAE_RESNET = _as_is("norm1", "conv1", "norm2", "conv2") | {"conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_VAE_WORDS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_WORDS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def _open_clip(names: list[str]) -> Table:

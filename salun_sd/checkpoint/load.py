@@ -1,10 +1,13 @@
 """Load a checkpoint into memory: the whole pipeline, a part of it, the tokenizers or the scheduler."""
 
 import json
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from salun_sd.checkpoint import configs, families, layout
+from salun_sd.checkpoint.classes import Classes
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.runtime.contents import check_files
@@ -43,11 +46,11 @@ def load_part(model: Checkpoint, part: str, dtype: torch.dtype = torch.float32) 
 
 def _names(model: Checkpoint, part: str, module: torch.nn.Module) -> dict[str, str]:
     """Canonical name -> the module's own name of each weight of a part. Raises SalunError unless the part's files have
-    all of them, in their shapes, and for the UNet no others."""
+    all of them, in their shapes, and for the denoiser no others."""
     wanted = {layout.canonical(part, name): (name, p.shape) for name, p in module.named_parameters()}
     on_disk = model.parts[part]
     odd = [n for n, (_, shape) in wanted.items() if n not in on_disk or on_disk[n].shape != shape]
-    odd += [n for n in on_disk if part == "unet" and n not in wanted]
+    odd += [n for n in on_disk if part == model.denoiser and n not in wanted]
     if odd:
         file = model.config / part / "config.json"
         raise SalunError(f"The {part} of {model.name} does not match {file}: {min(odd)} is missing or odd.")
@@ -139,17 +142,38 @@ def _check_vocabulary(tokenizer, size: int) -> None:
         raise SalunError(f"no merge makes its token {lost[0]}")
 
 
-def load_pipeline(model: Checkpoint, *, unet: torch.nn.Module | bool = True):
-    """The pipeline in float32 on `default_device()`, frozen and without a safety checker.
+@dataclass
+class ClassPipeline:
+    """What draws a class, with the names that diffusers' Stable Diffusion pipelines have for the same things."""
 
-    `unet` is another UNet to use, or False for a pipeline without one. Raises SalunError if a part is missing or
+    name_or_path: str  # by which errors call it
+    classes: Classes
+    channels: int  # of an image, or of a latent
+    vae_scale_factor: int
+    scheduler: Any
+    unet: torch.nn.Module | None  # the denoiser
+    vae: torch.nn.Module | None = None  # None: it draws pixels
+
+    def to(self, dtype: torch.dtype) -> None:
+        if self.vae:
+            self.vae.to(dtype)
+
+
+def load_pipeline(model: Checkpoint, *, unet: torch.nn.Module | bool = True):
+    """The pipeline in float32 on `default_device()`, frozen and without a safety checker: one of diffusers, or a
+    ClassPipeline.
+
+    `unet` is another denoiser to use, or False for a pipeline without one. Raises SalunError if a part is missing or
     damaged, if a weight is not finite, or if a file lacks one.
     """
     import diffusers
 
-    parts = {part: load_part(model, part) for part in model.family.parts if part != "unet"}
-    parts["unet"] = load_part(model, "unet") if unet is True else unet or None
+    parts = {part: load_part(model, part) for part in model.family.parts if part != model.denoiser}
+    parts["unet"] = load_part(model, model.denoiser) if unet is True else unet or None
     parts |= load_tokenizers(model) | {"scheduler": load_scheduler(model)}
+    if model.classes:
+        channels = model.unet_settings["in_channels"]
+        return ClassPipeline(model.name, model.classes, channels, model.pixels_per_latent, **parts)
     if model.family is families.SDXL:  # a watermarker would mark images wherever its package is installed
         empty_is_zero = model.index.get("force_zeros_for_empty_prompt", True)
         pipeline = diffusers.StableDiffusionXLPipeline(

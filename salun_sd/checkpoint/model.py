@@ -1,7 +1,9 @@
 """A checkpoint on disk: its tensors under diffusers' names, read one at a time, and the settings of its configs."""
 
 import hashlib
+import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import torch
 
 from salun_sd.checkpoint import configs, families, layout, tensors
+from salun_sd.checkpoint.classes import Classes
 from salun_sd.checkpoint.families import Family
 from salun_sd.checkpoint.tensors import Lazy, Tensors
 from salun_sd.errors import SalunError, UsageError
@@ -17,6 +20,7 @@ from salun_sd.runtime.device import dtype_name
 from salun_sd.runtime.documents import read_json
 
 POCKET = Path(__file__).parents[1] / "pocket"
+BUNDLED = {"pocket": POCKET, "pocket-ddpm": POCKET / "ddpm"}  # the checkpoints that ship with the package, by name
 SAMPLING = "sampling.json"
 MOST_SIDE = 8192  # pixels that no Stable Diffusion was made for
 FILES = (".safetensors", *tensors.PICKLES)
@@ -25,7 +29,7 @@ CONFIGS = {".json", ".txt", ".model"}  # the files of a pipeline folder that are
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Stable Diffusion model on disk: a pipeline folder, or a single file in the original layout."""
+    """A diffusion model on disk: a pipeline folder, or a single file in the original layout of Stable Diffusion."""
 
     name: str  # as the person typed it
     path: Path  # the folder or the file
@@ -70,8 +74,14 @@ class Checkpoint:
         return parts
 
     @property
+    def denoiser(self) -> str:
+        """The part that is edited, and its folder: the UNet, or the transformer in its place."""
+        return self.family.parts[0]
+
+    @property
     def unet(self) -> Tensors:
-        return self.parts["unet"]
+        """The tensors of the denoiser."""
+        return self.parts[self.denoiser]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,14 +91,16 @@ class Checkpoint:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Part -> SHA-256 over its tensors, as `fingerprint` is for the UNet."""
-        others = {part: tensors.fingerprint(self.parts[part]) for part in self.family.parts if part != "unet"}
-        return {"unet": self.fingerprint, **others}
+        _, *others = self.family.parts
+        return {self.denoiser: self.fingerprint, **{part: tensors.fingerprint(self.parts[part]) for part in others}}
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 over everything that an image depends on: weights, configs, tokenizers and scheduler."""
+        """SHA-256 over all that an image depends on: weights, configs, tokenizers, scheduler, names of classes."""
         unet, *others = self.fingerprints.values()
         digest = hashlib.sha256("".join([*others, unet]).encode())
+        if self.classes:  # by which they are asked for
+            digest.update(json.dumps(self.classes.labels).encode())
         files = (p for p in self.config.glob("*/*") if p.suffix in CONFIGS and ".index." not in p.name)
         for file in sorted(p for p in files if not p.is_dir()):
             if file.parent.name in self.index:
@@ -102,15 +114,37 @@ class Checkpoint:
         return read_json(self.config / "model_index.json", families.INDEX, UsageError)
 
     @cached_property
+    def classes(self) -> Classes | None:
+        """What a class-conditional model draws; None for one that draws from a text. Raises UsageError for an id2label
+        that is not of this model."""
+        if self.family.draws_text:
+            return None
+        settings, labels = self.unet_settings, self.index.get("id2label")
+        if odd := next((key for key in labels or () if not re.fullmatch(r"\d{1,9}", key)), None):
+            raise UsageError(f"{self.config / 'model_index.json'} is damaged: id2label.{odd} is no number of a class.")
+        id2label = labels and {int(key): label for key, label in labels.items()}
+        if self.family is families.DIT:  # whose null class stands behind the others, and is not counted
+            count = settings["num_embeds_ada_norm"]
+            return Classes.of(count + 1, id2label, self.name, null=count)
+        return Classes.of(settings["num_class_embeds"], id2label, self.name)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether it was trained without a prompt, too, so that guidance can take it away from that."""
+        return self.classes is None or self.classes.has_null
+
+    @cached_property
     def sampling(self) -> tuple[int, float]:
         """Denoising steps and guidance scale (diffusers' form) to draw with: those in the folder's sampling.json, which
-        `pocket` has, or else 50 and 7.5. Raises UsageError if the file is damaged."""
+        the bundled checkpoints have, or else the family's. Raises UsageError if the file is damaged."""
         file = self.config / SAMPLING
         if not os.path.lexists(file):
-            return 50, 7.5
+            return self.family.steps, self.family.guidance if self.is_guided else 1.0
         settings = read_json(file, {"steps": int, "guidance": float}, UsageError)
         if settings["steps"] < 1 or settings["guidance"] < 0:
             raise UsageError(f"{file} is damaged: steps is below 1, or guidance below 0.")
+        if settings["guidance"] > 1 and not self.is_guided:
+            raise UsageError(f"{file} has a guidance above 1, and {self.name} has no null class: write 1.0.")
         return settings["steps"], settings["guidance"]
 
     @cached_property
@@ -138,6 +172,16 @@ class Checkpoint:
         """The config of a part. Raises UsageError if it is missing or damaged."""
         return configs.read(self.config, part, self.name)
 
+    @property
+    def unet_settings(self) -> dict:
+        """The config of the denoiser."""
+        return self.settings(self.denoiser)
+
+    @property
+    def vae_settings(self) -> dict | None:
+        """The config of the VAE; None for a model that draws pixels."""
+        return self.settings("vae") if "vae" in self.family.parts else None
+
     def skeleton(self, part: str) -> torch.nn.Module:
         """The module that a part's config describes: its weights have no values. Raises UsageError if there is none."""
         return configs.skeleton(self.config, part, self.name)
@@ -148,33 +192,41 @@ class Checkpoint:
 
     @property
     def pixels_per_latent(self) -> int:
-        """Pixels of a side that one latent stands for: the VAE's downsampling factor."""
-        return 2 ** (len(self.settings("vae")["block_out_channels"]) - 1)
+        """Pixels of a side that one latent stands for: the VAE's downsampling factor; 1 in pixel space."""
+        return 2 ** (len(self.vae_settings["block_out_channels"]) - 1) if self.vae_settings else 1
 
     @property
     def image_size(self) -> int:
         """Pixels of a side of the images that the model was made for: 512, 768 or 1024; 32 for `pocket`. The short side
         where they are no squares, and the VAE's where the UNet's config names none."""
-        pixels = self.pixels_per_latent
-        latents = _side(self.settings("unet")) or (_side(self.settings("vae")) or 0) // pixels
-        if not 0 < latents * pixels <= MOST_SIDE:
-            raise UsageError(
-                f"{self.config / 'unet' / 'config.json'} is damaged: its sample_size is {latents or 'missing'}."
-            )
+        pixels, latents = self.pixels_per_latent, _side(self.unet_settings)
+        if latents is None and self.vae_settings:
+            latents = (_side(self.vae_settings) or 0) // pixels
+        if not 0 < (latents or 0) * pixels <= MOST_SIDE:
+            file = self.config / self.denoiser / "config.json"
+            raise UsageError(f"{file} is damaged: its sample_size is {latents or 'missing'}.")
         return latents * pixels
+
+    @property
+    def latent_side(self) -> int:
+        """Side of the latents of an image of that size, or of its pixels."""
+        return self.image_size // self.pixels_per_latent
 
     @property
     def size_multiple(self) -> int:
         """Pixels that both sides of a training image must be a multiple of, so that VAE and UNet can halve them."""
-        return self.pixels_per_latent * 2 ** (len(self.settings("unet")["block_out_channels"]) - 1)
+        return self.pixels_per_latent * configs.multiple(self.unet_settings)
 
     def describe(self) -> str:
-        """One line: family, prediction type, image size, number of UNet weights and their dtype."""
+        """One line: family, classes, prediction type, image size, number of weights of the denoiser and their dtype."""
         dtypes = sorted({dtype_name(t.dtype) for t in self.unet.values()})
-        weights = sum(t.shape.numel() for t in self.unet.values())
+        weights, classes = sum(t.shape.numel() for t in self.unet.values()), ""
+        if self.classes:
+            classes = f", {len(self.classes.labels)} classes with{'' if self.classes.has_null else 'out'} a null class"
         return (
-            f"{self.name}: {self.family.name}, predicts {self.prediction_type.removesuffix('_prediction')}, "
-            f"{self.image_size} x {self.image_size} pixels, {weights:,} UNet weights in {', '.join(dtypes)}"
+            f"{self.name}: {self.family.name}{classes}, predicts {self.prediction_type.removesuffix('_prediction')}, "
+            f"{self.image_size} x {self.image_size} pixels, {weights:,} {self.denoiser.replace('unet', 'UNet')} "
+            f"weights in {', '.join(dtypes)}"
         )
 
 

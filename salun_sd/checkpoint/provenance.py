@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint.families import BY_CLASS
 from salun_sd.checkpoint.model import CONFIGS, SAMPLING, Checkpoint
 from salun_sd.errors import SalunError
 from salun_sd.runtime import escape, seals
@@ -73,7 +74,8 @@ def of_base(base: Checkpoint) -> dict:
 
 def of_erased(base: Checkpoint, fingerprint: str) -> dict:
     """The part of a record that describes the result: the UNet's fingerprint, and those of the base's other parts."""
-    return {"fingerprint": fingerprint, "parts": {part: f for part, f in base.fingerprints.items() if part != "unet"}}
+    others = {part: f for part, f in base.fingerprints.items() if part != base.denoiser}
+    return {"fingerprint": fingerprint, "parts": others}
 
 
 def license_of(base: Checkpoint) -> dict[str, str]:
@@ -150,11 +152,13 @@ def model_card(record: dict) -> str:
     name = record["base"]["model"]
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
     is_patch = record["settings"]["format"] == "patch"
+    by_class = record["base"]["family"] in {family.name for family in BY_CLASS.values()}
+    kind, task = ("class-conditional", None) if by_class else ("stable-diffusion", "text-to-image")  # the hub's words
     data = ModelCardData(
         base_model=name if is_hub_id else None,
         library_name=None if is_patch else "diffusers",
-        pipeline_tag="text-to-image",
-        tags=["stable-diffusion", "concept-erasure", "machine-unlearning", record["settings"].get("method", "salun")],
+        pipeline_tag=task,
+        tags=[kind, "concept-erasure", "machine-unlearning", record["settings"].get("method", "salun")],
         **{key: escape.line(value) for key, value in record["base"]["license"].items() if key in LICENSE},
     )
     templates = Environment(
@@ -189,7 +193,8 @@ def check(model: Checkpoint) -> None:
     record = read(model.path)
     if record is None:
         return
-    for part, fingerprint in {"unet": record["erased"]["fingerprint"], **record["erased"].get("parts", {})}.items():
+    erased = record["erased"]
+    for part, fingerprint in {model.denoiser: erased["fingerprint"], **erased.get("parts", {})}.items():
         if model.fingerprints.get(part) != fingerprint:
             raise _changed(model, f"The {part}")
     if (files := record.get("files")) is not None:

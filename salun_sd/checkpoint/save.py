@@ -34,8 +34,8 @@ def folder(base: Checkpoint, unet: Tensors, out: Path) -> None:
         for file in files:
             if file not in weights:
                 shutil.copy(file, out / part)
-        if part == "unet" or base.is_file:
-            _write_part(base, part, unet if part == "unet" else base.parts.get(part, {}), out / part)
+        if part == base.denoiser or base.is_file:
+            _write_part(base, part, unet if part == base.denoiser else base.parts.get(part, {}), out / part)
         else:
             _copy_weights(base, part, weights, out / part)
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -53,7 +53,7 @@ def _write_part(base: Checkpoint, part: str, weights: Tensors, out: Path) -> Non
         return
     files = part_files(base.path, part, base.variant)
     for file in files:
-        of_file = {name: weights[name] for name in tensors.read(file)[0]}
+        of_file = {name: weights[layout.canonical(part, name)] for name in tensors.read(file)[0]}
         name = file.name if len(files) > 1 else _file_name(part, ".safetensors")
         tensors.write(out / name, of_file, {"format": "pt"})
     if len(files) > 1:

@@ -78,7 +78,7 @@ def mask(
     samples: Annotated[int, o.SAMPLES] = 800,
     size: Annotated[int | None, o.TRAINING_SIZE] = None,
     density: Annotated[list[float] | None, o.DENSITIES] = None,
-    saliency_guidance: Annotated[float, o.SALIENCY_GUIDANCE] = 7.5,
+    saliency_guidance: Annotated[float | None, o.SALIENCY_GUIDANCE] = None,
     batch_size: Annotated[int, o.GRADIENT_BATCH] = 8,
     seed: Annotated[int, o.SEED] = 0,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, o.DTYPE] = None,
@@ -111,7 +111,7 @@ def mask(
     epilog=example(
         "erase pocket --concept 'a photo of a sneaker'",
         "--anchor 'a photo of a bag' --retain-prompts pocket --samples 100",
-        "--steps 100 --batch-size 32 --lr 1e-4 --out erased",
+        "--steps 150 --batch-size 32 --lr 1e-4 --out erased",
     ),
 )
 def erase(

@@ -81,7 +81,8 @@ def concepts_from(plan, concepts: list[str] | None, anchors: list[str] | None = 
 
 # Every command that takes a model
 MODEL = Argument(
-    help="Checkpoint: `pocket` (bundled), a diffusers folder, a .safetensors or .ckpt file, or a hub id.",
+    help="Checkpoint: `pocket` or `pocket-ddpm` (bundled), a diffusers folder, a .safetensors or .ckpt file, or a hub "
+    "id.",
     show_default=False,
 )
 CONFIG = Option(
@@ -92,7 +93,11 @@ REVISION = Option(help="Branch, tag or commit of a hub id.")
 VARIANT = Option(help="File variant of a folder or hub id, such as fp16.")
 
 # mask and erase
-CONCEPT = Option(metavar="<str>", help="Prompt to erase, such as 'a photo of a sneaker'. May be repeated.")
+CONCEPT = Option(
+    metavar="<str>",
+    help="Prompt to erase, such as 'a photo of a sneaker'; for a class-conditional model, name or number of a class. "
+    "May be repeated.",
+)
 PLAN = Option(
     help="TOML file with concepts, anchors and settings, or a built-in plan: `nudity`, `nudity-paper` or "
     "`imagenette-church`. Command-line options override its settings.",
@@ -110,7 +115,8 @@ TRAINING_SIZE = Option(
     min=RANGES["size"].low, help="Side of the training images in pixels. Default: the model's own size."
 )
 SALIENCY_GUIDANCE = Option(
-    help="w in the saliency loss, whose prediction is (1 + w) conditional - w unconditional. 0: the paper's loss."
+    help="w in the saliency loss, whose prediction is (1 + w) conditional - w unconditional. 0: the paper's loss. "
+    "Default: 7.5; for a class-conditional model 2, or 0 where it has no null class."
 )
 SEED = Option(min=RANGES["seed"].low, max=RANGES["seed"].high, help="Random seed of noise, timesteps and image order.")
 DTYPE = Option(
@@ -136,7 +142,7 @@ MASK_OUT = Option(help="Mask file (.safetensors) to write. With several densitie
 
 # erase
 ERASE_OUT = Option(help="New folder for the erased checkpoint, or a .safetensors file for the other --format values.")
-ANCHOR = Option(metavar="<str>", help="Prompt that takes the concept's place. Give one for each --concept.")
+ANCHOR = Option(metavar="<str>", help="Prompt, or class, that takes the concept's place. Give one for each --concept.")
 METHOD = Option(
     metavar="<str>",
     help="What is trained. " + ". ".join(f"{name}: {does}" for name, does in SUMMARIES.items()) + ".",
@@ -163,7 +169,8 @@ RETAIN_CAPTION = Option(
 )
 RETAIN_PROMPTS = Option(
     help="Prompt set, by name or file, to draw retain images from; rows of the concept's class are left out. anchor: "
-    "the anchors alone. Default: a third anchors, a third neighbours of the concept, a third everyday prompts."
+    "the anchors alone. Default: a third anchors, a third neighbours of the concept, a third everyday prompts; for a "
+    "class-conditional model all other classes."
 )
 RETAIN_WEIGHT = Option(
     help="Weight of the retain loss; the method's own loss has weight 1. 0: nothing is retained. Default: 5 for salun, "
@@ -182,7 +189,8 @@ BATCH_SIZE = Option(
     help="Forget images per update; as many retain images are added. Default: the method's published value.",
 )
 ANCHOR_FROM = Option(
-    help="Weights that predict the anchor, which is the target: the current ones, or the base's. Default: current."
+    help="Weights that predict the anchor, which is the target: the base's, or the current ones, as published. "
+    "Default: base for salun."
 )
 RETAIN_TARGET = Option(
     help="What retain images hold: the base's prediction, or the noise, as published. Default: base; noise for ascent, "
@@ -211,7 +219,10 @@ APPLY_FORMAT = Option(help="A pipeline folder, or one file for A1111 and ComfyUI
 REVERT = Option("--revert", help="MODEL is the erased one: restore the base. Needs a patch made with --reversible.")
 
 # evaluate
-PROMPTS = Option(help="Prompt set: a built-in one by name, a .csv file, or a .txt file with one prompt per line.")
+PROMPTS = Option(
+    help="Prompt set: a built-in one by name, a .csv file, or a .txt file with one prompt per line; `classes`: all "
+    "that a class-conditional MODEL draws."
+)
 AUDIT_OUT = Option(help="Folder for the audit. The same command resumes an interrupted audit.")
 WHERE = Option(
     metavar="<str>",
@@ -240,7 +251,9 @@ FID = Option(
     "`inception`, `pocket`, or an image model as folder or hub id."
 )
 REFERENCE = Option(help="Folder of images that --fid compares with.")
-DENOISING_STEPS = Option(min=1, help="Denoising steps per image. Default: 50; 25 for `pocket`.")
+DENOISING_STEPS = Option(
+    min=1, help="Denoising steps per image. Default: 50; 100 for a DDPM; 25 for the bundled checkpoints."
+)
 SCHEDULER = Option(
     help="ddim, dpm++, euler, lms or pndm. For a quick look: dpm++ in 20 denoising steps. Default: MODEL's own."
 )

@@ -17,7 +17,8 @@ class Schedule(NamedTuple):
 
 
 # The UNet's inputs besides x_t and t, a row for each image: "context" [B, L, D], the text embedding; for SDXL
-# (arXiv 2307.01952, section 2.2) also "text_embeds" [B, E], the pooled one, and "time_ids" [B, 6], size and crop.
+# (arXiv 2307.01952, section 2.2) also "text_embeds" [B, E], the pooled one, and "time_ids" [B, 6], size and crop. A
+# class-conditional model has "class" alone, int64 [B], the number of the class.
 Condition = dict[str, torch.Tensor]
 
 
@@ -25,7 +26,7 @@ Condition = dict[str, torch.Tensor]
 class Examples:
     """Encoded images and the prompts that belong to them."""
 
-    latents: torch.Tensor  # [N, 4, h, w] float32, already times the VAE's scaling factor
+    latents: torch.Tensor  # [N, C, h, w] float32, already times the VAE's scaling factor; pixels where there is no VAE
     prompts: Condition  # the distinct prompts, [P, ...] each
     which: torch.Tensor  # [N] int64, the row of prompts that captions each image
     images: Condition = field(default_factory=dict)  # inputs of the image itself, such as its size, [N, ...] each
@@ -60,7 +61,7 @@ def _signal_and_noise(schedule: Schedule, t: torch.Tensor) -> tuple[torch.Tensor
 def add_noise(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (DDPM, arXiv 2006.11239, eq. 4).
 
-    x0 and noise [B, 4, h, w], t [B] int64 in [0, T).
+    x0 and noise [B, C, h, w], t [B] int64 in [0, T).
     """
     signal, sigma = _signal_and_noise(schedule, t)
     return signal * x0 + sigma * noise
@@ -76,8 +77,12 @@ def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.T
 
 
 def predict(unet, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """The UNet's output [B, 4, h, w] float32 for x_t [B, 4, h, w], t [B] and a condition. The UNet computes in its own
-    dtype."""
+    """The UNet's output [B, C, h, w] float32 for x_t [B, C, h, w], t [B] or one for all, and a condition. The UNet
+    computes in its own dtype. Where a transformer predicts variances, too (DiT, arXiv 2212.09748), they are left out.
+    """
+    if "class" in condition:
+        output = unet(x_t.to(unet.dtype), t.expand(len(x_t)), class_labels=condition["class"]).sample
+        return output[:, : x_t.shape[1]].float()
     rest = {k: v if k == "time_ids" else v.to(unet.dtype) for k, v in condition.items()}  # bfloat16 rounds sizes
     return unet(
         x_t.to(unet.dtype), t, encoder_hidden_states=rest.pop("context"), added_cond_kwargs=rest

@@ -1,18 +1,22 @@
-"""Images and prompts to latents and text embeddings."""
+"""Images and prompts to what a model computes with: latents, and text embeddings or numbers of classes."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from salun_sd.checkpoint.load import ClassPipeline, load_tokenizers
+from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.diffusion import Condition
 from salun_sd.runtime.finite import finite
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 80  # most characters of a prompt in a warning
+GREY = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # luma of red, green and blue (ITU-R BT.601)
 
 
 def pixels(image: Image.Image, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,24 +39,30 @@ def _overhang(image: Image.Image, side: str, size: int) -> int:
 
 @torch.no_grad()
 def encode_image(pipeline, values: torch.Tensor) -> torch.Tensor:
-    """[3, size, size] => latent [4, h, w] float32 on the CPU, times the scaling factor.
+    """[3, size, size] => latent [4, h, w] float32 on the CPU, times the scaling factor; without a VAE the pixels, [3,
+    size, size], or grey ones, [1, size, size], where the model draws those.
 
     It is the posterior's mode, so that an image has one latent; the authors' code samples at each use. Raises NotFinite
     where the VAE gives no such values.
     """
     vae = pipeline.vae
+    if vae is None:
+        return values if pipeline.channels == len(values) else (GREY * values).sum(0, keepdim=True)
     mode = vae.encode(values[None].to(vae.device)).latent_dist.mode()[0]
     return finite(mode, f"The output of the VAE of {pipeline.name_or_path}").cpu() * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def encode_prompts(pipeline, texts: list[str]) -> Condition:
-    """Prompts => "context" [P, L, D] and, for SDXL, the pooled "text_embeds" [P, E]; both float32 on the CPU.
+    """Prompts => "context" [P, L, D] and, for SDXL, the pooled "text_embeds" [P, E]; both float32 on the CPU. Names of
+    classes => "class", int64 [P].
 
     Each prompt is encoded alone, so that its embedding does not depend on the others, and as the pipeline encodes it to
     draw. "" is encoded as a missing prompt: zeros for SDXL base (force_zeros_for_empty_prompt). Raises NotFinite where
     a text encoder gives no such values.
     """
+    if isinstance(pipeline, ClassPipeline):
+        return {"class": torch.tensor([pipeline.classes.number(text) for text in texts])}
     device = pipeline.text_encoder.device
     rows = []
     for text in texts:
@@ -67,15 +77,25 @@ def encode_prompts(pipeline, texts: list[str]) -> Condition:
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
 
 
+def reader(model: Checkpoint) -> Callable[[str], tuple]:
+    """A function of a prompt that gives what the model reads of it: two prompts for which it gives the same are one to
+    the model. For a class-conditional model it raises UsageError where a prompt names no class."""
+    if model.classes:
+        return lambda text: (model.classes.number(text),)
+    return partial(token_ids, load_tokenizers(model))
+
+
 def token_ids(tokenizers: Mapping, text: str) -> tuple[tuple[int, ...], ...]:
-    """What each text encoder is given of a prompt, one id for each of its places: two prompts with the same ids are one
-    to the model."""
+    """What each text encoder is given of a prompt, one id for each of its places."""
     settings = {"padding": "max_length", "truncation": True}  # as the pipelines have it
     return tuple(tuple(t(text, max_length=t.model_max_length, **settings).input_ids) for t in tokenizers.values())
 
 
 def warn_of_long(tokenizers: Mapping, texts: Iterable[str], name: str) -> None:
-    """Log how many of the prompts have more tokens than the text encoders of the model `name` read, and the first."""
+    """Log how many of the prompts have more tokens than the text encoders of the model `name` read, and the first. A
+    class-conditional model has no tokenizers, and nothing is too long for it."""
+    if not tokenizers:
+        return
     texts, places = list(dict.fromkeys(texts)), min(t.model_max_length for t in tokenizers.values())
     long = [
         text for text in texts

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from salun_sd.checkpoint import load
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import rehearsal
+from salun_sd.draw.encode import reader
 from salun_sd.draw.images import LONGEST_SIDE, is_whole_png
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Row, Sampler
@@ -42,13 +43,19 @@ def row_of(prompt: Prompt, k: int, size: tuple[int, int]) -> Row:
 
 
 def check(model: Checkpoint, prompts: Iterable[Prompt], *, scheduler: str | None, steps: int | None) -> None:
-    """Raise SalunError if a model is not complete, or cannot draw with a scheduler, in so many steps or at a prompt's
-    size; warn of sizes far above its own. None: its own scheduler and steps.
+    """Raise SalunError if a model is not complete, or cannot draw with a scheduler, in so many steps, or one of the
+    prompts; warn of sizes far above its own. None: its own scheduler and steps.
 
     Width and height must be multiples of the pixels that one latent stands for. The UNet may halve them to a fraction:
     diffusers resizes on the way up.
     """
     load.check(model)
+    prompts, reads = list(prompts), reader(model)
+    for prompt in prompts:
+        reads(prompt.text)  # raises where it names no class
+        if prompt.guidance > 1 and not model.is_guided:
+            raise UsageError(f"Case {prompt.case} asks for a guidance scale of {prompt.guidance:g}, and {model.name} "
+                             "has no null class: give --guidance 1.")  # fmt: skip
     rehearsal.check(model, scheduler or model.scheduler, steps or model.sampling[0])
     sizes = {p.size: p for p in prompts if p.size}
     multiple, side = model.pixels_per_latent, model.image_size

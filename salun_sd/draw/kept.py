@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from salun_sd.checkpoint.model import POCKET, Checkpoint
+from salun_sd.checkpoint.model import BUNDLED, Checkpoint
 from salun_sd.draw import generate
 from salun_sd.draw.sample import Row
 from salun_sd.runtime import cache
@@ -20,7 +20,7 @@ def key_of(base: Checkpoint, scheduler: str, steps: int) -> str:
 def called(base: Checkpoint) -> str:
     """A base as the cache names it: where it is, and the beginning of its UNet's fingerprint. A folder of the disk goes
     by its kind of model, as others may hold the same base under other names."""
-    name = base.name if base.revision or base.path == POCKET else base.family.name
+    name = base.name if base.revision or base.path in BUNDLED.values() else base.family.name
     return f"{name} ({base.fingerprint[:8]})"
 
 

@@ -1,4 +1,5 @@
-"""Prompt sets: I2P and CSV files with its columns, text files, and the sets that ship with the package."""
+"""Prompt sets: I2P and CSV files with its columns, text files, the sets that ship with the package, and the classes of
+a class-conditional model."""
 
 import hashlib
 import io
@@ -11,12 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from salun_sd.draw.tables import column_name, read_table, read_text
 from salun_sd.errors import SalunError, UsageError, first_line, some
 from salun_sd.runtime.contents import no_file
 from salun_sd.runtime.files import is_full
+
+if TYPE_CHECKING:  # reading a set waits for no library
+    from salun_sd.checkpoint.model import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +28,7 @@ PACKAGE = Path(__file__).parents[1]
 # The sets lie inside the package in a wheel, and in the top-level folder of a source tree.
 FOLDER = next(p for p in (PACKAGE / "prompt_sets", PACKAGE.parent / "prompts") if p.is_dir())
 I2P = ("AIML-TUDA/i2p", "i2p_benchmark.csv")  # data set on the hub, file
+CLASSES = "classes"  # the set of all classes that a model draws, one prompt each
 COLUMNS = ["case_number", "prompt", "evaluation_seed", "evaluation_guidance"]
 HUB_NAMES = {"evaluation_seed": "sd_seed", "evaluation_guidance": "sd_guidance_scale"}  # in the hub's copy of I2P
 SIZE = ["sd_image_width", "sd_image_height"]  # columns that a set may have: both or none
@@ -53,12 +58,14 @@ class Prompt(NamedTuple):
 
 
 def builtin() -> list[str]:
-    """Names of prompt sets: those that ship with the package, and i2p, which comes from the hub."""
-    return sorted(["i2p", *(p.stem for p in FOLDER.glob("*.csv"))])
+    """Names of prompt sets: those that ship with the package, i2p, which comes from the hub, and CLASSES."""
+    return sorted(["i2p", CLASSES, *(p.stem for p in FOLDER.glob("*.csv"))])
 
 
-def read(name_or_path: str, where: Sequence[str] = (), limit: int | None = None) -> list[Prompt]:
-    """A prompt set by name, or from a CSV file, or from a .txt with one prompt a line.
+def read(
+    name_or_path: str, where: Sequence[str] = (), limit: int | None = None, model: "Checkpoint | None" = None
+) -> list[Prompt]:  # fmt: skip
+    """A prompt set by name, or from a CSV file, or from a .txt with one prompt a line. CLASSES is of a model.
 
     Gives the first `limit` of the rows that meet every condition of `where`, such as "categories~sexual". A CSV needs
     the column `prompt`. The others of COLUMNS, or the hub's names for them, `class`, `categories` and those of SIZE are
@@ -69,16 +76,12 @@ def read(name_or_path: str, where: Sequence[str] = (), limit: int | None = None)
     line, if the content is invalid.
     """
     conditions = [_condition(text) for text in where]
-    path = _find(name_or_path)
-    is_text = _is_list(path)
-    rows = [(f"{path}, line {n}", row) for n, row in (_lines(path) if is_text else _table(path))]
-    if not rows:
-        raise SalunError(f"{path} has no prompts: it is empty or has only {'blank lines' if is_text else 'a header'}.")
+    rows = _of_classes(model) if name_or_path == CLASSES else _of_file(_find(name_or_path))
     prompts = [_prompt(row, place) for place, row in rows]
     seen: set[int] = set()
     for p in prompts:
         if p.case in seen:
-            raise SalunError(f"{path} has case_number {p.case} twice: give every prompt its own.")
+            raise SalunError(f"{name_or_path} has case_number {p.case} twice: give every prompt its own.")
         seen.add(p.case)
     columns = [c for c in rows[0][1] if c]
     if unknown := [column for column, _, _ in conditions if column not in columns]:
@@ -88,6 +91,29 @@ def read(name_or_path: str, where: Sequence[str] = (), limit: int | None = None)
     if not matching:
         raise UsageError(f"{name_or_path} has no prompt with {' and '.join(where)}: give another --where.")
     return matching[:limit]
+
+
+def _of_file(path: Path) -> list[tuple[str, dict]]:
+    """(place, row) of each row of a file. Raises SalunError where there is none."""
+    is_text = _is_list(path)
+    rows = [(f"{path}, line {n}", row) for n, row in (_lines(path) if is_text else _table(path))]
+    if not rows:
+        raise SalunError(f"{path} has no prompts: it is empty or has only {'blank lines' if is_text else 'a header'}.")
+    return rows
+
+
+def _of_classes(model: "Checkpoint | None") -> list[tuple[str, dict]]:
+    """(place, row) of each class that a model draws, at its own guidance; a case is the number of a class."""
+    if model is None or not model.classes:
+        name = f"{model.name} draws" if model else "images of a folder are of"
+        raise UsageError(f"--prompts {CLASSES} are those of a class-conditional MODEL, and {name} texts: give another "
+                         "set.")  # fmt: skip
+    texts = {n: model.classes.text(n) for n in model.classes.labels}
+    columns, guidance = [*COLUMNS, "class"], str(model.sampling[1])
+    return [
+        (f"class {n}", dict(zip(columns, (str(n), text, seed, guidance, text), strict=True)))
+        for (n, text), seed in zip(texts.items(), _seeds(texts.values()), strict=True)
+    ]
 
 
 def _find(name_or_path: str) -> Path:

@@ -16,7 +16,8 @@ from salun_sd.errors import UsageError
 from salun_sd.runtime.finite import finite
 
 # Short name -> class in diffusers, and the settings that Stable Diffusion needs if the checkpoint's own scheduler is of
-# another class. None of these draws noise in a step: an image depends on its seed's first noise alone.
+# another class and does not have them. None of these draws noise in a step: an image depends on its seed's first noise
+# alone.
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
@@ -30,7 +31,7 @@ TEXTS_KEPT = 256  # embeddings in memory; 0.6 MB each for SDXL's two text encode
 class Row(NamedTuple):
     """The inputs of one image, beside the checkpoint, the scheduler and the number of steps."""
 
-    text: str
+    text: str  # a prompt, or the name of a class
     seed: int  # of the first noise, which is drawn on the CPU
     guidance: float  # classifier-free guidance scale of diffusers; 1 or less: the conditional prediction alone
     size: tuple[int, int]  # width, height in pixels
@@ -85,12 +86,14 @@ class Sampler:
         After each denoising step, `advance` is called with that step's share of the pass, above 0, at most 1. Raises
         NotFinite, which names the part of the model that gives no such values.
         """
+        from diffusers.image_processor import VaeImageProcessor
+
         width, height = self._latent_size(rows[0].size)
         padded = [*rows, *[rows[0]] * ((count or images_per_pass(width, height)) - len(rows))]
         unet, device = self.pipeline.unet, self.pipeline.unet.device
         generators = [torch.Generator().manual_seed(row.seed) for row in padded]
         shape = 1, unet.config.in_channels, height, width
-        noise = torch.cat([torch.randn(shape, generator=g) for g in generators])  # [B, 4, h, w] float32
+        noise = torch.cat([torch.randn(shape, generator=g) for g in generators])  # [B, C, h, w] float32
         conditional, unconditional = self._conditions(padded)
         scale = torch.tensor([row.guidance for row in padded], device=device)
         latents = denoise(
@@ -100,9 +103,11 @@ class Sampler:
         )  # fmt: skip
         name, vae = self.pipeline.name_or_path, self.pipeline.vae
         finite(latents, f"The output of the UNet of {name}, with {self.scheduler},")
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        finite(pixels, f"The output of the VAE of {name}")
-        return self.pipeline.image_processor.postprocess(pixels[: len(rows)].float(), output_type="pil")
+        pixels = latents
+        if vae is not None:
+            pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+            finite(pixels, f"The output of the VAE of {name}")
+        return VaeImageProcessor().postprocess(pixels[: len(rows)].float(), output_type="pil")
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of an image in pixels => of its latents."""
@@ -131,7 +136,8 @@ def new_scheduler(of_checkpoint, name: str):
     own one's config. Raises UsageError where diffusers has no such scheduler."""
     if type(of_checkpoint).__name__ == name:
         return deepcopy(of_checkpoint)
-    return load.scheduler_class(name).from_config(of_checkpoint.config, **dict(SCHEDULERS.values()).get(name, {}))
+    settings = dict(SCHEDULERS.values()).get(name, {})
+    return load.scheduler_class(name).from_config({**settings, **of_checkpoint.config})
 
 
 def denoise(

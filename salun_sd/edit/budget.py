@@ -1,19 +1,15 @@
 """How much memory `mask` and `erase` will take at their peak, from the UNet's config alone: no weight is loaded.
 
 The weights and the state beside them are counted. What a forward and backward pass holds is measured on the meta
-device, whose tensors have a shape and no values: every tensor is made and freed as in the run.
+device.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from weakref import finalize
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from salun_sd.checkpoint.configs import UNET, multiple
 from salun_sd.core import mask
 from salun_sd.core.diffusion import Condition, Schedule, predict
 from salun_sd.core.saliency import sum_dtype
@@ -22,6 +18,7 @@ from salun_sd.methods.loop import Method, Retain, Term, losses_of, watching
 from salun_sd.methods.salun import SalUn, forget_loss
 from salun_sd.runtime import memory
 from salun_sd.runtime.device import Precision
+from salun_sd.runtime.peak import peak_of
 
 PROGRAM = "the program"
 TOKENS = 77  # in a prompt
@@ -47,7 +44,7 @@ class Work:
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, "Work"]:
         """The step with each option that may lower its peak; first those that change the result only by rounding."""
-        least = self.pixels << (len(config["block_out_channels"]) - 1)  # in pixels; sides are multiples of it
+        least = self.pixels * multiple(config)  # in pixels; sides are multiples of it
         smaller = max(self.resolution // 2 // least, 1) * least
         return {
             "--dtype bfloat16": replace(self, precision=Precision.of("bfloat16", device.type)),
@@ -61,7 +58,7 @@ class Work:
 class Drawing(Work):
     """The pipeline draws images in batches, unless they are given, and its encoders encode them one at a time."""
 
-    vae: dict | None = None  # its config
+    vae: dict | None = None  # its config; None: it draws pixels
     weights: int = 0  # number of weights in the pipeline's parts beside the UNet
     drawn: int = 0  # side in pixels of the images that are drawn; 0: none are
     step = "images"
@@ -73,17 +70,20 @@ class Drawing(Work):
         from diffusers import AutoencoderKL
 
         with torch.device("meta"):
-            vae, images = AutoencoderKL.from_config(self.vae), torch.empty(1, 3, self.resolution, self.resolution)
+            vae = AutoencoderKL.from_config(self.vae) if self.vae else None
+            images = torch.empty(1, 3, self.resolution, self.resolution)
         x_t, t, condition = _inputs(unet, replace(self, resolution=self.drawn), 2 * self.batch)
 
         def run_pass() -> None:
             with torch.no_grad():
-                vae.encode(images)
+                if vae:
+                    vae.encode(images)
                 if self.drawn:
                     predict(unet, x_t, t, condition)
+                if vae and self.drawn:
                     vae.decode(x_t[: self.batch])
 
-        return _peak([unet, vae], run_pass, lambda p: 0)
+        return peak_of([unet, vae] if vae else [unet], run_pass, lambda p: 0)
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
         options = {f: w for f, w in super().cheaper(config, device).items() if f.startswith("--size")}
@@ -113,7 +113,7 @@ class Masking(Work):
         def run_pass() -> None:
             forget_loss(unet, schedule, x0, condition, empty, x0, t, self.guidance).sum().backward()
 
-        return _peak([unet], run_pass, lambda p: 0)
+        return peak_of([unet], run_pass, lambda p: 0)
 
     def in_smaller_batches(self) -> dict[str, Work]:
         if self.most_parts:
@@ -163,7 +163,7 @@ class Erasing(Work):
             with watching(unet, terms):
                 torch.cat(losses_of(unet, terms, known)).sum().backward()
 
-        peak = _peak([unet], run_pass, lambda p: self._update_size(p, device))
+        peak = peak_of([unet], run_pass, lambda p: self._update_size(p, device))
         return max(peak, self.strips.activations(unet, device)) if self.strips else peak
 
     def _update_size(self, p: nn.Parameter, device: torch.device) -> int:
@@ -188,8 +188,8 @@ class Erasing(Work):
 def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]:
     """Bytes that the device holds at the peak of a step, by what they are for; their sum is the peak.
 
-    config: of diffusers' UNet2DConditionModel. On the CPU, the bytes are resident memory; PROGRAM is what this process
-    has now. On a GPU, they are what torch allocates, without CUDA itself, which takes about half a GB.
+    config: of the UNet, or the transformer in its place. On the CPU, the bytes are resident memory; PROGRAM is what
+    this process has now. On a GPU, they are what torch allocates, without CUDA itself, which takes about half a GB.
     """
     device = torch.device(device)
     unet = _unet(config, work)
@@ -234,77 +234,20 @@ def _unet(config: dict, work: Work) -> nn.Module:
     import diffusers
 
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(config)
+        unet = getattr(diffusers, config.get("_class_name", UNET.kind)).from_config(config)
     nn.Module.to(unet, work.dtype)  # diffusers' own warns of other models
     return work.precision.prepare(unet, work.checkpointing).eval()
 
 
 def _inputs(unet: nn.Module, work: Work, images: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
-    """Latents [B, 4, h, w], timesteps [B] and the condition of B = `images` images."""
+    """Latents [B, C, h, w], timesteps [B] and the condition of B = `images` images."""
     c, side = unet.config, work.resolution // work.pixels
+    x = torch.empty(images, c.in_channels, side, side, device="meta")
+    t = torch.empty(images, dtype=torch.int64, device="meta")
+    if "cross_attention_dim" not in c:
+        return x, t, {"class": t}
     shapes = {"context": (TOKENS, c.cross_attention_dim)}
     if c.addition_embed_type == "text_time":
         shapes["text_embeds"] = (c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim,)
         shapes["time_ids"] = (6,)
-    condition = {k: torch.empty(images, *shape, device="meta") for k, shape in shapes.items()}
-    x = torch.empty(images, c.in_channels, side, side, device="meta")
-    return x, torch.empty(images, dtype=torch.int64, device="meta"), condition
-
-
-def _peak(models: list[nn.Module], run_pass: Callable[[], None], made_from: Callable[[nn.Parameter], int]) -> int:
-    """Bytes beside the models' weights at the peak of a pass. Each gradient is freed as soon as it is made, and with it
-    the bytes that are made from it, `made_from` its parameter."""
-    weights = [p for model in models for p in model.parameters()]
-    with Live(weights) as live, _fused_attention():
-
-        def take(p: nn.Parameter) -> None:
-            live.peak = max(live.peak, live.bytes + made_from(p))
-            p.grad = None
-
-        for p in weights:
-            p.register_post_accumulate_grad_hook(take)
-        run_pass()
-    return live.peak
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of the live tensors that are made while it is entered, now and at their peak."""
-
-    def __init__(self, known: Iterable[torch.Tensor] = ()):
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._seen = {id(t.untyped_storage()) for t in known}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        results = op(*args, **(kwargs or {}))
-        for t in results if isinstance(results, tuple | list) else (results,):
-            if isinstance(t, torch.Tensor):
-                self._count(t.untyped_storage())
-        return results
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key in self._seen:
-            return
-        size = storage.nbytes()
-        self._seen.add(key)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.bytes -= size
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Attention as devices compute it, without the L x L matrix that torch would make on the meta device."""
-    plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, **_: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v
-    )[0]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain
+    return x, t, {k: torch.empty(images, *shape, device="meta") for k, shape in shapes.items()}

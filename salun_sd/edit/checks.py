@@ -15,6 +15,8 @@ from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
 from salun_sd.edit.ranges import check_numbers
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.methods.loop import Method
+from salun_sd.methods.uce import UCE
 from salun_sd.runtime import files, ranks
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,28 @@ def check_replaceable(path: Path) -> None:
             maskfile.read(path)
         except (SalunError, OSError) as e:
             raise UsageError(f"{path} exists and is not a mask of salun-sd; choose another --out.") from e
+
+
+def check_method(base: Checkpoint, name: str, method: Method | UCE) -> None:
+    """Raise UsageError for a method that needs what the base has not."""
+    if base.classes and method.needs_text:
+        raise UsageError(f"--method {name} works on the tokens of a text, and {base.name} draws classes: give another "
+                         "--method, such as salun.")  # fmt: skip
+    if method.needs_empty and not base.is_guided:
+        raise UsageError(f"--method {name} needs the prediction without a class, and {base.name} has no null class: "
+                         "give another --method, such as salun.")  # fmt: skip
+
+
+def named(base: Checkpoint, concepts: Sequence[Concept]) -> tuple[Concept, ...]:
+    """The concepts as they are; for a class-conditional base, with the labels of the classes that they name. Raises
+    UsageError where one names none."""
+    if not base.classes:
+        return tuple(concepts)
+    label = base.classes.label
+    return tuple(
+        c._replace(prompt=label(c.prompt), anchor=c.anchor and label(c.anchor), synonyms=tuple(map(label, c.synonyms)))
+        for c in concepts
+    )
 
 
 def check_batch(batch_size: int, parts: int) -> None:

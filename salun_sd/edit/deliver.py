@@ -8,7 +8,7 @@ from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
 from salun_sd.edit import patch as patches
-from salun_sd.edit.checks import check_out
+from salun_sd.edit.checks import check_out, check_writable
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.patch import Patch
 from salun_sd.errors import SalunError, UsageError
@@ -110,6 +110,7 @@ def apply(
         raise UsageError(f"{out} exists: choose another --out, or remove it.")
     changes = patches.read(file)
     base = opened(model, config, revision, variant)
+    check_writable(base, format)
     patches.check(changes, file, base.unet, base.name, base.fingerprint, revert)
     erased = provenance.of_erased(base, changes.record["erased"]["fingerprint"])  # a patch fits any VAE, say
     record = provenance.in_format(changes.record, format) | {"erased": erased}

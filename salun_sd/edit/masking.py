@@ -14,7 +14,7 @@ from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
 from salun_sd.core.diffusion import Condition, Examples
 from salun_sd.core.saliency import GradientSum, sum_dtype
-from salun_sd.edit import maskfile
+from salun_sd.edit import maskfile, supports
 from salun_sd.edit.budget import Masking
 from salun_sd.edit.checks import (
     check_dtype,
@@ -23,6 +23,7 @@ from salun_sd.edit.checks import (
     checked_size,
     densities_of,
     images_of,
+    named,
     plain,
 )
 from salun_sd.edit.concepts import Concept, concepts_of, text_of
@@ -48,10 +49,11 @@ class Masks(NamedTuple):
 
 def mask(
     model: str | Path | Checkpoint, concept: str | Concept | Sequence[str | Concept], *,
-    out: str | Path = "mask.safetensors", density: float | Sequence[float] = 0.5, saliency_guidance: float = 7.5,
-    forget: str | Path | None = None, samples: int = 800, size: int | None = None, batch_size: int = 8, seed: int = 0,
-    dtype: str | None = None, checkpointing: bool | None = None, dry_run: bool = False, config: str | None = None,
-    revision: str | None = None, variant: str | None = None,
+    out: str | Path = "mask.safetensors", density: float | Sequence[float] = 0.5,
+    saliency_guidance: float | None = None, forget: str | Path | None = None, samples: int = 800,
+    size: int | None = None, batch_size: int = 8, seed: int = 0, dtype: str | None = None,
+    checkpointing: bool | None = None, dry_run: bool = False, config: str | None = None, revision: str | None = None,
+    variant: str | None = None,
 ) -> Masks | Forecast:  # fmt: skip
     """Find the weights that matter to a concept, and write a mask file for each density. Parameters are those of
     `salun-sd mask`. With several densities, the name of each file ends in its density.
@@ -70,7 +72,8 @@ def mask(
     for path in paths:
         check_replaceable(path)
     base = opened(model, config, revision, variant)
-    size = checked_size(base, size)
+    size, saliency_guidance = checked_size(base, size), supports.saliency_guidance(base, saliency_guidance)
+    concepts = named(base, concepts)
     check_kept(base, densities)
     images = [images_of(c.images, c.prompt) for c in concepts]
     check_texts(base, concepts, images)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple, get_args
 
+from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.edit.checks import check_choice
 from salun_sd.edit.ranges import Range
 from salun_sd.edit.retain_prompts import ANCHOR
@@ -17,7 +18,11 @@ from salun_sd.methods.uce import UCE
 PAPER = {"retain_target": "noise", "retain_prompts": ANCHOR, "probe_every": 0}
 # retain_prompts None: broad. probe_every None: as often as costs 5 % of the time.
 OURS = {"retain_target": "base", "retain_prompts": None, "probe_every": None}
-BETTER = {"salun": {"retain_weight": 5.0}}  # than the published settings: docs/results.md
+# Better than the published settings: docs/results.md. Of the options, and of a method's own.
+BETTER, BETTER_OWN = {"salun": {"retain_weight": 5.0}}, {"salun": {"anchor_from": "base"}}
+# SalUn's second system (DDPM/configs and README of the authors' code): CIFAR-10, all other classes retained.
+BY_CLASS = {"lr": 1e-4, "steps": 1000, "batch_size": 128, "retain_prompts": None}
+BY_CLASS_ALPHA = 1e-3
 
 OF_THE_LOOP = (
     "lr", "clip_norm", "steps", "sample_every", "save_every", "retain", "retain_caption", "retain_weight",
@@ -36,6 +41,18 @@ class Recipe(NamedTuple):
     name: str
     method: Method | UCE
     values: dict[str, Any]  # lr, steps, batch_size, samples and those of OURS, by the name of their option
+    typed: frozenset[str] = frozenset()  # which of them were given
+    is_published: bool = False  # whether the others are the published ones alone
+
+    def of_model(self, base: Checkpoint) -> "Recipe":
+        """The same; SalUn of a class-conditional base with the numbers that its authors have there, where none was
+        given."""
+        if not base.classes or self.name != "salun":
+            return self
+        values = dict(BY_CLASS)
+        if self.is_published:  # they add up the loss over an image's values, where here its mean counts
+            values["retain_weight"] = BY_CLASS_ALPHA * base.unet_settings["in_channels"] * base.latent_side**2
+        return self._replace(values=self.values | {o: value for o, value in values.items() if o not in self.typed})
 
     @property
     def retain(self) -> Retain | None:
@@ -85,7 +102,8 @@ def recipe_of(
     settings = _parsed(own)
     if "anchor_from" in settings and "anchor_from" in typed:
         raise UsageError("--setting anchor_from and --anchor-from are one setting: give one of them.")
-    method = _method(name, kind, settings | {o: typed.pop(o) for o in ("anchor_from",) if o in typed})
+    settings |= {o: typed.pop(o) for o in ("anchor_from",) if o in typed}
+    method = _method(name, kind, settings if recipe else BETTER_OWN.get(name, {}) | settings)
     paper = PAPER if kind.needs_anchor else PAPER | {"retain_prompts": None}
     values = (OURS | kind.published | BETTER.get(name, {})) if recipe is None else (paper | kind.published)
     values |= {option: typed[option] for option in values if option in typed}
@@ -97,7 +115,7 @@ def recipe_of(
         raise UsageError(f"--method {name} is defined by what it retains: give a --retain-weight above 0.")
     elif kind.shows is None and values["retain_target"] == "base":
         raise UsageError(f"--retain-target base leaves --method {name} nothing to learn: give noise, or leave it out.")
-    return Recipe(name, method, values)
+    return Recipe(name, method, values, frozenset(typed), recipe is not None)
 
 
 def _parsed(own: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:

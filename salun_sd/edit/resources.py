@@ -59,7 +59,8 @@ class Compute(NamedTuple):
         return cls(model, precision, weights >= LARGE if checkpointing is None else checkpointing, weights)
 
     def unet(self) -> torch.nn.Module:
-        return self.precision.prepare(load_part(self.model, "unet", self.precision.dtype), self.checkpointing)
+        unet = load_part(self.model, self.model.denoiser, self.precision.dtype)
+        return self.precision.prepare(unet, self.checkpointing)
 
     def work(self, kind: type[Work], resolution: int, batch: int, **rest) -> Work:
         """A step with the UNet, for the memory plan."""
@@ -82,11 +83,12 @@ class Compute(NamedTuple):
         own scheduler cannot draw it."""
         if draws:
             rehearsal.check(self.model, self.model.scheduler, self.model.sampling[0])
-        latents = self.model.image_size // self.model.pixels_per_latent
-        others = sum(t.shape.numel() for part, ts in self.model.parts.items() if part != "unet" for t in ts.values())
+        latents = self.model.latent_side
+        parts = [self.model.parts[part] for part in self.model.family.parts[1:]]
         return Drawing(
             resolution, images_per_pass(latents, latents), Precision(torch.float32, False, ""),
-            pixels=self.model.pixels_per_latent, vae=self.model.settings("vae"), weights=others,
+            pixels=self.model.pixels_per_latent, vae=self.model.vae_settings,
+            weights=sum(t.shape.numel() for part in parts for t in part.values()),
             drawn=self.model.image_size if draws else 0,
         )  # fmt: skip
 
@@ -95,7 +97,7 @@ class Compute(NamedTuple):
         device, plans = default_device(), self._plans(steps)
         fits = all(budget.fits(sizes, device) for sizes in plans.values())
         largest = max(steps, key=lambda work: budget.needed(plans[work.step]))
-        advice = [] if fits else budget.advice(self.model.settings("unet"), largest, device)
+        advice = [] if fits else budget.advice(self.model.unet_settings, largest, device)
         return Forecast(settings, plans, fits, advice, disk)
 
     def planned_bytes(self, steps: Sequence[Work]) -> dict[str, int]:
@@ -110,5 +112,5 @@ class Compute(NamedTuple):
         return {step: sum(sizes.values()) for step, sizes in plans.items()}
 
     def _plans(self, steps: Sequence[Work]) -> dict[str, dict[str, int]]:
-        config, device = self.model.settings("unet"), default_device()
+        config, device = self.model.unet_settings, default_device()
         return {work.step: budget.plan(config, work, device) for work in steps}

@@ -12,7 +12,7 @@ import torch
 from salun_sd.checkpoint.load import load_part, load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import prompts
-from salun_sd.draw.encode import token_ids
+from salun_sd.draw.encode import reader
 from salun_sd.edit.concepts import Concept
 from salun_sd.errors import UsageError, some
 from salun_sd.runtime.finite import finite
@@ -39,7 +39,8 @@ def prompts_to_retain(
 
     They are the rows of a prompt set without those whose class a concept names; or, with the base's own guidance, the
     texts of a plan; the anchors where `retain_prompts` is ANCHOR, as in the paper's erasure of nudity; and where none
-    are given, `samples` texts, at most MOST, in SHARES: our choice, of no paper. Raises UsageError where none is left.
+    are given, `samples` texts, at most MOST, in SHARES: our choice, of no paper. A class-conditional base then retains
+    all other classes, as the paper does. Raises UsageError where none is left.
     """
     if retain_prompts == ANCHOR:
         texts = dict.fromkeys(c.anchor for c in concepts if c.anchor)
@@ -47,9 +48,9 @@ def prompts_to_retain(
             raise UsageError("The anchor is to be retained, and there is none: give --anchor, --retain-prompts or "
                              "--retain.")  # fmt: skip
     elif isinstance(retain_prompts, str):
-        return _of_set(retain_prompts, concepts)
+        return _of_set(base, retain_prompts, concepts)
     else:
-        texts = retain_prompts or _broad(base, concepts, samples)
+        texts = retain_prompts or (_others if base.classes else _broad)(base, concepts, samples)
     return [(text, base.sampling[1]) for text in texts]
 
 
@@ -69,9 +70,9 @@ def spread(choices, count: int) -> list:
     return [choices[i * len(choices) // count] for i in range(count)]
 
 
-def _of_set(name: str, concepts: Sequence[Concept]) -> list[tuple[str, float]]:
+def _of_set(base: Checkpoint, name: str, concepts: Sequence[Concept]) -> list[tuple[str, float]]:
     """Text and guidance scale of the rows of a prompt set that ask for no concept's class."""
-    rows = prompts.read(name)
+    rows = prompts.read(name, model=base)
     classes = {p.label for p in rows if p.label}
     class_of = {text: prompts.class_in(text, classes) for c in concepts for text in c.prompts()}
     for text in [text for text, label in class_of.items() if classes and label is None]:
@@ -94,6 +95,15 @@ def _broad(base: Checkpoint, concepts: Sequence[Concept], samples: int) -> list[
     return [text for pool, n in zip(pools, counts, strict=True) for text in spread(pool, n)]
 
 
+def _others(base: Checkpoint, concepts: Sequence[Concept], samples: int) -> list[str]:
+    """The labels of all classes but the concepts'; where there are more than `samples`, that many, spread over them."""
+    erased = {base.classes.number(text) for c in concepts for text in c.prompts()}
+    if not (left := [base.classes.text(n) for n in base.classes.labels if n not in erased]):
+        raise UsageError(f"{base.name} has no other class to retain: give --retain-weight 0.")
+    logger.info(f"Retain images come from the other classes: {some(left)}.")
+    return spread(left, min(samples, len(left)))
+
+
 def _everyday(base: Checkpoint, concepts: Sequence[Concept]) -> list[str]:
     """The prompts of SET that ask for no concept: they have none of its telling words, and their tokens are not those
     of a concept or an anchor. Prompts that the tokenizer has to spell are left out, as long as others are left: what
@@ -102,7 +112,7 @@ def _everyday(base: Checkpoint, concepts: Sequence[Concept]) -> list[str]:
     texts = [p.text for p in prompts.read(SET) if not has_one_of(p.text, telling)]
     tokens = partial(tokenizers["tokenizer"], add_special_tokens=False, verbose=False)
     texts = [text for text in texts if len(tokens(text).input_ids) <= SPELLED * len(text.split())] or texts
-    ids = partial(token_ids, tokenizers)
+    ids = reader(base)
     taken = {ids(text) for c in concepts for text in (*c.prompts(), c.anchor or "")}
     return [text for text in texts if ids(text) not in taken]
 

@@ -20,9 +20,11 @@ from salun_sd.edit.checks import (
     check_batch,
     check_dtype,
     check_format,
+    check_method,
     check_retain,
     check_writable,
     checked_size,
+    named,
     plain,
     warn_of_batch,
 )
@@ -129,7 +131,8 @@ class Job(NamedTuple):
         disk = compute.disk(kept, settings["format"], settings["reversible"])
         if asks := self.recipe.asks:
             side = settings["resolution"] // self.base.pixels_per_latent
-            of_step = size_of((asks, settings["batch_size"], self.base.settings("unet")["in_channels"], side, side))
+            channels = self.base.unet_settings["in_channels"]
+            of_step = size_of((asks, settings["batch_size"], channels, side, side))
             disk["the base's predictions, while it runs"] = settings["steps"] * of_step
         return compute.forecast(self.steps_to_plan(), of_options, disk)
 
@@ -151,13 +154,16 @@ def _prepared(o: SimpleNamespace) -> Job:
     recipe = recipe_of(o.method, o.recipe, o.setting, vars(o))
     support = support_of(o.mask, o.density, o.saliency_guidance, recipe.method.support)
     concepts = concepts_of(o.concept, o.anchor, o.forget, needs_anchor=recipe.method.needs_anchor)
-    check_batch(recipe.values["batch_size"], o.parts)
     check_dtype(o.dtype)
     check_format(Path(o.out), o.format, o.reversible)
     check_retain(o.retain, o.retain_caption, o.retain_prompts)
     base = opened(o.model, o.config, o.revision, o.variant)
     size = checked_size(base, o.size)
     check_writable(base, o.format)
+    check_method(base, o.method, recipe.method)
+    recipe = recipe.of_model(base)
+    check_batch(recipe.values["batch_size"], o.parts)
+    concepts, support = named(base, concepts), support.of_model(base)
     mask = support.mask(base, concepts, o.seed)
     if recipe.is_closed:
         closed_form.check(base, mask)
@@ -237,7 +243,8 @@ def _deliver(
     record = {
         "schema": provenance.SCHEMA, "command": command, "method": TITLES[settings["method"]],
         "concepts": settings["concepts"], "settings": settings, "inputs": job.inputs, "images": trained.images,
-        "data": sources_in_words(settings, job.recipe.method), "probe": progress.probe,
+        "data": sources_in_words(settings, job.recipe.method, by_class=job.base.classes is not None),
+        "probe": progress.probe,
     }  # fmt: skip
     if ranks.is_main():
         record |= proof(job.base, trained.patch, trained.mask)

@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 SALIENT, RANDOM, NONE, FILE = "salient", "random", "none", "file"
 CROSS, KEYS_AND_VALUES, NOT_CROSS = "cross-attention", "cross-attention-kv", "not-cross-attention"
 FORMS = (f"{SALIENT}:0.5", f"{RANDOM}:0.5", CROSS, KEYS_AND_VALUES, NOT_CROSS, NONE)  # one of each
-GUIDANCE = 7.5  # of the saliency, if not given
 
 
 class Support(NamedTuple):
@@ -31,7 +30,7 @@ class Support(NamedTuple):
 
     kind: str
     density: float | None = None  # salient and random: the share of weights
-    guidance: float | None = None  # salient: w of the saliency
+    guidance: float | None = None  # salient: w of the saliency; None until `of_model`: the model's own
     file: Path | None = None  # file: a mask
 
     def record(self) -> dict:
@@ -39,6 +38,13 @@ class Support(NamedTuple):
         share = "" if self.density is None else f":{self.density}"
         density = self.density if self.kind == SALIENT else None
         return {"mask": str(self.file or self.kind + share), "density": density, "guidance": self.guidance}
+
+    def of_model(self, base: Checkpoint) -> "Support":
+        """The same, with the model's own guidance where none is given. Raises UsageError where the model has no null
+        class, and a guidance is given."""
+        if self.kind != SALIENT:
+            return self
+        return self._replace(guidance=saliency_guidance(base, self.guidance))
 
     def mask(self, base: Checkpoint, concepts: Sequence[Concept], seed: int) -> Mask | None:
         """The mask of a UNet; None for salient weights, which have to be computed. Its settings say the support.
@@ -58,7 +64,7 @@ class Support(NamedTuple):
             return Mask(bits, {**settings, "density": self.density, "seed": seed})
         if self.kind == NONE:
             return Mask(masks.full_bits(shapes), settings)
-        free = parameters_of(base.skeleton("unet"), self.kind)
+        free = parameters_of(base.skeleton(base.denoiser), self.kind)
         if not free:
             raise UsageError(f"The UNet of {base.name} has no layer for --mask {self.kind}: give another --mask, such "
                              f"as {FORMS[0]}.")  # fmt: skip
@@ -80,11 +86,22 @@ def support_of(
                          f"--mask {SALIENT}:{density:g}.")  # fmt: skip
     support = _parsed(default if mask is None else mask) if density is None else Support(SALIENT, float(density))
     if support.kind == SALIENT:
-        return support._replace(guidance=GUIDANCE if guidance is None else guidance)
+        return support._replace(guidance=guidance)
     if guidance is not None:
         raise UsageError(f"--saliency-guidance is for salient weights, and --mask is {mask or default}: leave it out, "
                          f"or give --mask {FORMS[0]}.")  # fmt: skip
     return support
+
+
+def saliency_guidance(base: Checkpoint, given: float | None) -> float:
+    """w of the saliency: the given one, or the one of the base's family; 0 where it has no null class. Raises
+    UsageError where it has none and w is not 0."""
+    if given and not base.is_guided:
+        raise UsageError(f"--saliency-guidance is {given:g}, and {base.name} has no null class to guide away from: "
+                         "leave it out.")  # fmt: skip
+    if given is None:
+        return base.family.saliency_guidance if base.is_guided else 0.0
+    return given
 
 
 def _parsed(text: str) -> Support:

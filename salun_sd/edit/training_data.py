@@ -15,7 +15,7 @@ from salun_sd.checkpoint.load import load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.diffusion import Condition, Examples
 from salun_sd.draw import rehearsal
-from salun_sd.draw.encode import token_ids, warn_of_long
+from salun_sd.draw.encode import reader, warn_of_long
 from salun_sd.draw.kept import kept_images
 from salun_sd.draw.sample import Row
 from salun_sd.edit import datasets, trajectories
@@ -67,7 +67,7 @@ class Sources(NamedTuple):
         retain_images = images_to_retain(retain, caption, concepts)
         texts = [text for text, _ in prompts] if retain_prompts and retain_prompts != ANCHOR else []
         check_texts(base, concepts, images, [*texts, *filter(None, [caption])], retain_images)
-        holds_empty = recipe.retain is not None and recipe.retain.target == "base"
+        holds_empty = base.is_guided and recipe.retain is not None and recipe.retain.target == "base"
         sources = cls(concepts, recipe.method, images, retain_images, caption, prompts, samples, seed, holds_empty)
         if isinstance(recipe.method, ForgetMeNot):
             sources.tokens(base)  # raises where there are none
@@ -126,17 +126,20 @@ def check_texts(
     base: Checkpoint, concepts: Sequence[Concept], images: Sequence[list[Item] | None], to_retain: Sequence[str] = (),
     retain: list[Item] | None = None,
 ) -> None:  # fmt: skip
-    """Raise UsageError where the text encoders cannot tell texts apart that have to differ: a concept, or a caption of
-    its images, and its anchor; a concept and a prompt `to_retain`, another concept, or no prompt at all. Logs prompts
-    and captions that are longer than they read.
+    """Raise UsageError where the base cannot tell texts apart that have to differ: a concept and any anchor; a
+    caption of its images and its own anchor; a concept and a prompt `to_retain`, another concept, or no prompt at all;
+    and where a text names no class of a class-conditional base. Logs prompts and captions that are longer than text
+    encoders read.
     """
-    tokenizers = load_tokenizers(base)
-    ids = partial(token_ids, tokenizers)
+    ids = reader(base)
 
     def check(text: str, others: Mapping[tuple, str]) -> None:
-        if other := others.get(ids(text)):
-            raise UsageError(f"{base.name} cannot tell {text!r} from {other}: its text encoder is given the same "
-                             "tokens for both. Let them differ at the beginning, not in case or spaces.")  # fmt: skip
+        if not (other := others.get(ids(text))):
+            return
+        if base.classes:
+            raise UsageError(f"{text!r} and {other} are one class of {base.name}: give another.")
+        raise UsageError(f"{base.name} cannot tell {text!r} from {other}: its text encoder is given the same tokens "
+                         "for both. Let them differ at the beginning, not in case or spaces.")  # fmt: skip
 
     empty = {ids(""): "an empty prompt"}
     taken = {ids(text): f"the prompt to retain {text!r}" for text in to_retain} | empty
@@ -148,8 +151,13 @@ def check_texts(
             taken[ids(text)] = f"the concept {text!r}"
         for text in dict.fromkeys(of_images):
             check(text, empty | anchor)
+    erased = {ids(text): f"the concept {text!r}" for c in concepts for text in c.prompts()}
+    for anchor in [c.anchor for c in concepts if c.anchor]:
+        check(anchor, erased)
     prompts = [text for c in concepts for text in (*c.prompts(), c.anchor) if text]
-    warn_of_long(tokenizers, [*prompts, *to_retain, *chain(*captions)], base.name)
+    for text in dict.fromkeys(captions[-1] if base.classes else ()):
+        ids(text)
+    warn_of_long(load_tokenizers(base), [*prompts, *to_retain, *chain(*captions)], base.name)
 
 
 class Forget(NamedTuple):
@@ -235,8 +243,9 @@ def _training(base: Checkpoint, sources: Sources, forget: Forget | None) -> Trai
     )  # fmt: skip
 
 
-def sources_in_words(settings: Mapping, method: Method | UCE) -> dict[str, str]:
-    """Where the images of a run with these settings come from, for the record."""
+def sources_in_words(settings: Mapping, method: Method | UCE, by_class: bool = False) -> dict[str, str]:
+    """Where the images of a run with these settings come from, for the record. by_class: of a base that draws
+    classes."""
     samples, concepts = settings["samples"], settings["concepts"]
 
     def drawn(concept: Mapping) -> str:
@@ -249,11 +258,14 @@ def sources_in_words(settings: Mapping, method: Method | UCE) -> dict[str, str]:
     forget = "; ".join(map(drawn, concepts)) if method.shows else "none"
     if not settings.get("retain_weight"):
         return {"forget": forget, "retain": "none"}
-    return {"forget": forget, "retain": settings["retain"] or f"drawn by the base from {_prompts_in_words(settings)}"}
+    retain = settings["retain"] or f"drawn by the base from {_prompts_in_words(settings, by_class)}"
+    return {"forget": forget, "retain": retain}
 
 
-def _prompts_in_words(settings: Mapping) -> str:
+def _prompts_in_words(settings: Mapping, by_class: bool) -> str:
     prompts = settings["retain_prompts"]
+    if not prompts and by_class:
+        return "the other classes"
     if not prompts:
         return shares_in_words(settings["samples"], any(c["anchor"] for c in settings["concepts"]))
     if prompts == ANCHOR:

@@ -46,7 +46,8 @@ class Watch:
         self.every = settings["probe_every"] or fewest_steps(erasure, points)
         cost = _passes_of_probe(erasure, points, self.every) / _passes(erasure)
         logger.info(f"--probe-every {self.every}: the probe costs {cost:.1%} of the training.")
-        self.probe = Probe(unet, points, max(1, len(erasure.share()[:: erasure.parts])), name)
+        size, method = max(1, len(erasure.share()[:: erasure.parts])), erasure.method
+        self.probe = Probe(unet, points, size, name, keeps_goals=method.needs_anchor and method.asks)
 
     def at(self, step: int) -> dict:
         """What is measured after a step: {"moved": {prompt: share}, "drift": share}; {} where it is not time for it.

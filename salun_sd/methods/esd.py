@@ -28,7 +28,7 @@ class ESD(Method):
 
     shows, needs_anchor, support = TRAJECTORY, False, "cross-attention"  # their esd-x
     published = {"lr": 5e-5, "steps": 200, "batch_size": 1, "samples": 200, "retain_weight": 0.0}
-    asks = True
+    asks = needs_empty = True
 
     scale: float = 2.0
     start_guidance: float = 3.0

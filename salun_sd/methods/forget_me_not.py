@@ -65,7 +65,7 @@ class ForgetMeNot(Method):
     random.
     """
 
-    shows, needs_anchor, support = CONCEPT, False, "none"
+    shows, needs_anchor, support, needs_text = CONCEPT, False, "none", True
     published = {"lr": 2e-6, "steps": 35, "batch_size": 1, "samples": 10, "retain_weight": 0.0}
 
     end_token: Literal["counts", "left-out"] = "counts"

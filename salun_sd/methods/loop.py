@@ -30,6 +30,8 @@ class Method:
     support: ClassVar[str]  # the published support, as --mask has it
     published: ClassVar[dict[str, float | str | None]]  # by the name of their option; steps None: one pass
     asks: bool = False  # whether the loss needs to know what the model predicted before training
+    needs_text: ClassVar[bool] = False  # whether it works on the tokens of a prompt
+    needs_empty: ClassVar[bool] = False  # whether it needs the prediction for the prompt ""
     join: Rule | None = None  # how the gradients of its loss and of the retain term are joined; None: they are added
 
     def of_base(self, unet: nn.Module, rows: Rows) -> torch.Tensor:

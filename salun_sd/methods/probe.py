@@ -67,7 +67,7 @@ class Points(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """Forward passes of one example that a measure takes: two at each point of a concept, else one."""
+        """Forward passes of one example that a measure takes at most: two at each point of a concept, else one."""
         return len(self.t) + int((self.concept != RETAIN).sum())
 
 
@@ -114,10 +114,10 @@ def _joined(a: Points, b: Points) -> Points:
 class Measure(NamedTuple):
     """What a probe finds. With e the model's predictions and e_base those before training, sums over the points:
 
-    moved, of each concept: 1 - sum |e(c) - e(c')|^2 / sum |e_base(c) - e_base(c')|^2. 0: untouched; 1: the model no
-    longer tells the concept from its anchor. The anchor's prediction is the model's own: where the anchor is not held
-    to the base, it moves along, and a concept that is gone can be far from e_base(c'). None where the base predicts the
-    same for both prompts.
+    moved, of each concept: 1 - sum |e(c) - goal|^2 / sum |e_base(c) - e_base(c')|^2. 0: untouched; 1: it is the goal,
+    e_base(c') where the training aims at that. Else the goal is e(c'), the model's own prediction for the anchor: it
+    moves along, and a concept that is gone can be far from e_base(c'). None where the base predicts the same for both
+    prompts.
     drift: sum |e(r) - e_base(r)|^2 / sum |e_base(r)|^2 over prompts r that are to stay. None where none are held out.
     """
 
@@ -135,11 +135,16 @@ class Probe:
     size: points in a forward pass. In a run of several processes each takes a share of the points.
     """
 
-    def __init__(self, unet: nn.Module, points: Points, size: int, name: str = "the model"):
-        """unet: before training. Raises NotFinite, which calls it `name`, where it is damaged."""
+    def __init__(
+        self, unet: nn.Module, points: Points, size: int, name: str = "the model", *, keeps_goals: bool = False
+    ):  # fmt: skip
+        """unet: before training. keeps_goals: the goals are what it predicts for the anchors then. Raises NotFinite,
+        which calls it `name`, where it is damaged."""
         self.points, self.size, self.name = points, size, name
         self.own = torch.arange(len(points.t))[ranks.rank() :: ranks.count()]
+        self.is_concept = points.concept[self.own] != RETAIN
         self.base = self.predictions(unet, points.prompt, self.own)
+        self.goals = self.predictions(unet, points.goal, self.own[self.is_concept]) if keeps_goals else None
         self.scale = self._distances(unet, torch.zeros_like(self.base))
 
     def __call__(self, unet: nn.Module) -> Measure:
@@ -154,12 +159,14 @@ class Probe:
         return Measure({c: None if share is None else 1 - share for c, share in of_concepts.items()}, left(RETAIN))
 
     def _distances(self, unet: nn.Module, of_retained: torch.Tensor) -> torch.Tensor:
-        """The squared distance of each point's prediction from that with its goal or, for a retain prompt, from a given
-        one, [m, 4, h, w] for this process's points: [n] float64. All processes raise where one has a value that is not
+        """The squared distance of each point's prediction from its goal or, for a retain prompt, from a given one,
+        [m, C, h, w] for this process's points: [n] float64. All processes raise where one has a value that is not
         finite."""
-        apart = self.predictions(unet, self.points.prompt, self.own) - of_retained
-        is_concept = self.points.concept[self.own] != RETAIN
-        apart[is_concept] -= self.predictions(unet, self.points.goal, self.own[is_concept]) - of_retained[is_concept]
+        wanted = of_retained.clone()
+        wanted[self.is_concept] = (
+            self.predictions(unet, self.points.goal, self.own[self.is_concept]) if self.goals is None else self.goals
+        )
+        apart = self.predictions(unet, self.points.prompt, self.own) - wanted
         distances = torch.zeros(len(self.points.t), dtype=torch.float64)
         distances[self.own] = apart.double().square().flatten(1).sum(1)
         return finite(ranks.summed(distances), f"The prediction of the UNet of {self.name}")

@@ -32,6 +32,7 @@ class UCE:
     """
 
     shows, needs_anchor, support = None, False, "cross-attention-kv"
+    needs_text, needs_empty = True, False
     published = {"batch_size": 8, "samples": 800}  # of images, where a mask is computed
 
     erase_scale: float = 1.0

@@ -63,6 +63,7 @@ FLOAT32_FORWARD: dict[type, Callable] = {
     nn.Conv2d: lambda m, x, *_: F.conv2d(
         x.float(), _float32(m.weight), _float32(m.bias), m.stride, m.padding, m.dilation, m.groups
     ),
+    nn.Embedding: lambda m, x: _float32(F.embedding(x, m.weight)),
     nn.GroupNorm: lambda m, x: F.group_norm(x.float(), m.num_groups, _float32(m.weight), _float32(m.bias), m.eps),
     nn.LayerNorm: lambda m, x: F.layer_norm(x.float(), m.normalized_shape, _float32(m.weight), _float32(m.bias), m.eps),
 }

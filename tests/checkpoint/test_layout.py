@@ -327,11 +327,13 @@ def test_names_of_older_programs_are_canonical():
     assert layout.canonical("text_encoder_2", "text_projection.weight") == "text_projection.weight"
     old = {"query.weight": "to_q.weight", "key.bias": "to_k.bias", "value.weight": "to_v.weight",
            "proj_attn.bias": "to_out.0.bias", "group_norm.bias": "group_norm.bias"}  # fmt: skip
-    for side in ("encoder", "decoder"):
-        for name, new in old.items():
+    for name, new in old.items():
+        for side in ("encoder", "decoder"):
             place = f"{side}.mid_block.attentions.0."
             assert layout.canonical("vae", place + name) == place + new
-    assert layout.canonical("unet", "mid_block.attentions.0.query.weight") == "mid_block.attentions.0.query.weight"
+        place = "down_blocks.2.attentions.1."  # of a UNet that draws classes
+        assert layout.canonical("unet", place + name) == place + new
+    assert layout.canonical("text_encoder", "attentions.0.query.weight") == "attentions.0.query.weight"
 
 
 def test_the_order_of_the_names_does_not_matter():

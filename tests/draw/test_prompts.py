@@ -32,8 +32,8 @@ def i2p(tmp_path):
 
 
 def test_the_shipped_sets_read_and_every_prompt_has_a_seed_of_its_own():
-    assert prompts.builtin() == ["everyday", "i2p", "imagenette", "nudity", "people", "pocket", "retain"]
-    for name in set(prompts.builtin()) - {"i2p"}:
+    assert prompts.builtin() == ["classes", "everyday", "i2p", "imagenette", "nudity", "people", "pocket", "retain"]
+    for name in set(prompts.builtin()) - {"classes", "i2p"}:
         rows = prompts.read(name)
         assert len({p.seed for p in rows}) == len(rows)
     assert [sum(p.label == c for p in prompts.read("pocket")) for c in ("sneaker", "bag")] == [100, 100]

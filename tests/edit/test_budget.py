@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers.by_class import write_ddpm, write_dit
 from helpers.models import TINY, blocks
 from torch.profiler import ProfilerActivity, profile
 
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_part
 from salun_sd.core import mask
 from salun_sd.core.diffusion import Examples, Schedule, predict
 from salun_sd.core.masked import MaskedAdam
@@ -23,8 +26,9 @@ from salun_sd.methods.salun import SalUn, forget_gradient
 from salun_sd.runtime.device import Precision
 
 CONFIG = {  # at 32 x 32 latents, the matrix of one self-attention would take 32 MiB, more than all that lives
-    **blocks("x"), "block_out_channels": (32,), "layers_per_block": 1, "cross_attention_dim": 32,
-    "attention_head_dim": 8, "norm_num_groups": 8, "in_channels": 4, "out_channels": 4, "sample_size": 32,
+    "_class_name": "UNet2DConditionModel", **blocks("x"), "block_out_channels": (32,), "layers_per_block": 1,
+    "cross_attention_dim": 32, "attention_head_dim": 8, "norm_num_groups": 8, "in_channels": 4, "out_channels": 4,
+    "sample_size": 32,
 }  # fmt: skip
 SCHEDULE = Schedule(torch.linspace(0.999, 0.01, 1000), "epsilon")
 MASK = Masking(256, 1, Precision.of("float32", "cpu"))
@@ -147,10 +151,29 @@ def test_parts_are_those_of_the_step():
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
 def test_every_family_can_be_planned(family):
     """What SDXL's UNet is told beside the text is there too."""
-    config = TINY[family]["unet"]
+    config = TINY[family]["unet"] | {"_class_name": "UNet2DConditionModel"}
     weights = sum(p.numel() for p in UNet2DConditionModel.from_config(config).parameters())
     parts = budget.plan(config, replace(MASK, resolution=32, pixels=4, guidance=7.5), "cpu")
     assert parts["weights"] == 4 * weights and parts["activations"] > 0
+
+
+@pytest.mark.parametrize(("write", "pixels"), [(write_ddpm, 1), (write_dit, 2)])
+def test_a_pass_of_a_class_holds_what_is_planned(tmp_path, write, pixels):
+    model = find(str(write(tmp_path / "model")))
+    unet, config = load_part(model, model.denoiser), model.unet_settings
+    work = replace(MASK, resolution=32 * pixels, pixels=pixels, batch=2, guidance=2.0)
+    numbers, x = {"class": torch.tensor([0, 3])}, torch.randn(2, config["in_channels"], 32, 32)
+    data = Examples(x, numbers, torch.zeros(2, dtype=torch.int64))
+    run = forget_gradient(unet, SCHEDULE, data, {"class": torch.tensor([3])}, guidance=2.0, seed=0, batch_size=2)
+    with GradientSum(unet):
+        held = profiled(lambda: next(run))
+    parts = budget.plan(config, work, "cpu")
+    assert parts["activations"] == pytest.approx(held, rel=0.15)
+    assert parts["weights"] == 4 * sum(p.numel() for p in unet.parameters())
+    images = Drawing(8, 2, Precision.of("float32", "cpu"), pixels=pixels, vae=model.vae_settings, drawn=8)
+    assert budget.plan(config, images, "cpu")["activations"] > 0
+    sizes = [cheaper.resolution for cheaper in work.cheaper(config, torch.device("cpu")).values()]
+    assert min(sizes) == 16 * pixels and not any(size % model.size_multiple for size in sizes)
 
 
 def test_sums_are_those_of_the_accumulator():

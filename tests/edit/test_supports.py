@@ -28,11 +28,11 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        (("salient:0.3",), Support("salient", 0.3, 7.5)),
-        ((None, 0.3), Support("salient", 0.3, 7.5)),
+        (("salient:0.3",), Support("salient", 0.3)),
+        ((None, 0.3), Support("salient", 0.3)),
         ((None, 0.3, 0.0, "cross-attention"), Support("salient", 0.3, 0.0)),
         (("salient:1", None, 2.0, "none"), Support("salient", 1.0, 2.0)),
-        ((None,), Support("salient", 0.5, 7.5)),
+        ((None,), Support("salient", 0.5)),
         ((None, None, None, "cross-attention"), Support("cross-attention")),
         (("random:1e-3",), Support("random", 0.001)),
         *(((name,), Support(name)) for name in (*NAMED, "none")),

@@ -132,7 +132,7 @@ def test_only_the_main_process_speaks(made):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_run(tiny, tmp_path, victim):
     argv = ["erase", tiny, *CONCEPT, "--anchor", "a bag", "--samples", "4", "--batch-size", "4", "--mask", "random:0.1",
-            "--retain-target", "noise", "--steps", "100000", "--out", "erased"]  # fmt: skip
+            "--recipe", "paper", "--steps", "100000", "--out", "erased"]  # fmt: skip
     run = launch(tmp_path, argv)
     losses = tmp_path / "erased.run" / "losses.jsonl"
     until(lambda: losses.is_file() and losses.stat().st_size, run)
