@@ -181,10 +181,11 @@ def test_every_form_of_the_true_architecture(here, run, family, prediction):
 
 @pytest.mark.slow
 def test_a_transformer_that_draws_classes(here, run):
-    """DiT-XL/2 256, whose config has the class that it was published with."""
+    """DiT-XL/2 256, whose config has the class, and a key of that class, that it was published with."""
     started, labels = time.monotonic(), [f"thing {n}" for n in range(1000)]
     folder = by_class.write_dit(here / "base", labels, full=True, dtype=torch.float16)
-    by_class.change(folder / "transformer" / "config.json", _class_name="Transformer2DModel")
+    published = {"_class_name": "Transformer2DModel", "cross_attention_dim": None}
+    by_class.change(folder / "transformer" / "config.json", **published)
     print(f"{'write the base':<32} {time.monotonic() - started:8.1f}")
     base = find(str(folder))
     weights = sum(t.shape.numel() for t in base.unet.values())

@@ -11,14 +11,16 @@ from safetensors.torch import load_file
 
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
-from salun_sd.checkpoint.model import POCKET
+from salun_sd.checkpoint.model import BUNDLED, POCKET
 from salun_sd.cli import app as cli
 from salun_sd.pocket import train
 from salun_sd.pocket.stage import Stage
 
+DDPM = BUNDLED["pocket-ddpm"]
 # The figure of the card was measured on the files with this digest. Who changes one of them measures again, with
 # SALUN_SD_THOUSAND=1 pytest -n 0 -m slow tests/test_pocket.py, and writes the figure and the digest anew.
 FIGURE, DIGEST = 990, "f003e03ce93ee8fec93ea961bc5c4861ea9c30c02bdd8650ea6723f156172322"
+OF_DDPM, DIGEST_OF_DDPM = 0, "5cf2ccfd9e48946365432fca5f4e9d0e7b5953b50d51bbd5938642828425206a"  # of 500
 # Of the 280 prompts that judge the demo, the answers that are not the class asked for, and that the judge is sure of:
 # where the processor rounds otherwise, a score changes in its third digit.
 SURE, WRONG = 0.6, {655: "coat", 685: "t-shirt"}
@@ -32,17 +34,27 @@ def digest_of(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def test_the_published_figure_is_of_these_very_files():
-    assert digest_of(POCKET) == DIGEST
-    assert f"{FIGURE} of 1,000" in (POCKET / "README.md").read_text(encoding="utf-8")
+def test_the_published_figures_are_of_these_very_files():
+    assert (digest_of(POCKET), digest_of(DDPM)) == (DIGEST, DIGEST_OF_DDPM)
+    card = (POCKET / "README.md").read_text(encoding="utf-8")
+    assert f"{FIGURE} of 1,000" in card and f"{OF_DDPM} of 500" in card
 
 
-def test_every_part_is_half_precision_and_all_of_it_is_under_20_mb():
+def test_every_part_is_half_precision_and_small():
     files = [f for part in ("unet", "vae", "text_encoder", "judge") for f in (POCKET / part).glob("*.safetensors")]
+    [of_ddpm] = DDPM.rglob("*.safetensors")
     assert len(files) == 4
-    for file in files:
+    for file in (*files, of_ddpm):
         assert {t.dtype for t in load_file(file).values() if t.is_floating_point()} == {torch.float16}
-    assert sum(f.stat().st_size for f in POCKET.rglob("*") if f.is_file()) < 20e6
+    size = {folder: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for folder in (POCKET, DDPM)}
+    assert size[DDPM] < 6e6 and size[POCKET] - size[DDPM] < 20e6
+
+
+def test_pocket_ddpm_draws_the_classes_of_the_judge():
+    model = find("pocket-ddpm")
+    judged = json.loads((POCKET / "judge" / "config.json").read_text())["id2label"]
+    assert model.classes.labels == {int(n): name for n, name in judged.items()} and model.is_guided
+    assert model.pixels_per_latent == 1 and model.image_size == 32
 
 
 def test_a_killed_stage_ends_where_an_undisturbed_one_does(tmp_path):
@@ -73,9 +85,10 @@ def test_the_whole_script_runs_on_a_small_data_set(tmp_path):
             values = torch.randint(0, 10, shape, dtype=torch.uint8, generator=g)
             head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
             (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + values.numpy().tobytes()))
-    train.train(tmp_path, tmp_path / "out", judge_steps=2, vae_steps=2, unet_steps=2)
-    load_pipeline(find(str(tmp_path / "out")))
-    assert not list((tmp_path / "out").glob(".*.pt"))
+    for kind, out in zip(train.Kind, (tmp_path / "out", tmp_path / "ddpm"), strict=True):
+        train.train(tmp_path, out, kind, judge_steps=2, vae_steps=2, unet_steps=2, ddpm_steps=2)
+        load_pipeline(find(str(out)))
+        assert not list(out.glob(".*.pt"))
 
 
 @pytest.mark.slow
@@ -84,6 +97,15 @@ def test_of_a_thousand_images_as_many_are_recognised_as_the_card_says(tmp_path):
     cli.run(["evaluate", "pocket", "--prompts", "pocket", "--out", str(tmp_path / "audit")])
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     assert report["metrics"]["ra"]["of"] == 1000 and abs(report["metrics"]["ra"]["n"] - FIGURE) <= 2
+    assert min(c["rate"] for c in report["classes"].values()) >= 0.75
+
+
+@pytest.mark.slow
+def test_the_classes_of_pocket_ddpm_are_recognised(tmp_path):
+    argv = ["evaluate", "pocket-ddpm", "--prompts", "classes", "--samples-per-prompt", "20"]
+    cli.run([*argv, "--out", str(tmp_path / "audit")])
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert report["metrics"]["ra"]["of"] == 200 and report["metrics"]["ra"]["rate"] >= 0.95
     assert min(c["rate"] for c in report["classes"].values()) >= 0.75
 
 

@@ -68,8 +68,8 @@ def evaluate(
                   samples=samples_per_prompt, confident=confident, fail_if=fail_if)  # fmt: skip
     check_place(out / "report.json", out / "images" / "0_0.png")
     models = cache(partial(_models, model, against, config, revision, variant))
-    drawn = (models()[0] or models()[1]) if prompts == CLASSES else None
-    request = Request.of(prompts, where, limit, guidance, size, drawn)
+    class_model = (models()[0] or models()[1]) if prompts == CLASSES else None
+    request = Request.of(prompts, where, limit, guidance, size, class_model)
     sampling = {"steps": denoising_steps, "scheduler": None if scheduler is None else scheduler_class(scheduler)}
     manifest = collected(images, request.rows, out, subset=bool(where or limit)) if images else None
     samples = len(manifest) // len(request.rows) if images else samples_per_prompt or 1

@@ -14,7 +14,7 @@ SUPPORTED = "salun-sd edits Stable Diffusion 1.x, 2.x and SDXL base, and class-c
 
 
 class Family(NamedTuple):
-    key: str  # of layout.FAMILIES
+    key: str  # of layout.FAMILIES, where it has a single file
     name: str
     pipeline: str  # the class in diffusers
     parts: tuple[str, ...]  # the components with weights; the first is the one that is edited
@@ -22,7 +22,7 @@ class Family(NamedTuple):
     hub: str = ""  # a hub id whose configs fit a single file of the family
     steps: int = 50  # of denoising, to draw with
     guidance: float = 7.5  # guidance scale to draw with, in diffusers' form
-    saliency_guidance: float = 7.5  # w of the saliency, as the authors have it
+    saliency_guidance: float = 7.5  # w of the saliency
 
     @property
     def draws_text(self) -> bool:
@@ -43,7 +43,8 @@ SDXL = Family(
     "conditioner.embedders.1.model.", "stabilityai/stable-diffusion-xl-base-1.0",
 )  # fmt: skip
 
-# The authors guide both the mask and the images with w = 2. DiT's guidance is that of diffusers' pipeline.
+# SalUn's authors guide the saliency with w = 7.5 for texts, and both saliency and images with w = 2 for classes. They
+# have no DiT: its guidance to draw with is that of diffusers' pipeline.
 DDPM = Family(
     "ddpm", "class-conditional DDPM", "DDPMPipeline", ("unet",), steps=100, guidance=3.0, saliency_guidance=2.0
 )  # fmt: skip

@@ -63,7 +63,7 @@ def find(
         revision = path.name  # the commit
     family = families.of_folder(path, model)
     if variant and not any(path.glob(f"{family.parts[0]}/*.{variant}*")):
-        logger.warning(f"{model} has no {variant} UNet; its plain files are read instead.")
+        logger.warning(f"{model} has no {variant} weights; its plain files are read instead.")
         variant = None
     return _checked(Checkpoint(model, path, path, family, variant, revision))
 

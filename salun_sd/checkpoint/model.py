@@ -208,11 +208,6 @@ class Checkpoint:
         return latents * pixels
 
     @property
-    def latent_side(self) -> int:
-        """Side of the latents of an image of that size, or of its pixels."""
-        return self.image_size // self.pixels_per_latent
-
-    @property
     def size_multiple(self) -> int:
         """Pixels that both sides of a training image must be a multiple of, so that VAE and UNet can halve them."""
         return self.pixels_per_latent * configs.multiple(self.unet_settings)

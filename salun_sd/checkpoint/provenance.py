@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from salun_sd.checkpoint import tensors
-from salun_sd.checkpoint.families import BY_CLASS
+from salun_sd.checkpoint.families import BY_CLASS, DIT
 from salun_sd.checkpoint.model import CONFIGS, SAMPLING, Checkpoint
 from salun_sd.errors import SalunError
 from salun_sd.runtime import escape, seals
@@ -166,7 +166,8 @@ def model_card(record: dict) -> str:
         finalize=escape.text,
     )  # fmt: skip
     templates.filters |= {"code": escape.code, "block": escape.block}
-    page = templates.get_template("card.md.j2").render(record, title=title(record))
+    denoiser = "transformer" if record["base"]["family"] == DIT.name else "UNet"
+    page = templates.get_template("card.md.j2").render(record, title=title(record), denoiser=denoiser)
     return f"---\n{data.to_yaml()}\n---\n\n{page}"
 
 

@@ -190,7 +190,7 @@ BATCH_SIZE = Option(
 )
 ANCHOR_FROM = Option(
     help="Weights that predict the anchor, which is the target: the base's, or the current ones, as published. "
-    "Default: base for salun."
+    "Default: base for salun, current for ablation and for --recipe paper."
 )
 RETAIN_TARGET = Option(
     help="What retain images hold: the base's prediction, or the noise, as published. Default: base; noise for ascent, "

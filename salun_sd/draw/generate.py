@@ -11,9 +11,9 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from salun_sd.checkpoint import load
+from salun_sd.checkpoint.families import DIT
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import rehearsal
-from salun_sd.draw.encode import reader
 from salun_sd.draw.images import LONGEST_SIDE, is_whole_png
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Row, Sampler
@@ -46,20 +46,21 @@ def check(model: Checkpoint, prompts: Iterable[Prompt], *, scheduler: str | None
     """Raise SalunError if a model is not complete, or cannot draw with a scheduler, in so many steps, or one of the
     prompts; warn of sizes far above its own. None: its own scheduler and steps.
 
-    Width and height must be multiples of the pixels that one latent stands for. The UNet may halve them to a fraction:
-    diffusers resizes on the way up.
+    Width and height must be multiples of the pixels that one latent stands for. The UNet of Stable Diffusion may halve
+    them to a fraction: diffusers resizes on the way up. That of a class-conditional model may not, and a DiT draws
+    squares alone.
     """
     load.check(model)
-    prompts, reads = list(prompts), reader(model)
-    for prompt in prompts:
-        reads(prompt.text)  # raises where it names no class
-        if prompt.guidance > 1 and not model.is_guided:
-            raise UsageError(f"Case {prompt.case} asks for a guidance scale of {prompt.guidance:g}, and {model.name} "
-                             "has no null class: give --guidance 1.")  # fmt: skip
+    prompts = list(prompts)
+    if model.classes:
+        _check_classes(model, prompts)
     rehearsal.check(model, scheduler or model.scheduler, steps or model.sampling[0])
     sizes = {p.size: p for p in prompts if p.size}
-    multiple, side = model.pixels_per_latent, model.image_size
+    multiple, side = model.size_multiple if model.classes else model.pixels_per_latent, model.image_size
     for (width, height), prompt in sizes.items():
+        if model.family is DIT and width != height:
+            raise UsageError(f"Case {prompt.case} asks for {width} x {height} pixels, and {model.name} draws squares: "
+                             f"give --size {side}.")  # fmt: skip
         if not width or not height or width % multiple or height % multiple:
             raise UsageError(f"Case {prompt.case} asks for {width} x {height} pixels, and {model.name} draws multiples "
                              f"of {multiple}: give --size {side}, or another multiple.")  # fmt: skip
@@ -70,6 +71,15 @@ def check(model: Checkpoint, prompts: Iterable[Prompt], *, scheduler: str | None
     if max(largest) > 2 * side:
         logger.warning(f"The prompts ask for images of up to {largest[0]} x {largest[1]} pixels, and {model.name} was "
                        f"made for {side} x {side}: give --size {side} to draw that size.")  # fmt: skip
+
+
+def _check_classes(model: Checkpoint, prompts: Iterable[Prompt]) -> None:
+    """Raise UsageError for a prompt that names no class, or is guided where the model has no null class."""
+    for prompt in prompts:
+        model.classes.number(prompt.text)
+        if prompt.guidance > 1 and not model.is_guided:
+            raise UsageError(f"Case {prompt.case} asks for a guidance scale of {prompt.guidance:g}, and {model.name} "
+                             "has no null class: give --guidance 1.")  # fmt: skip
 
 
 def missing(

@@ -104,10 +104,12 @@ def _of_file(path: Path) -> list[tuple[str, dict]]:
 
 def _of_classes(model: "Checkpoint | None") -> list[tuple[str, dict]]:
     """(place, row) of each class that a model draws, at its own guidance; a case is the number of a class."""
-    if model is None or not model.classes:
-        name = f"{model.name} draws" if model else "images of a folder are of"
-        raise UsageError(f"--prompts {CLASSES} are those of a class-conditional MODEL, and {name} texts: give another "
-                         "set.")  # fmt: skip
+    if model is None:
+        raise UsageError(f"The prompt set {CLASSES} is of a class-conditional model, and none is given: give it as "
+                         "--against, or give another set.")  # fmt: skip
+    if not model.classes:
+        raise UsageError(f"The prompt set {CLASSES} is of a class-conditional model, and {model.name} draws from a "
+                         "text: give another set.")  # fmt: skip
     texts = {n: model.classes.text(n) for n in model.classes.labels}
     columns, guidance = [*COLUMNS, "class"], str(model.sampling[1])
     return [

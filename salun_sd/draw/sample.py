@@ -15,9 +15,8 @@ from salun_sd.draw.encode import encode_prompts
 from salun_sd.errors import UsageError
 from salun_sd.runtime.finite import finite
 
-# Short name -> class in diffusers, and the settings that Stable Diffusion needs if the checkpoint's own scheduler is of
-# another class and does not have them. None of these draws noise in a step: an image depends on its seed's first noise
-# alone.
+# Short name -> class in diffusers, and the settings that it needs if the checkpoint's own scheduler is of another
+# class. None of these draws noise in a step: an image depends on its seed's first noise alone.
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
@@ -133,11 +132,14 @@ class Sampler:
 
 def new_scheduler(of_checkpoint, name: str):
     """A copy of the checkpoint's own scheduler, or one of another class of diffusers, which takes its noise from the
-    own one's config. Raises UsageError where diffusers has no such scheduler."""
+    own one's config, and from there whether x_0 is clipped, as in pixel space. Raises UsageError where diffusers has no
+    such scheduler."""
     if type(of_checkpoint).__name__ == name:
         return deepcopy(of_checkpoint)
-    settings = dict(SCHEDULERS.values()).get(name, {})
-    return load.scheduler_class(name).from_config({**settings, **of_checkpoint.config})
+    config, settings = of_checkpoint.config, dict(SCHEDULERS.values()).get(name, {})
+    if "clip_sample" in config:
+        settings = settings | {"clip_sample": config["clip_sample"]}
+    return load.scheduler_class(name).from_config(config, **settings)
 
 
 def denoise(
@@ -152,7 +154,7 @@ def denoise(
     generators: list[torch.Generator],
     advance: Callable[[float], object],
 ) -> torch.Tensor:
-    """Noise [B, 4, h, w] => latents [B, 4, h, w]: the loop of diffusers' pipelines, with a guidance scale [B].
+    """Noise [B, C, h, w] => latents [B, C, h, w]: the loop of diffusers' pipelines, with a guidance scale [B].
 
     A row's prediction is unconditional + scale * (conditional - unconditional) (arXiv 2207.12598, in diffusers' form);
     with `unconditional` None, it is the conditional one. A scheduler that draws noise in its steps draws each row's

@@ -23,7 +23,7 @@ DTYPE = torch.bfloat16
 
 
 class Predictions:
-    """For each step the predictions of the base that an erasure asks for, [asks, n, 4, h, w] in bfloat16, and their
+    """For each step the predictions of the base that an erasure asks for, [asks, n, C, h, w] in bfloat16, and their
     CRC-32.
 
     Steps are appended one by one: a file that was cut short lacks some at its end, and these are computed again.

@@ -44,14 +44,15 @@ class Recipe(NamedTuple):
     typed: frozenset[str] = frozenset()  # which of them were given
     is_published: bool = False  # whether the others are the published ones alone
 
-    def of_model(self, base: Checkpoint) -> "Recipe":
-        """The same; SalUn of a class-conditional base with the numbers that its authors have there, where none was
-        given."""
+    def of_model(self, base: Checkpoint, size: int) -> "Recipe":
+        """The same; for SalUn on a class-conditional base, with the numbers that its authors have there, where none was
+        given. size: side of the training images in pixels."""
         if not base.classes or self.name != "salun":
             return self
         values = dict(BY_CLASS)
         if self.is_published:  # they add up the loss over an image's values, where here its mean counts
-            values["retain_weight"] = BY_CLASS_ALPHA * base.unet_settings["in_channels"] * base.latent_side**2
+            side = size // base.pixels_per_latent
+            values["retain_weight"] = BY_CLASS_ALPHA * base.unet_settings["in_channels"] * side**2
         return self._replace(values=self.values | {o: value for o, value in values.items() if o not in self.typed})
 
     @property

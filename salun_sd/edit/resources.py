@@ -83,7 +83,7 @@ class Compute(NamedTuple):
         own scheduler cannot draw it."""
         if draws:
             rehearsal.check(self.model, self.model.scheduler, self.model.sampling[0])
-        latents = self.model.latent_side
+        latents = self.model.image_size // self.model.pixels_per_latent
         parts = [self.model.parts[part] for part in self.model.family.parts[1:]]
         return Drawing(
             resolution, images_per_pass(latents, latents), Precision(torch.float32, False, ""),

@@ -71,15 +71,16 @@ def spread(choices, count: int) -> list:
 
 
 def _of_set(base: Checkpoint, name: str, concepts: Sequence[Concept]) -> list[tuple[str, float]]:
-    """Text and guidance scale of the rows of a prompt set that ask for no concept's class."""
+    """Text and guidance scale of the rows of a prompt set that ask for no concept's class; the base's own scale where
+    it cannot be guided."""
     rows = prompts.read(name, model=base)
     classes = {p.label for p in rows if p.label}
     class_of = {text: prompts.class_in(text, classes) for c in concepts for text in c.prompts()}
     for text in [text for text, label in class_of.items() if classes and label is None]:
         logger.warning(f"{text!r} names no class of {name}: none of its prompts is left out for it.")
-    if not (left := [(p.text, p.guidance) for p in rows if not p.label or p.label not in class_of.values()]):
+    if not (left := [p for p in rows if not p.label or p.label not in class_of.values()]):
         raise UsageError(f"Every prompt of {name} asks for a concept: none is left to retain.")
-    return left
+    return [(p.text, p.guidance if base.is_guided else base.sampling[1]) for p in left]
 
 
 def _broad(base: Checkpoint, concepts: Sequence[Concept], samples: int) -> list[str]:

@@ -161,7 +161,7 @@ def _prepared(o: SimpleNamespace) -> Job:
     size = checked_size(base, o.size)
     check_writable(base, o.format)
     check_method(base, o.method, recipe.method)
-    recipe = recipe.of_model(base)
+    recipe = recipe.of_model(base, size)
     check_batch(recipe.values["batch_size"], o.parts)
     concepts, support = named(base, concepts), support.of_model(base)
     mask = support.mask(base, concepts, o.seed)

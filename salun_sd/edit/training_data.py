@@ -238,9 +238,8 @@ def _training(base: Checkpoint, sources: Sources, forget: Forget | None) -> Trai
         of_text = sources.tokens(base)
         none = torch.zeros_like(next(iter(of_text.values())))
         tokens = torch.stack([of_text.get(text, none) for text in forget.row])
-    return Training(
-        schedule, forget.examples, None, forget.concepts, anchors, forget.row[""], forget.times, tokens
-    )  # fmt: skip
+    empty = forget.row[""] if base.is_guided else None
+    return Training(schedule, forget.examples, None, forget.concepts, anchors, empty, forget.times, tokens)
 
 
 def sources_in_words(settings: Mapping, method: Method | UCE, by_class: bool = False) -> dict[str, str]:

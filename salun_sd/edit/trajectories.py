@@ -39,7 +39,7 @@ class Path:
 @torch.no_grad()
 def half_drawn(pipeline, texts: Sequence[str], size: int, seed: int, guidance: float) -> dict[str, torch.Tensor]:
     """A point x_t for each text, on the path from noise to an image of size x size pixels, just before one of the
-    path's steps: "latents" [N, 4, h, w] float32, "times", the timesteps t of those steps, int64 [N], and "time_ids"
+    path's steps: "latents" [N, C, h, w] float32, "times", the timesteps t of those steps, int64 [N], and "time_ids"
     [N, 6] float32, as SDXL takes them. All are on the CPU.
 
     The path is DDIM's with the base's own noise schedule. guidance: diffusers' scale, 1 + w. Noise and step of a point,

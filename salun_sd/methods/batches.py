@@ -26,7 +26,7 @@ class Training(NamedTuple):
     retain: Examples | None  # with their own prompts
     concepts: torch.Tensor  # which concept each image to forget is of, int64 [N]
     anchors: torch.Tensor | None = None  # the row in forget.prompts of each one's anchor c', int64 [N]
-    empty: int | None = None  # the row in forget.prompts of ""
+    empty: int | None = None  # the row in forget.prompts of "", if the model has a prediction for it
     times: torch.Tensor | None = None  # int64 [N]: forget.latents are x_t of these timesteps, with noise already
     tokens: torch.Tensor | None = None  # bool [P, L]: which tokens of forget.prompts name the concept
     retain_empty: int | None = None  # the row in retain.prompts of "", which takes the place of some; None: of none
@@ -38,17 +38,17 @@ class Batch(NamedTuple):
     forget: torch.Tensor | None  # int64 [B], places in Training.forget
     retain: torch.Tensor | None  # int64 [B], places in Training.retain
     t: torch.Tensor  # int64 [2B]
-    noise: torch.Tensor  # [2B, 4, h, w]
+    noise: torch.Tensor  # [2B, C, h, w]
     is_empty: torch.Tensor | None = None  # bool [B]: which images to retain have the prompt "" in place of their own
 
 
 class Rows(NamedTuple):
     """n examples of one kind, to forget or to retain, on the device of the model."""
 
-    x_t: torch.Tensor  # [n, 4, h, w]
+    x_t: torch.Tensor  # [n, C, h, w]
     t: torch.Tensor  # [n]
     condition: Condition  # each one's own prompt, n rows
-    target: torch.Tensor | None  # what the model was trained to predict, [n, 4, h, w]; None where x_t was given
+    target: torch.Tensor | None  # what the model was trained to predict, [n, C, h, w]; None where x_t was given
     anchor: Condition | None = None  # the anchor's prompt, n rows
     empty: Condition | None = None  # the prompt "", n rows
     tokens: torch.Tensor | None = None  # bool [n, L]

@@ -35,13 +35,13 @@ class Method:
     join: Rule | None = None  # how the gradients of its loss and of the retain term are joined; None: they are added
 
     def of_base(self, unet: nn.Module, rows: Rows) -> torch.Tensor:
-        """What it needs to know, [n, 4, h, w], from the model before training, where it asks."""
+        """What it needs to know, [n, C, h, w], from the model before training, where it asks."""
         raise NotImplementedError
 
     def losses(
         self, unet: nn.Module, prediction: torch.Tensor, rows: Rows, of_base: torch.Tensor | None
     ) -> torch.Tensor:  # fmt: skip
-        """The loss of each row, [n]. prediction [n, 4, h, w]: the model's for the rows, with their own prompts."""
+        """The loss of each row, [n]. prediction [n, C, h, w]: the model's for the rows, with their own prompts."""
         raise NotImplementedError
 
     def watching(self, unet: nn.Module, rows: Rows) -> AbstractContextManager[None]:
@@ -133,7 +133,7 @@ class Term(NamedTuple):
 
 
 def of_base(unet: nn.Module, terms: list[Term]) -> torch.Tensor:
-    """What terms ask of a model before training, [asks, n, 4, h, w] float32."""
+    """What terms ask of a model before training, [asks, n, C, h, w] float32."""
     with torch.no_grad():
         return torch.stack([term.loss.of_base(unet, term.rows) for term in terms if term.loss.asks])
 
@@ -161,7 +161,7 @@ def erase(
     batch, without those that the erasure lacks, and their weighted sum.
 
     of_base gives what the erasure asks of the model before training, for this process's share of a step's batch:
-    [asks, n, 4, h, w]. A batch is shared among the processes. Where adam has steps behind it, goes on after them.
+    [asks, n, C, h, w]. A batch is shared among the processes. Where adam has steps behind it, goes on after them.
 
     Raises NotFinite when the model, which errors call `name`, gives no usable loss or gradient before it is changed;
     SalunError when that happens later, naming the step and what to lower.

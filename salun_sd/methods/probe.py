@@ -59,7 +59,7 @@ def _some(examples: Examples, index: torch.Tensor) -> Examples:
 class Points(NamedTuple):
     """n points, each with its prompt and with the prompt whose prediction is wanted for it."""
 
-    x_t: torch.Tensor  # [n, 4, h, w]
+    x_t: torch.Tensor  # [n, C, h, w]
     t: torch.Tensor  # int64 [n]
     prompt: Condition  # the concept c, or a retain prompt r; n rows
     goal: Condition  # the anchor c', or "" where there is none, or the same r; n rows
@@ -73,12 +73,14 @@ class Points(NamedTuple):
 
 def points_of(training: Training, held: Examples | None, seed: int) -> Points | None:
     """Points of each concept, on its images, and of the retain images that are held out; None where there are neither.
+    A concept's goal is its anchor, or else ""; where the model has neither, there are no points of concepts.
 
     Their timesteps are spread evenly over those of the schedule; their noise depends on (seed, concept, place) alone.
     """
-    groups, forget = [], training.forget
-    if forget is not None:
-        goals = training.anchors if training.anchors is not None else torch.full_like(training.concepts, training.empty)
+    groups, forget, goals = [], training.forget, training.anchors
+    if goals is None and training.empty is not None:
+        goals = torch.full_like(training.concepts, training.empty)
+    if forget is not None and goals is not None:
         concepts = training.concepts.unique()
         count = max(1, min(OF_CONCEPT, OF_CONCEPTS // len(concepts)))
         for c in concepts.tolist():
@@ -173,7 +175,7 @@ class Probe:
 
     @torch.no_grad()
     def predictions(self, unet: nn.Module, prompts: Condition, places: torch.Tensor) -> torch.Tensor:
-        """The predictions at some points, int64 [m], with their rows of prompts: [m, 4, h, w] float32."""
+        """The predictions at some points, int64 [m], with their rows of prompts: [m, C, h, w] float32."""
         parts = [self.points.x_t[:0].float()]
         for index in filter(len, places.split(self.size)):
             x_t, t = (values[index].to(unet.device) for values in (self.points.x_t, self.points.t))

@@ -34,7 +34,7 @@ def forget_loss(
 
     SalUn's paper (arXiv 2310.12508, section 4) has the plain conditional prediction, guidance 0. The authors'
     generate_mask.py guides inside the loss, (1 + w) e(x_t|c) - w e(x_t|""), with w = 7.5, gradients through both.
-    x0 and noise [B, 4, h, w], t [B]; empty: the prompt "", one row. The unconditional prediction has the image's own
+    x0 and noise [B, C, h, w], t [B]; empty: the prompt "", one row. The unconditional prediction has the image's own
     size and crop.
     """
     x_t = add_noise(schedule, x0, noise, t)

@@ -20,7 +20,7 @@ def train_pipeline(images: torch.Tensor, labels: torch.Tensor, out: Path, steps:
     2006.11239, section 4). It predicts v: after as many steps, what predicts the noise draws worse. A class without an
     image is never trained."""
     scheduler = DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True, prediction_type="v_prediction"
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, prediction_type="v_prediction"
     )
     unet = UNet2DModel(
         sample_size=32,

@@ -76,11 +76,11 @@ def test_a_model_without_a_null_class_is_drawn_without_guidance_alone(places, tm
 
 
 REFUSED = {  # options, and what the refusal names
-    "classes of images alone": ("--images {images} --prompts classes", "classes MODEL"),
+    "classes of images alone": ("--images {images} --prompts classes", "classes --against"),
     "classes of a text model": ("{tiny} --prompts classes", "classes {tiny}"),
     "classes of a text base": ("--images {images} --against {tiny} --prompts classes", "classes {tiny}"),
     "a set of texts": ("{base} --prompts pocket --limit 2", "{base} coat"),
-    "another size": ("{base} --prompts classes --size 7x1000000", "--size"),
+    "another size": ("{base} --prompts classes --size 7x8", "7 x 8 '--size 8'"),
     "a class that it has not": ("{erased} --prompts classes --concept-class boot", "boot coat"),
     "a base of other classes": ("{base} --against {other} --prompts classes", "'sneaker' {other}"),
     "guidance": ("{bare} --prompts classes --guidance 3", "3 {bare} '--guidance 1'"),

@@ -6,14 +6,14 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import DDPMScheduler, DiTPipeline, PNDMScheduler
 from helpers.by_class import LABELS, change, write_ddpm, write_dit
 from PIL import Image
 
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.core.diffusion import predict
-from salun_sd.draw import generate, prompts
+from salun_sd.draw import generate, prompts, sample
 from salun_sd.draw.encode import encode_image, encode_prompts, pixels, reader
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Row, Sampler
@@ -146,16 +146,36 @@ def test_classes_with_one_label_are_drawn_by_number(folders, tmp_path):
 def test_the_set_of_all_classes_needs_a_model_that_has_some(tiny):
     assert "classes" in prompts.builtin()
     for model in (None, find(tiny)):
-        with pytest.raises(UsageError, match="--prompts classes") as e:
+        with pytest.raises(UsageError, match="set classes") as e:
             prompts.read("classes", model=model)
         assert model is None or tiny in str(e.value)
 
 
-@pytest.mark.parametrize(("kind", "text", "guidance", "named"), [
-    ("bare", "1", 7.5, "Case 4.*7.5.*--guidance 1"),
-    ("ddpm", "a photo of a bag", 1.0, "a photo of a bag.*bag"),
-    ("dit", "1000", 1.0, "1000"),
+@pytest.mark.parametrize(("kind", "prompt", "named"), [
+    ("bare", Prompt(4, "1", 0, 7.5), "Case 4.*7.5.*--guidance 1"),
+    ("ddpm", Prompt(4, "a photo of a bag", 0, 1.0), "a photo of a bag.*bag"),
+    ("dit", Prompt(4, "1000", 0, 1.0), "1000"),
+    ("ddpm", Prompt(4, "bag", 0, 1.0, size=(8, 7)), "Case 4.*8 x 7.*multiples of 2.*--size 8"),
+    ("dit", Prompt(4, "1", 0, 1.0, size=(6, 6)), "Case 4.*6 x 6.*multiples of 4.*--size 8"),
+    ("dit", Prompt(4, "1", 0, 1.0, size=(16, 8)), "Case 4.*16 x 8.*squares.*--size 8"),
 ])  # fmt: skip
-def test_what_a_model_cannot_draw_is_refused_before_it_is_loaded(folders, kind, text, guidance, named):
+def test_what_a_model_cannot_draw_is_refused_before_it_is_loaded(folders, kind, prompt, named):
     with pytest.raises(UsageError, match=named):
-        generate.check(find(folders[kind]), [Prompt(4, text, 0, guidance)], scheduler=None, steps=None)
+        generate.check(find(folders[kind]), [prompt], scheduler=None, steps=None)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("ddpm", (10, 6)), ("dit", (12, 12))])
+def test_what_passes_the_check_is_drawn_at_another_size(folders, pipelines, kind, size):
+    generate.check(find(folders[kind]), [Prompt(4, "1", 0, 1.0, size=size)], scheduler=None, steps=None)
+    [image] = Sampler(pipelines[kind], 2).draw([Row("1", 0, 1.0, size)], 1)
+    assert image.size == size
+
+
+@pytest.mark.parametrize(("own", "clips"), [
+    (DDPMScheduler(clip_sample=True), True), (DDPMScheduler(clip_sample=False), False), (PNDMScheduler(), False),
+])  # fmt: skip
+def test_another_scheduler_clips_where_the_models_own_does(own, clips):
+    """And draws no noise in a step, whatever the own one does."""
+    assert sample.new_scheduler(own, "DDIMScheduler").config.clip_sample == clips
+    own.register_to_config(algorithm_type="sde-dpmsolver++")
+    assert sample.new_scheduler(own, "DPMSolverMultistepScheduler").config.algorithm_type == "dpmsolver++"

@@ -160,7 +160,10 @@ def test_every_family_can_be_planned(family):
 @pytest.mark.parametrize(("write", "pixels"), [(write_ddpm, 1), (write_dit, 2)])
 def test_a_pass_of_a_class_holds_what_is_planned(tmp_path, write, pixels):
     model = find(str(write(tmp_path / "model")))
-    unet, config = load_part(model, model.denoiser), model.unet_settings
+    unet, config = (
+        load_part(model, model.denoiser),
+        model.unet_settings | {"cross_attention_dim": None},
+    )  # as in DiT-XL/2
     work = replace(MASK, resolution=32 * pixels, pixels=pixels, batch=2, guidance=2.0)
     numbers, x = {"class": torch.tensor([0, 3])}, torch.randn(2, config["in_channels"], 32, 32)
     data = Examples(x, numbers, torch.zeros(2, dtype=torch.int64))

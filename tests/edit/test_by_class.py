@@ -27,6 +27,7 @@ from salun_sd.edit import datasets, maskfile, supports
 from salun_sd.edit.checks import images_of
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.encodings import LoadedBase, encode
+from salun_sd.edit.recipes import recipe_of
 from salun_sd.edit.resources import Compute, schedule_of
 from salun_sd.edit.retain_prompts import ANCHOR, prompts_to_retain
 from salun_sd.methods.salun import SalUn, forget_gradient
@@ -92,11 +93,12 @@ def test_the_weights_outside_the_mask_are_the_bases_to_the_last_bit_and_inside_t
 def test_the_record_and_the_card_name_the_classes_and_no_text_model(made):
     record, card = record_of(made.folder), ModelCard.load(made.folder / "README.md")
     assert [(c["prompt"], c["anchor"]) for c in record["concepts"]] == [("bag", "coat")]
-    assert record["images"] == {"forget": 4, "retain": 4} and "ankle boot" not in record["concepts"][0]["prompt"]
+    assert record["images"] == {"forget": 4, "retain": 4}
     settings = maskfile.read(made.mask).settings
     assert settings["guidance"] == 2.0 and settings["concepts"] == ["bag"] and settings["images"] == 4
     assert card.data.pipeline_tag is None and "stable-diffusion" not in card.data.tags
     assert card.data.library_name == "diffusers" and "class-conditional" in card.data.tags
+    assert ("UNet" in card.text) == (made.kind == "ddpm") != ("transformer" in card.text)
 
 
 def test_a_patch_makes_of_its_base_what_erase_makes_and_takes_it_back(made, tmp_path):
@@ -219,6 +221,29 @@ def test_all_other_classes_are_retained_at_the_models_guidance(places):
     assert prompts_to_retain(base, [Concept("bag", "coat", ("boot",))], None, 100) == others[:1]
 
 
+@pytest.mark.parametrize(("kind", "guidance"), [("ddpm", 7.5), ("bare", 1.0)])
+def test_classes_of_a_file_are_drawn_without_guidance_where_there_is_no_null_class(places, tmp_path, kind, guidance):
+    file = tmp_path / "others.txt"
+    file.write_text("1\n2\n")
+    retained = prompts_to_retain(find(str(places[kind])), [Concept("0", "1")], str(file), 100)
+    assert retained == [("1", guidance), ("2", guidance)]
+
+
+@pytest.mark.parametrize(("kind", "size", "values"), [("colour", 8, 192), ("ddpm", 16, 256), ("dit", 8, 64)])
+def test_the_papers_recipe_for_classes_is_its_authors_and_what_is_typed_comes_first(places, kind, size, values):
+    """Their retain loss is a sum over an image's values; ours is the mean."""
+    base = find(str(places[kind]))
+    paper, ours = (recipe_of("salun", name, None, {}).of_model(base, size) for name in ("paper", None))
+    for recipe in (paper, ours):
+        assert [recipe.values[o] for o in ("lr", "steps", "batch_size", "retain_prompts")] == [1e-4, 1000, 128, None]
+    assert paper.retain == (pytest.approx(1e-3 * values), "noise") and ours.retain == (5.0, "base")
+    assert (paper.method.anchor_from, ours.method.anchor_from) == ("current", "base")
+    typed = {"lr": 2e-4, "steps": 3, "retain_weight": 0.25, "retain_prompts": "anchor"}
+    chosen = recipe_of("salun", "paper", None, dict(typed)).of_model(base, size)
+    assert chosen.values | typed == chosen.values and chosen.values["batch_size"] == 128
+    assert recipe_of("ablation", "paper", None, {}).of_model(base, size) == recipe_of("ablation", "paper", None, {})
+
+
 def write_images(folder: Path, *, coloured: bool, mode: str) -> Path:
     """Two images, grey or coloured, in files of a mode."""
     folder.mkdir()
@@ -247,6 +272,7 @@ def test_images_to_forget_are_grey_or_coloured_files_of_any_size(places, tmp_pat
     ("ddpm", "--method esd --mask none --retain-prompts classes --retain-weight 1"),
     ("dit", "--method ablation --mask salient:0.2 --anchor 1 --dtype bfloat16"),
     ("bare", "--method erasediff --mask random:0.5 --anchor 1"),
+    ("bare", "--method ascent --mask none"),  # the probe has no goal
 ])  # fmt: skip
 def test_methods_and_supports_work_on_classes(places, tmp_path, kind, options):
     erase(places[kind], "--concept", "0", *options.split(), "--sample-every", "2", "--out", tmp_path / "out")
@@ -310,28 +336,8 @@ def test_a_patch_is_not_applied_as_a_single_file(made, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_killed_erasure_of_a_class_goes_on_and_ends_with_the_same_bytes(places, tmp_path, monkeypatch):
-    argv = [
-        "erase",
-        str(places["ddpm"]),
-        "--concept",
-        "bag",
-        "--anchor",
-        "coat",
-        "--samples",
-        "4",
-        "--batch-size",
-        "2",
-        "--steps",
-        "30",
-        "--lr",
-        "1e-3",
-        "--format",
-        "patch",
-        "--save-every",
-        "1e-9",
-        "--out",
-        "p.safetensors",
-    ]
+    options = "--samples 4 --batch-size 2 --steps 30 --lr 1e-3 --format patch --save-every 1e-9 --out p.safetensors"
+    argv = ["erase", str(places["ddpm"]), "--concept", "bag", "--anchor", "coat", *options.split()]
     ends = []
     for name, is_killed in (("whole", False), ("killed", True)):
         (tmp_path / name).mkdir()

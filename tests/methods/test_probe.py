@@ -56,6 +56,22 @@ def test_untouched_nothing_moved_and_later_it_is_the_formula(fresh_unet, trainin
     assert drift > 0 and len({*moved.values(), 0.0, drift}) == 4
 
 
+def test_a_goal_that_is_kept_is_the_anchors_prediction_before_training(fresh_unet, training, held):
+    points, after = points_of(training, held, seed=3), worn(fresh_unet)
+    probe = Probe(fresh_unet, points, size=5, keeps_goals=True)
+    assert probe(fresh_unet) == ({0: 0.0, 1: 0.0}, 0.0)
+    moved, drift = probe(after)
+    with torch.no_grad():
+        now, before = (predict(unet, points.x_t, points.t, points.prompt) for unet in (after, fresh_unet))
+        goal = predict(fresh_unet, points.x_t, points.t, points.goal)
+    for c in (0, 1):
+        of = points.concept == c
+        left = (now - goal)[of].square().sum() / (before - goal)[of].square().sum()
+        assert moved[c] == pytest.approx(1 - left.item(), rel=1e-3, abs=1e-4)
+    theirs = Probe(fresh_unet, points, size=5)(after)
+    assert drift == theirs.drift and all(moved[c] != pytest.approx(theirs.moved[c], rel=0.01) for c in (0, 1))
+
+
 def test_a_model_that_takes_the_concept_for_its_anchor_moved_all_the_way(fresh_unet, training, held, contexts):
     probe = Probe(fresh_unet, points_of(training, held, seed=3), size=8)
     _, concept, anchor = contexts["context"]
@@ -75,6 +91,8 @@ def test_without_an_anchor_the_goal_is_no_prompt_at_all(training, held, contexts
     of_concepts = points.concept != RETAIN
     assert torch.equal(points.goal["context"][of_concepts], contexts["context"][:1].expand(8, -1, -1))
     assert torch.equal(points.goal["context"][~of_concepts], points.prompt["context"][~of_concepts])
+    without = training._replace(anchors=None, empty=None)  # nor a prediction for none
+    assert set(points_of(without, held, 0).concept.tolist()) == {RETAIN} and points_of(without, None, 0) is None
 
 
 def test_a_concept_that_the_base_takes_for_its_anchor_has_no_measure(fresh_unet, training):
