@@ -14,7 +14,7 @@ FOLDER = Path(salun_sd.__file__).parent
 FLOORS = [  # from the top; a package imports only from the floors below its own
     {"__main__"},
     {"cli"},
-    {"edit", "audit", "pocket"},
+    {"edit", "audit", "classifier", "pocket"},
     {"draw", "methods", "report"},
     {"checkpoint", "core"},
     {"runtime"},

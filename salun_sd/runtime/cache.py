@@ -18,7 +18,7 @@ from salun_sd.runtime.texts import checked_text
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("drawn", "encoded", "audited")  # the folders of the cache; nothing outside them is ever deleted
+KINDS = ("drawn", "encoded", "audited", "trained")  # the folders of the cache; nothing outside them is ever deleted
 ABOUT = ".about"  # in an entry: one line that describes it to a person
 
 

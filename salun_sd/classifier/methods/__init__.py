@@ -1,0 +1,1 @@
+"""How a classifier is made to forget: one file for each method."""

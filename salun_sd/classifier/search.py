@@ -1,0 +1,54 @@
+"""The search for settings that were never published: on a forget set of its own, by the validation images alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from filelock import FileLock
+
+from salun_sd.classifier.architectures import Classifier
+from salun_sd.classifier.measure import accuracy, answers
+from salun_sd.classifier.split import Split
+from salun_sd.runtime import seals
+from salun_sd.runtime.files import write_atomic
+
+SEED = 1000  # of the forget set and of the training of a search: no seed of a table
+SHAPE = {"tried": [{"settings": dict, "score": float}], "settings": dict, "run": dict}
+RULE = (
+    "The settings whose mean distance to three values is smallest: the accuracy on the forget images, to that of the "
+    "original on the validation images (0 for a class); the accuracy on the retain and on the validation images, to "
+    "the original's. Neither Retrain nor the test is looked at."
+)
+
+
+def score(model: Classifier, original: Classifier, split: Split, of_class: bool) -> dict[str, float]:
+    """The number that RULE makes small, and its three accuracies, in percent."""
+    forget, retain, validation = (accuracy(answers(model, part)) for part in (split.forget, split.retain,
+                                                                              split.validation))  # fmt: skip
+    retain_before, before = (accuracy(answers(original, part)) for part in (split.retain, split.validation))
+    distance = mean([abs(forget - (0 if of_class else before)), abs(retain - retain_before), abs(validation - before)])
+    return {"score": distance, "forget": forget, "retain": retain, "validation": validation}
+
+
+def searched(
+    file: Path, candidates: list[dict[str, float]], run: dict, made: Callable[[dict[str, float]], dict[str, float]]
+) -> dict:  # fmt: skip
+    """What was tried, each with its score, and the best settings; from the file, where an earlier run searched.
+
+    made: settings => their `score`. Several processes wait for the one that searches. Where there is one candidate,
+    nothing is tried. What was tried before a run was killed is not tried again.
+    """
+    if len(candidates) == 1:
+        return {"tried": [], "settings": candidates[0], "run": run}
+    with FileLock(f"{file}.lock"):
+        known = seals.read(file, SHAPE, "Remove it, and run the same command again.") if file.is_file() else None
+        tried = known["tried"] if known and known["run"] == run else []
+        for settings in candidates:
+            if settings not in [each["settings"] for each in tried]:
+                tried.append({"settings": settings, **made(settings)})
+                best = min(tried, key=lambda each: each["score"])["settings"]
+                content = {"rule": RULE, "tried": tried, "settings": best, "run": run}
+                write_atomic(file, json.dumps(seals.sealed(content), indent=2) + "\n")
+        wanted = [each for each in tried if each["settings"] in candidates]
+        return {"tried": wanted, "settings": min(wanted, key=lambda each: each["score"])["settings"], "run": run}
