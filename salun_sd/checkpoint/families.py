@@ -80,6 +80,8 @@ def of_folder(folder: Path, name: str) -> Family:
     if not file.is_file() and not file.is_symlink():
         component = _class_of(folder / "config.json")
         what = f"it is one component, {component}" if component else "it has no model_index.json"
+        if _is_classifier(folder / "config.json"):
+            what = f"it is an image classifier: type salun-sd classifier {name} to make it forget images"
         raise UsageError(f"{name} is not a pipeline folder: {what}.")
     pipeline = read_json(file, INDEX, UsageError)["_class_name"]
     if pipeline in BY_CLASS:
@@ -185,6 +187,15 @@ def _class_of(file: Path) -> str | None:
         return read_json(file, {"_class_name": str})["_class_name"]
     except (OSError, SalunError):
         return None
+
+
+def _is_classifier(file: Path) -> bool:
+    """Whether a config is of an image classifier of transformers."""
+    try:
+        names = read_json(file, {"architectures": [str]})["architectures"]
+    except (OSError, SalunError):
+        return False
+    return any(name.endswith("ForImageClassification") for name in names)
 
 
 def _odd_input(name: str, channels: int | None) -> str:

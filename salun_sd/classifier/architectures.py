@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -58,7 +59,10 @@ class Classifier:
 
     def save(self, folder: Path) -> None:
         """Write a folder that AutoModelForImageClassification opens."""
-        self.net.save_pretrained(folder)
+        try:
+            self.net.save_pretrained(folder)
+        except SafetensorError as e:  # of a full disk, too
+            raise SalunError(f"The model cannot be written: {first_line(e)}.") from e
         self.processor.save_pretrained(folder)
 
 

@@ -54,10 +54,10 @@ def _of_folder(folder: Path, spec: str, size: int | None) -> Data:
     for form in (_idx, _binary, _python):
         if data := form(folder, spec):
             return data
-    if (folder / "train").is_dir():
-        return _classes(folder, spec, size)
     if any(folder.rglob("*.parquet")) or (folder / "dataset_dict.json").is_file():
         return hub(spec, lambda content, names: _decoded(content, names, size))
+    if (folder / "train").is_dir():
+        return _classes(folder, spec, size)
     if images_in(folder):
         raise UsageError(f"--data {spec} has images without labels: put those of each class into a folder of its own, "
                          "as in train/CLASS/1.png and test/CLASS/2.png.")  # fmt: skip

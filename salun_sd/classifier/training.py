@@ -66,6 +66,8 @@ def train(
                 total += loss.detach()
                 updates += 1
             if not total.isfinite():
+                if state:  # a run that went on from it would fail again
+                    state.unlink(missing_ok=True)
                 raise SalunError(f"The loss of {what} is not finite after epoch {epoch + 1}: lower its learning rate, "
                                  "--lr of a training, --setting METHOD.lr=VALUE of a method.")  # fmt: skip
             seconds += time.perf_counter() - start

@@ -1,0 +1,188 @@
+"""The same images in every form give the same pixels and labels; what is broken is named."""
+
+import gzip
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers.pictures import arrays
+from PIL import Image
+
+from salun_sd.classifier.formats import read
+from salun_sd.errors import SalunError, UsageError
+
+COUNT, TEST, NAMES = 20, 8, ["ankle boot", "bag", "coat", "dress"]
+
+
+def colours(count, seed):
+    """uint8 [count, 3, 32, 32] and labels."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), np.arange(count) % 4
+
+
+PARTS = {"train": colours(COUNT, 1), "test": colours(TEST, 2)}
+
+
+def write_folder(folder):
+    for split, (pixels, labels) in PARTS.items():
+        for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            place = folder / split / NAMES[label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(place / f"{i:02}.png")
+    return folder
+
+
+def write_binary(folder):
+    folder.mkdir()
+    pieces = zip(*(np.array_split(each, 5) for each in PARTS["train"]), strict=True)
+    for name, (pixels, labels) in [*((f"data_batch_{i}", p) for i, p in enumerate(pieces, 1)),
+                                   ("test_batch", PARTS["test"])]:  # fmt: skip
+        rows = np.concatenate([labels[:, None].astype(np.uint8), pixels.reshape(len(pixels), -1)], 1)
+        (folder / f"{name}.bin").write_bytes(rows.tobytes())
+    (folder / "batches.meta.txt").write_text("\n".join(NAMES) + "\n\n")
+    return folder
+
+
+def write_python(folder):
+    folder.mkdir()
+    pieces = zip(*(np.array_split(each, 5) for each in PARTS["train"]), strict=True)
+    for name, (pixels, labels) in [*((f"data_batch_{i}", p) for i, p in enumerate(pieces, 1)),
+                                   ("test_batch", PARTS["test"])]:  # fmt: skip
+        batch = {b"data": pixels.reshape(len(pixels), -1), b"labels": labels.tolist(), b"batch_label": b"x"}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [n.encode() for n in NAMES]}, protocol=2))
+    return folder
+
+
+def write_data_set(folder):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features
+    from datasets import Image as Picture
+
+    features = Features({"img": Picture(), "label": ClassLabel(names=NAMES)})
+    splits = {
+        split: Dataset.from_dict(
+            {"img": [Image.fromarray(p.transpose(1, 2, 0)) for p in pixels], "label": labels.tolist()}, features
+        )
+        for split, (pixels, labels) in PARTS.items()
+    }
+    DatasetDict(splits).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_binary, write_python, write_data_set])
+def test_every_form_of_arrays_gives_the_same_images(write, tmp_path):
+    data = read(str(write(tmp_path / "data")))
+    assert data.classes == NAMES and data.train.names[3] == "train[3]"
+    for images, (pixels, labels) in zip((data.train, data.test), PARTS.values(), strict=True):
+        assert torch.equal(images.pixels, torch.from_numpy(pixels)) and images.labels.tolist() == labels.tolist()
+
+
+def test_a_folder_of_classes_gives_the_same_images_under_their_paths(tmp_path):
+    data = read(str(write_folder(tmp_path / "data")))
+    assert data.classes == NAMES and data.train.names[0] == "train/ankle boot/00.png"
+    for images, (pixels, labels) in zip((data.train, data.test), PARTS.values(), strict=True):
+        order = [int(re.search(r"(\d+)\.png", name)[1]) for name in images.names]
+        assert sorted(order) == list(range(len(labels))) and images.labels.tolist() == labels[order].tolist()
+        assert torch.equal(images.pixels, torch.from_numpy(pixels[order]))
+    assert read(str(tmp_path / "data"), 16).train.pixels.shape == (COUNT, 3, 16, 16)
+
+
+def test_idx_files_are_read_compressed_too(idx, tmp_path):
+    plain = read(str(idx))
+    for file in idx.iterdir():
+        (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+    pixels, labels = arrays(80, 1)
+    for data in (plain, read(str(tmp_path))):
+        assert torch.equal(data.train.pixels[:, 1], torch.from_numpy(pixels))
+        assert data.train.labels.tolist() == labels.tolist() and data.classes == ["0", "1", "2", "3"]
+
+
+def test_all_broken_images_are_named_at_once(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    for name in ("train/bag/01.png", "test/coat/02.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    with pytest.raises(SalunError) as e:
+        read(str(folder))
+    assert "train/bag/01.png" in str(e.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def no_class(folder):
+    (write_folder(folder) / "loose.png").write_bytes((folder / "test" / "bag" / "01.png").read_bytes())
+    for split in ("train", "test"):
+        for file in [*(folder / split).glob("*/*.png")]:
+            file.rename(folder / split / f"{file.parent.name}-{file.name}")
+            if not any(file.parent.iterdir()):
+                file.parent.rmdir()
+
+
+def loose(folder):
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+
+
+def one_image(folder):
+    for file in (write_folder(folder) / "train" / "coat").iterdir():
+        if file.name != "02.png":
+            file.unlink()
+
+
+def no_test(folder):
+    (write_folder(folder) / "test").rename(folder / "tests")
+
+
+def other_test_class(folder):
+    (write_folder(folder) / "test" / "bag").rename(folder / "test" / "hat")
+
+
+def no_labels_in_data_set(folder):
+    from datasets import Dataset, DatasetDict, Features
+    from datasets import Image as Picture
+
+    own = Dataset.from_dict({"img": [Image.new("RGB", (8, 8))] * 3}, Features({"img": Picture()}))
+    DatasetDict(train=own, test=own).save_to_disk(folder)
+
+
+def cut_idx(folder):
+    folder.mkdir()
+    for name in ("train", "t10k"):
+        for kind, values in zip(("images-idx3", "labels-idx1"), arrays(8, 1), strict=True):
+            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+            (folder / f"{name}-{kind}-ubyte").write_bytes(head + values.astype(np.uint8).tobytes()[:-1])
+
+
+def no_labels_beside_idx(folder):
+    cut_idx(folder)
+    (folder / "train-labels-idx1-ubyte").unlink()
+
+
+def evil_pickle(folder):
+    (write_python(folder) / "test_batch").write_bytes(pickle.dumps({b"data": Evil()}))
+
+
+def cut_binary(folder):
+    file = write_binary(folder) / "test_batch.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+REFUSED = {  # what is wrong => the kind of error, a word of it
+    no_class: (UsageError, "train/CLASS"), loose: (UsageError, "labels"), one_image: (UsageError, "coat"),
+    no_test: (UsageError, "test"), other_test_class: (UsageError, "hat"), no_labels_in_data_set: (UsageError, "labels"),
+    cut_idx: (SalunError, "idx"), no_labels_beside_idx: (UsageError, "labels-idx1"),
+    evil_pickle: (SalunError, "print"), cut_binary: (SalunError, "test_batch.bin"),
+    lambda folder: None: (UsageError, "data"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "kind", "named"), [(w, *e) for w, e in REFUSED.items()])
+def test_what_is_no_labelled_data_is_refused_by_name(write, kind, named, tmp_path, capsys):
+    write(tmp_path / "data")
+    with pytest.raises(kind) as e:
+        read(str(tmp_path / "data"))
+    assert named in str(e.value) and "run" not in capsys.readouterr().out

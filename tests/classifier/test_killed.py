@@ -1,0 +1,71 @@
+"""A run that is stopped goes on, and ends with the bits of an undisturbed one; several processes share a run."""
+
+import random
+import time
+
+import pytest
+from helpers.commands import files_in, fresh, interrupt, python, spawn
+from helpers.pictures import TINY
+
+from salun_sd.runtime import seals
+
+METHODS = ("retrain", "ft", "salun", "be")
+
+
+def command(idx, out, methods=METHODS):
+    names = [word for name in methods for word in ("--method", name)]
+    return ["classifier", "--data", idx, "--forget", "0.2", "--out", out, *TINY, *names,
+            *(f"--setting={name}.epochs=4" for name in methods if name != "retrain")]  # fmt: skip
+
+
+def models(out):
+    """The bytes of each model, and the metrics of each result."""
+    weights = {file: (out / file).read_bytes() for file in files_in(out) if file.endswith("model.safetensors")}
+    results = {file: seals.read(out / file)["metrics"] for file in files_in(out)
+               if file.startswith("run/") and file.endswith("seed-0.json")}  # fmt: skip
+    return weights, results
+
+
+def run(idx, folder, monkeypatch, methods=METHODS, start=python):
+    monkeypatch.setenv("SALUN_SD_CACHE", str(folder / "cache"))
+    return spawn(command(idx, folder / "out", methods), start)
+
+
+def test_ctrl_c_in_a_training_resumes_with_the_same_bits(idx, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(idx, whole, monkeypatch, ("salun",)).wait() == 0
+    state = stopped / "out" / "run" / "salun-seed-0.state"
+    process = run(idx, stopped, monkeypatch, ("salun",))
+    last = interrupt(process, state.exists)
+    assert process.returncode == 130 and "resume" in last, last
+    assert not (stopped / "out" / "report.json").exists()
+    again = run(idx, stopped, monkeypatch, ("salun",))
+    assert again.wait() == 0 and models(whole / "out") == models(stopped / "out") and not state.exists()
+
+
+def test_two_processes_share_a_run_and_each_model_is_made_once(idx, tmp_path, monkeypatch):
+    processes = [run(idx, tmp_path, monkeypatch) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    lines = [line for text in said for line in text.splitlines() if ", seed 0: ua" in line]
+    assert sorted(line.partition(",")[0] for line in lines) == sorted(["original", *METHODS])
+    assert all(any(line in text for line in lines) for text in said)
+    assert set(seals.read(tmp_path / "out" / "report.json")["rows"]) == {"original", *METHODS}
+
+
+@pytest.mark.slow  # a run is begun many times
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(idx, tmp_path, monkeypatch):
+    whole, killed, moments = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    start = time.monotonic()
+    assert run(idx, whole, monkeypatch, start=fresh).wait() == 0
+    codes, length = [], time.monotonic() - start
+    for _ in range(6):
+        process = run(idx, killed, monkeypatch, start=fresh)
+        time.sleep(moments.uniform(0.3, 0.95) * length)
+        process.kill()
+        process.communicate()
+        codes.append(process.returncode)
+    assert sum(code != 0 for code in codes) >= 2
+    assert run(idx, killed, monkeypatch).wait() == 0
+    assert models(whole / "out") == models(killed / "out")
+    assert not [file for file in files_in(killed) if "partial" in file and not file.endswith("-lock")]

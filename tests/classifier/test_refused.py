@@ -1,0 +1,113 @@
+"""Bad input is refused before the first long step, by name, and leaves nothing."""
+
+import resource
+import sys
+
+import pytest
+from helpers.commands import fails, files_in
+from helpers.pictures import TINY, classifier
+from helpers.runs import PAIR
+
+from salun_sd.classifier.architectures import in_order_of, opened
+from salun_sd.cli import app as cli
+from salun_sd.errors import UsageError
+from salun_sd.runtime import cache
+
+START = ["classifier", "--forget", "0.2", *TINY]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A classifier with the classes of the pictures."""
+    classifier().save(folder := tmp_path_factory.mktemp("models") / "model")
+    return folder
+
+
+def kept():
+    return {entry.name for entry in cache.entries() if entry.kind == "trained"}
+
+
+WRONG = {  # what is typed more => the exit code, what the sentence has
+    "--method sulan": (2, "salun"), "--method ft --method ft": (2, "ft"), "--density 0": (2, "0"),
+    "--density 0.3 --density 0.3": (2, "salun-0.3"), "--setting ft.alpha=1": (2, "epochs"),
+    "--setting ft.lr=much": (2, "much"), "--setting ft.epochs=0.5": (2, "0.5"), "--setting lr=1": (2, "METHOD.NAME"),
+    "--fail-if ga>2": (2, "ga"), "--fail-if gap.salun>2 --method salun": (2, "retrain"),
+    "--fail-if against.ua.ft>2": (2, "against"), "--lr 0": (2, "--lr"), "--forget class:9": (2, "9"),
+    "--forget 2": (2, "2"), "--data nowhere.x": (2, "nowhere.x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "code", "named"), [(t, *e) for t, e in WRONG.items()])
+def test_a_wrong_argument_is_refused_before_anything_is_trained(typed, code, named, idx, tmp_path, capsys):
+    before, line = kept(), [*START, "--data", str(idx), "--out", tmp_path / "out"]
+    for option in {word for word in typed.split() if word in ("--forget", "--data")}:
+        at = line.index(option)
+        del line[at : at + 2]
+    assert named in fails([*line, *typed.split()], code, capsys)
+    assert not (tmp_path / "out").exists() and kept() == before
+
+
+def test_a_text_to_image_model_is_for_erase_and_a_classifier_is_not(idx, model, tiny, tmp_path, capsys):
+    rest = ["--forget", "0.2", "--data", str(idx), "--out", str(tmp_path / "out")]
+    for name in ("pocket", tiny):
+        assert f"salun-sd erase {name}" in fails(["classifier", name, *rest], 2, capsys)
+    assert f"salun-sd classifier {model}" in fails(["erase", model, *PAIR, "--out", tmp_path / "out"], 2, capsys)
+
+
+def test_what_is_no_classifier_is_refused(idx, model, tmp_path, capsys):
+    rest = ["--forget", "0.2", "--data", str(idx), "--out", str(tmp_path / "out")]
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in fails(["classifier", tmp_path / "empty", *rest], 2, capsys)
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "bert"}')
+    assert "empty" in fails(["classifier", tmp_path / "empty", *rest], 1, capsys)
+    assert "--width" in fails(["classifier", model, *rest, "--width", "3"], 2, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_other_classes_is_refused_and_with_another_order_is_not(model):
+    own = opened(str(model), "cpu")
+    assert in_order_of(own, ["2", "0", "1", "3"], "m").tolist() == [2, 0, 1, 3]
+    for classes in (["0", "1", "2"], ["0", "1", "2", "cat"], ["0", "1", "2", "3", "4"]):
+        with pytest.raises(UsageError, match="MODEL m"):
+            in_order_of(own, classes, "m")
+    own.net.config.id2label = {i: f"LABEL_{i}" for i in range(4)}
+    assert in_order_of(own, ["cat", "a", "b", "c"], "m").tolist() == [0, 1, 2, 3]
+
+
+def test_a_training_that_gives_no_number_is_stopped_and_leaves_no_state(idx, tmp_path, capsys):
+    before = kept()
+    assert "original" in fails([*START, "--data", idx, "--out", tmp_path / "out", "--lr", "1e12"], 1, capsys)
+    assert all(entry.files == 0 for entry in cache.entries() if entry.name in kept() - before)
+
+
+def test_a_folder_with_something_else_is_left_alone(idx, tmp_path, capsys):
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    (tmp_path / "out" / "run" / "mine.txt").write_text("x")
+    assert "out" in fails([*START, "--data", str(idx), "--out", tmp_path / "out"], 2, capsys)
+    assert files_in(tmp_path / "out") == {"run/mine.txt"}
+
+
+def test_without_scikit_learn_it_says_what_to_install(idx, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert "salun-sd[classifier]" in fails([*START, "--data", str(idx), "--out", tmp_path / "out"], 1, capsys)
+
+
+def test_a_full_disk_leaves_no_half_of_a_model_and_the_run_goes_on_later(idx, tmp_path, capsys):
+    line = [*START, "--data", idx, "--out", tmp_path / "out", "--method", "ft", "--setting=ft.epochs=1"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
+    try:
+        fails(line, 1, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any("safetensors" in file for file in files_in(tmp_path))
+    cli.run([str(word) for word in line])
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_another_split_or_setting_in_the_same_folder_is_refused(idx, tmp_path, capsys):
+    line = [*START, "--data", str(idx), "--out", str(tmp_path / "out"), "--method", "ga", "--setting=ga.epochs=1"]
+    cli.run(line)
+    for rest, named in (("--augment=none", "training"), ("--keep-statistics", "keep_statistics")):
+        assert named in fails([*line, rest], 2, capsys)
+    assert "ga" in fails(line[:-1], 2, capsys)
