@@ -18,8 +18,8 @@ from salun_sd.errors import SalunError, UsageError, first_line, some
 from salun_sd.runtime.contents import check_files
 from salun_sd.runtime.finite import finite
 
-AutoConfig.register(SmallResNetConfig.model_type, SmallResNetConfig)
-AutoModelForImageClassification.register(SmallResNetConfig, SmallResNetForImageClassification)
+AutoConfig.register(SmallResNetConfig.model_type, SmallResNetConfig, exist_ok=True)
+AutoModelForImageClassification.register(SmallResNetConfig, SmallResNetForImageClassification, exist_ok=True)
 disable_progress_bar()
 
 DEPTHS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}  # architecture => layers

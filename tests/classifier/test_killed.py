@@ -4,9 +4,10 @@ import random
 import time
 
 import pytest
-from helpers.commands import files_in, fresh, interrupt, python, spawn
+from helpers.commands import files_in, fresh, interrupt, spawn, until
 from helpers.pictures import TINY
 
+from salun_sd.cli import app as cli
 from salun_sd.runtime import seals
 
 METHODS = ("retrain", "ft", "salun", "be")
@@ -26,46 +27,48 @@ def models(out):
     return weights, results
 
 
-def run(idx, folder, monkeypatch, methods=METHODS, start=python):
-    monkeypatch.setenv("SALUN_SD_CACHE", str(folder / "cache"))
-    return spawn(command(idx, folder / "out", methods), start)
-
-
 def test_ctrl_c_in_a_training_resumes_with_the_same_bits(idx, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(idx, whole, monkeypatch, ("salun",)).wait() == 0
-    state = stopped / "out" / "run" / "salun-seed-0.state"
-    process = run(idx, stopped, monkeypatch, ("salun",))
+    state = stopped / "run" / "salun-seed-0.state"
+    process = spawn(command(idx, stopped, ("salun",)))
     last = interrupt(process, state.exists)
     assert process.returncode == 130 and "resume" in last, last
-    assert not (stopped / "out" / "report.json").exists()
-    again = run(idx, stopped, monkeypatch, ("salun",))
-    assert again.wait() == 0 and models(whole / "out") == models(stopped / "out") and not state.exists()
+    assert not (stopped / "report.json").exists()
+    for out in (whole, stopped):
+        cli.run([str(word) for word in command(idx, out, ("salun",))])
+    assert models(whole) == models(stopped) and not state.exists()
 
 
-def test_two_processes_share_a_run_and_each_model_is_made_once(idx, tmp_path, monkeypatch):
-    processes = [run(idx, tmp_path, monkeypatch) for _ in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    lines = [line for text in said for line in text.splitlines() if ", seed 0: ua" in line]
-    assert sorted(line.partition(",")[0] for line in lines) == sorted(["original", *METHODS])
-    assert all(any(line in text for line in lines) for text in said)
+def test_two_processes_share_a_run_and_each_model_is_made_once(idx, tmp_path, caplog):
+    caplog.set_level("INFO", "salun_sd")
+    process = spawn(command(idx, tmp_path / "out"))
+    until((tmp_path / "out" / "run" / "settings.json").exists, process)
+    cli.run([str(word) for word in command(idx, tmp_path / "out")])
+    said = process.communicate(timeout=120)[1].splitlines()
+    assert process.returncode == 0, said
+    both = [[line.partition(",")[0] for line in lines if ", seed 0: ua" in line] for lines in (said, caplog.messages)]
+    assert sorted(both[0] + both[1]) == sorted(["original", *METHODS]) and all(both)
     assert set(seals.read(tmp_path / "out" / "report.json")["rows"]) == {"original", *METHODS}
 
 
 @pytest.mark.slow  # a run is begun many times
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(idx, tmp_path, monkeypatch):
     whole, killed, moments = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+
+    def begun(folder):
+        monkeypatch.setenv("SALUN_SD_CACHE", str(folder / "cache"))
+        return spawn(command(idx, folder / "out"), fresh)
+
     start = time.monotonic()
-    assert run(idx, whole, monkeypatch, start=fresh).wait() == 0
+    assert begun(whole).wait() == 0
     codes, length = [], time.monotonic() - start
     for _ in range(6):
-        process = run(idx, killed, monkeypatch, start=fresh)
+        process = begun(killed)
         time.sleep(moments.uniform(0.3, 0.95) * length)
         process.kill()
         process.communicate()
         codes.append(process.returncode)
     assert sum(code != 0 for code in codes) >= 2
-    assert run(idx, killed, monkeypatch).wait() == 0
+    assert begun(killed).wait() == 0
     assert models(whole / "out") == models(killed / "out")
     assert not [file for file in files_in(killed) if "partial" in file and not file.endswith("-lock")]
