@@ -72,12 +72,12 @@ class Run:
                     "tune": self.tune, "model": self.whole.model and digest(self.whole.model)}  # fmt: skip
         self.settings = json.loads(json.dumps(settings))
         file = self.files / "settings.json"
-        if file.is_file():
-            check_same(seals.read(file, dict, deliver.ADVICE), self.settings, self.out)
-        elif (self.out / "report.json").exists() or self.files.exists() and any(self.files.iterdir()):
-            raise UsageError(f"{self.out} holds something else: choose another --out, or remove it.")
-        self.files.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(seals.sealed(self.settings), indent=2) + "\n")
+        names = {f.name for f in self.files.iterdir() if f.name[0] != "."} if self.files.is_dir() else set()
+        if file.name not in names:  # another process may be about to write it: its partial file is hidden
+            if names or (self.out / "report.json").exists():
+                raise UsageError(f"{self.out} holds something else: choose another --out, or remove it.")
+            write_atomic(file, json.dumps(seals.sealed(self.settings), indent=2) + "\n")
+        check_same(seals.read(file, dict, deliver.ADVICE), self.settings, self.out)
         self._check_results({row.method for row in table})
         self.original  # noqa: B018  trained now, if it has to be
 

@@ -67,6 +67,8 @@ def unlearn(
     # write
     result = report.assemble(run, table, seeds, parsed)
     report.write(result, run, out)
+    for lock in (out / RUN).glob("*.lock"):  # nobody works any more
+        lock.unlink(missing_ok=True)
     return result
 
 

@@ -68,10 +68,14 @@ def test_an_added_class_is_trained_to_and_then_gone():
     assert own.classifier(pixels).shape == (16, CLASSES) and result.bits is None
 
 
-def test_woodfisher_is_the_inverse_of_the_fisher_matrix_times_the_vector():
+def test_woodfisher_is_the_recursion_of_its_paper_and_the_inverse_of_the_fisher_matrix():
     gradients, v = torch.randn(12, 7, generator=FIRST()), torch.randn(7, generator=torch.Generator().manual_seed(1))
-    fisher = torch.eye(7) + gradients.T @ gradients / 12
-    assert torch.allclose(woodfisher(gradients.clone(), v), torch.linalg.solve(fisher, v), atol=1e-5)
+    fisher, inverse = torch.eye(7) + gradients.T @ gradients / 12, torch.eye(7)
+    for g in gradients:  # the recursion of the paper
+        o = inverse @ g
+        inverse -= torch.outer(o, o) / (12 + g @ o)
+    assert torch.allclose(woodfisher(gradients, v), torch.linalg.solve(fisher, v), atol=1e-5)
+    assert torch.allclose(woodfisher(gradients, v), inverse @ v, atol=1e-5)
 
 
 def test_influence_makes_the_forget_loss_grow_and_twice_the_step_twice_the_change():

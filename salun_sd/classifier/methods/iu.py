@@ -9,7 +9,7 @@ from salun_sd.classifier.data import Part
 from salun_sd.classifier.methods.task import Task
 from salun_sd.runtime import memory
 
-SHARE = 0.25  # of the free memory, at most, for the vectors of the recursion
+SHARE = 0.25  # of the free memory, at most, for the gradients of single images
 
 
 def iu(task: Task) -> None:
@@ -18,8 +18,8 @@ def iu(task: Task) -> None:
     alpha was never published.
 
     v = sum of the forget gradients / n - sum of the retain gradients n_f / (n n_r), n = n_f + n_r. The authors' code
-    starts the recursion with the first gradient and never computes F^-1 g anew, which leaves it rank one; this is the
-    recursion of the paper.
+    starts the recursion with the first gradient and never computes F^-1 g anew, which leaves it rank one; `woodfisher`
+    gives what the paper's recursion does.
     """
     net, forget, retain = task.classifier.net.eval(), len(task.forget), len(task.retain)
     whole = forget + retain
@@ -30,17 +30,14 @@ def iu(task: Task) -> None:
 
 
 def woodfisher(gradients: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """F^-1 v for F = I + 1/N sum g g^T, by the recursion F_n^-1 = F_{n-1}^-1 - o o^T / (N + g^T o), o = F_{n-1}^-1 g
-    (arXiv 2004.14340, eq. 4). gradients: float32 [N, p], replaced by the o of each; v: float32 [p]."""
-    count, k, divisors = len(gradients), v.clone(), []
-    for n in range(count):
-        g = gradients[n]
-        before = gradients[:n]
-        o = g - before.T @ ((before @ g) / torch.tensor(divisors, device=g.device)) if n else g.clone()
-        divisors.append(count + float(g @ o))
-        k -= o * (float(o @ v) / divisors[-1])
-        gradients[n] = o
-    return k
+    """F^-1 v for F = I + 1/N sum g g^T, float32 [p]. gradients: float32 [N, p]; v: float32 [p].
+
+    It is what the recursion of the paper gives after N samples, F_n^-1 = F_{n-1}^-1 - o o^T / (N + g^T o) with
+    o = F_{n-1}^-1 g and F_0 = I (arXiv 2004.14340, eq. 4), all at once: v - G^T (N I + G G^T)^-1 G v.
+    """
+    count = len(gradients)
+    gram = (gradients @ gradients.T).double() + count * torch.eye(count, dtype=torch.float64, device=v.device)
+    return v - gradients.T @ torch.linalg.solve(gram, (gradients @ v).double()).float()
 
 
 def _gradient(task: Task, part: Part) -> torch.Tensor:
