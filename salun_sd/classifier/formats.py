@@ -54,7 +54,7 @@ def _of_folder(folder: Path, spec: str, size: int | None) -> Data:
     for form in (_idx, _binary, _python):
         if data := form(folder, spec):
             return data
-    if any(folder.rglob("*.parquet")) or (folder / "dataset_dict.json").is_file():
+    if (folder / "dataset_dict.json").is_file() or any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
         return hub(spec, lambda content, names: _decoded(content, names, size))
     if (folder / "train").is_dir():
         return _classes(folder, spec, size)
@@ -68,6 +68,9 @@ def _checked(data: Data) -> Data:
     """The data. Raises UsageError for fewer than two classes, a class that is too small and a test set without one."""
     if len(data.classes) < 2:
         raise UsageError(f"--data {data.name} has {len(data.classes)} class: give images of two classes or more.")
+    labels = torch.cat([data.train.labels, data.test.labels])
+    if (largest := int(labels.max())) >= len(data.classes):
+        raise SalunError(f"--data {data.name} has the label {largest}, and names for {len(data.classes)} classes.")
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     if small := [f"{name} ({n})" for name, n in zip(data.classes, counts, strict=True) if n < 2]:
         raise UsageError(f"--data {data.name} has classes with fewer than two images to train on: {some(small)}. Add "

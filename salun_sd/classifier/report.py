@@ -67,10 +67,9 @@ def _paired(run: "Run", row: Row, seeds: int) -> dict[str, dict]:
         mine, exact = run.answers(Job(row, seed)), run.answers(Job(Row(EXACT, EXACT), seed))
         for part in PARTS:
             places = getattr(run.whole.split(seed), part).index.numpy()
+            # 0: both, 1: Retrain alone, 2: the method alone, 3: neither
             kinds = 3 - 2 * exact[f"{part}/correct"].astype(int) - mine[f"{part}/correct"].astype(int)
-            for place, kind in zip(
-                places, kinds, strict=True
-            ):  # 0 both, 1 Retrain alone, 2 the method alone, 3 neither
+            for place, kind in zip(places, kinds, strict=True):
                 counts[part].setdefault(place, [0, 0, 0, 0])[kind] += 1
     paired = {}
     for part, clusters in counts.items():

@@ -166,6 +166,10 @@ def evil_pickle(folder):
     (write_python(folder) / "test_batch").write_bytes(pickle.dumps({b"data": Evil()}))
 
 
+def label_without_a_name(folder):
+    (write_binary(folder) / "batches.meta.txt").write_text("\n".join(NAMES[:3]))
+
+
 def cut_binary(folder):
     file = write_binary(folder) / "test_batch.bin"
     file.write_bytes(file.read_bytes()[:-1])
@@ -176,6 +180,7 @@ REFUSED = {  # what is wrong => the kind of error, a word of it
     no_test: (UsageError, "test"), other_test_class: (UsageError, "hat"), no_labels_in_data_set: (UsageError, "labels"),
     cut_idx: (SalunError, "idx"), no_labels_beside_idx: (UsageError, "labels-idx1"),
     evil_pickle: (SalunError, "print"), cut_binary: (SalunError, "test_batch.bin"),
+    label_without_a_name: (SalunError, "label 3"),
     lambda folder: None: (UsageError, "data"),
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ def test_retrain_fails_on_what_it_never_saw_ascent_forgets_more_than_it_should_a
     rows = salun_sd.unlearn(
         data=tmp_path, forget="0.1", out=tmp_path / "out", architecture="resnet10", width=8, epochs=20, batch_size=64,
         augment="none", seeds=1, tune="none", method=["retrain", "ft", "rl", "salun", "ga"],
-        setting=["ft.lr=0.03", "rl.lr=0.03", "salun.lr=0.03", "ga.lr=0.003"],
+        setting=["ft.lr=0.03", "rl.lr=0.03", "salun.lr=0.03", "ga.lr=0.03"],
     )["rows"]  # fmt: skip
 
     def value(name, metric):
