@@ -37,9 +37,9 @@ METHODS: MappingProxyType[str, Published] = MappingProxyType({
     "l1-sparse": Published("fine-tuning towards few weights", SHARED, DEFAULTS,
                            searched={"alpha": (1e-4, 1e-5, 1e-3)}, tuned={"alpha": (1e-4, 1e-3), "lr": RATES}),
     "bs": Published("the forget images are given the nearest other class", {"epochs": 10, "bound": 0.1}, DEFAULTS,
-                    searched={"lr": (1e-3, 1e-4, 1e-2)}),
+                    searched={"lr": (1e-3, 3e-4, 1e-4, 1e-2)}),
     "be": Published("the forget images are given a class of their own", {"epochs": 10}, DEFAULTS,
-                    searched={"lr": (1e-3, 1e-4, 1e-2)}),
+                    searched={"lr": (1e-3, 3e-4, 1e-4, 1e-2)}),
     "random": Published("random labels, on random weights: the control of salun", {"epochs": 10, "lr": 0.013}, README,
                         tuned={"lr": RATES}),
 })  # fmt: skip
