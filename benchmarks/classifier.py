@@ -35,6 +35,7 @@ from salun_sd.core.mask import cut
 from salun_sd.core.saliency import GradientSum
 from salun_sd.runtime import memory
 from salun_sd.runtime.device import default_device
+from salun_sd.runtime.files import write_atomic
 
 HERE = Path(__file__).parent
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -79,8 +80,8 @@ def _write_images(folder: Path, count: int) -> None:
     for kind, before, size in (("images-idx3", 16, 784), ("labels-idx1", 8, 1)):
         content = gzip.decompress((FASHION / f"train-{kind}-ubyte.gz").read_bytes())
         head = content[:4] + np.array([count], ">u4").tobytes() + content[8:before]
-        (folder / f"train-{kind}-ubyte").write_bytes(head + content[before : before + count * size])
-        (folder / f"t10k-{kind}-ubyte.gz").write_bytes((FASHION / f"t10k-{kind}-ubyte.gz").read_bytes())
+        write_atomic(folder / f"train-{kind}-ubyte", head + content[before : before + count * size])
+        write_atomic(folder / f"t10k-{kind}-ubyte.gz", (FASHION / f"t10k-{kind}-ubyte.gz").read_bytes())
 
 
 def _alone(recipe: str, width: int, batches: int) -> dict:
@@ -128,7 +129,7 @@ def _gradients_of_reference(model, pixels: torch.Tensor, labels: torch.Tensor, b
         model.net.zero_grad()
         (-F.cross_entropy(model(pixels), labels)).backward()
         for name, p in named.items():
-            sums[name] += p.grad.clone()
+            sums[name] += p.grad
     return {name: total.abs_() for name, total in sums.items()}
 
 

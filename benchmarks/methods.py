@@ -1,21 +1,25 @@
 """Methods on supports: how well they erase a class of the pocket checkpoint, and how much they change the rest.
 
     python benchmarks/methods.py --out /tmp/methods
-    python benchmarks/methods.py --out /tmp/methods --method salun --support none --seed 0 --seed 1 --seed 2
+    python benchmarks/methods.py --out /tmp/methods --run salun --support none --seed 0 --seed 1 --seed 2
+    python benchmarks/methods.py --out /tmp/methods --run esd --tune '--steps 100 --batch-size 8 --lr 3e-4'
 
-Runs the commands that a person would type, one audit for each of RUNS. Keeps each row in DIR/rows.jsonl, and writes
-benchmarks/methods.md with benchmarks/methods.svg from all of them. Run again to go on where it stopped; several may run
-at once, each with other options.
+Runs the commands that a person would type. Each row, an erasure and its audit, is kept in benchmarks/methods.jsonl, and
+benchmarks/methods.md and methods.svg are written from all of them. A row that is there is not measured again; several
+may run at once, each with a DIR of its own.
 
-A method's numbers are found with `--tune`, on other classes and seeds than those of the table.
+The numbers in RUNS were tuned, on the classes TUNED_ON with the seed TUNING, of which no row is in the table: up to
+TRIES tries for each run, settings on the first class, and the choice among them on the second, too. The choice is the
+setting of the least change among those with a UA of at least ENOUGH, or else the one of the largest UA.
 """
 
 import json
+import math
 import platform
 import shlex
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from statistics import mean
@@ -29,82 +33,101 @@ from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of
 from salun_sd.draw import prompts
 
 HERE = Path(__file__).parent
+ROWS = HERE / "methods.jsonl"
 PUBLISHED = "published"  # a method's own support
-SUPPORTS = (PUBLISHED, "salient:0.5", "random:0.5", "none")
+TUNED_ON, TUNING, TRIES, ENOUGH = ("bag", "coat"), 100, 4, 0.95
+IMAGES = "--samples 200 --retain-prompts pocket"
 # name => recipe and numbers. The pocket is small: its learning rates are some 10 times those of Stable Diffusion.
 RUNS = {
-    "salun": ["--samples", "200", *POCKET_TRAINING],
-    "salun:paper": "--recipe paper --samples 200 --retain-prompts pocket --steps 60 --batch-size 32 --lr 1e-4".split(),
+    "salun": shlex.join(["--samples", "200", *POCKET_TRAINING]),
+    "salun:current": f"{IMAGES} --steps 100 --batch-size 32 --lr 1e-4 --anchor-from current",
+    "salun:paper": f"--recipe paper {IMAGES} --steps 60 --batch-size 32 --lr 1e-4",
+    "esd": "--steps 100 --batch-size 8 --lr 3e-4",
+    "ablation": "--steps 100 --batch-size 32 --lr 4e-4 --samples 200",
+    "forget-me-not": "--steps 35 --batch-size 8 --lr 2e-4 --samples 200 --setting end_token=left-out",
+    "ascent": f"--steps 30 --batch-size 32 --lr 1e-5 {IMAGES}",
+    "erasediff": f"--steps 100 --batch-size 32 --lr 1e-4 {IMAGES}",
+    "finetune": f"--steps 100 --batch-size 32 --lr 1e-4 {IMAGES}",
+    "uce": "--setting ridge=0.001 --retain-prompts pocket",
 }
-
-
-NO_ANCHOR = ("esd", "ascent", "finetune")  # as published
+WITHOUT_ANCHOR = ("esd", "ascent", "finetune")  # as published
+CLASSES = list(dict.fromkeys(p.label for p in prompts.read("pocket")))
 
 
 class Row(NamedTuple):
-    """An erasure and its audit."""
+    """An erasure and its audit. What was measured is None where the erasure was stopped: it ruined the model."""
 
     run: str
     support: str
     concept: str
     seed: int
     options: str
-    ua: float
-    ra: float
-    base_ra: float
-    change: float  # mean absolute difference of the kept images' pixels from the base's, 0 to 1
-    ssim: float
-    seconds: float  # of `erase`
-    peak: int  # bytes of memory, of `erase`
+    tries: bool  # whether the options are a try, and not those of the table
+    ua: float | None = None
+    ra: float | None = None
+    base_ra: float | None = None
+    change: float | None = None  # mean absolute difference of the kept images' pixels from the base's, 0 to 1
+    ssim: float | None = None
+    seconds: float | None = None  # of `erase`
+    peak: float | None = None  # GiB of memory, of `erase`
+
+    @property
+    def lost(self) -> float:
+        return self.ra - self.base_ra
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for masks, checkpoints, audits and rows.jsonl.")],
-    method: Annotated[list[str] | None, typer.Option(help="A run of RUNS. Default: all.")] = None,
-    support: Annotated[
-        list[str] | None, typer.Option(help="A support of SUPPORTS. Default: the published one.")
-    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for masks, checkpoints and audits.")],
+    run: Annotated[list[str] | None, typer.Option(help="A run of RUNS. Default: all.")] = None,
+    support: Annotated[list[str] | None, typer.Option(help="A value of --mask. Default: the published one.")] = None,
     concept: Annotated[list[str] | None, typer.Option(help="A class. Default: all ten.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Default: 0.")] = None,
-    tune: Annotated[
-        str | None, typer.Option(help="Options in place of a run's own; the row is not in the table.")
-    ] = None,
+    tune: Annotated[str | None, typer.Option(help="Try these options, with the classes and the seed for it.")] = None,
 ) -> None:
-    classes = list(dict.fromkeys(p.label for p in prompts.read("pocket")))
-    for s in seed or [0]:
-        for c in concept or classes:
-            for run in method or RUNS:
+    for s in [TUNING] if tune else seed or [0]:
+        for c in concept or (TUNED_ON if tune else CLASSES):
+            for name in run or RUNS:
                 for where in support or [PUBLISHED]:
-                    measured(out, run, where, c, s, shlex.split(tune) if tune else RUNS[run], bool(tune))
-                    write(rows_of(out))
+                    measure(out, Row(name, where, c, s, tune or RUNS[name], tune is not None))
+                    write(rows_so_far())
+
+
+def rows_so_far() -> list[Row]:
+    return [Row(**json.loads(line)) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def anchor_of(concept: str) -> str:
     """The next class, as in pocket_classes.py."""
-    classes = list(dict.fromkeys(p.label for p in prompts.read("pocket")))
-    return classes[(classes.index(concept) + 1) % len(classes)]
+    return CLASSES[(CLASSES.index(concept) + 1) % len(CLASSES)]
 
 
-def rows_of(out: Path, name: str = "rows") -> list[Row]:
-    file = out / f"{name}.jsonl"
-    return [Row(**row) for row in map(json.loads, file.read_text().splitlines())] if file.exists() else []
-
-
-def measured(out: Path, run: str, support: str, concept: str, seed: int, options: list[str], tunes: bool) -> None:
+def measure(out: Path, row: Row) -> None:
     """Erase a class and audit it, unless there is such a row."""
-    key = (run, support, concept, seed, shlex.join(options))
-    if key in {row[:5] for row in rows_of(out, "tuned" if tunes else "rows")}:
+    if row[:6] in {known[:6] for known in rows_so_far()}:
         return
-    here = out / "-".join(map(str, key[:4])).replace(" ", "_").replace(":", "_")
+    here = out / "-".join(map(str, row[:4])).replace(" ", "_").replace(":", "_")
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
-    (here / "prompts.csv").write_text(prompts.as_csv(audit_prompts(prompts.read("pocket"), concept)))
-    pair = ["--concept", photo_of(concept), *([] if run in NO_ANCHOR else ["--anchor", photo_of(anchor_of(concept))])]
-    mask = [] if support == PUBLISHED else ["--mask", support]
-    cli.run(["erase", "pocket", *pair, "--method", run.partition(":")[0], *mask, *options, "--seed", str(seed), "--out",
-             str(here / "erased")])  # fmt: skip
-    base = out / f"base-{concept}"
-    if base.exists():  # the base's images, drawn once for a class
+    (here / "prompts.csv").write_text(prompts.as_csv(audit_prompts(prompts.read("pocket"), row.concept)))
+    anchor = [] if row.run in WITHOUT_ANCHOR else ["--anchor", photo_of(anchor_of(row.concept))]
+    mask = [] if row.support == PUBLISHED else ["--mask", row.support]
+    try:
+        cli.run(["erase", "pocket", "--method", row.run.partition(":")[0], "--concept", photo_of(row.concept), *anchor,
+                 *mask, *shlex.split(row.options), "--seed", str(row.seed), "--out", str(here / "erased")])  # fmt: skip
+    except SystemExit as e:
+        if e.code != 1:  # not stopped because its model is ruined, but interrupted, or wrong
+            raise
+    else:
+        row = row._replace(**audited(here, out / f"base-{row.concept}"))
+    with ROWS.open("a") as f:
+        f.write(json.dumps(row._asdict()) + "\n")
+    for name in ("erased", "audit"):
+        shutil.rmtree(here / name, ignore_errors=True)
+
+
+def audited(here: Path, base: Path) -> dict[str, float]:
+    """Audit what was erased in a folder; gives what a row measures. base: the base's images, drawn once for a class."""
+    if base.exists():
         shutil.copytree(base, here / "audit" / "against")
     cli.run(["evaluate", str(here / "erased"), "--prompts", str(here / "prompts.csv"), "--against", "pocket",
              "--no-images", "--out", str(here / "audit")])  # fmt: skip
@@ -113,101 +136,134 @@ def measured(out: Path, run: str, support: str, concept: str, seed: int, options
     report = json.loads((here / "audit" / "report.json").read_text())
     of_run = json.loads((here / "erased.run" / "run.json").read_text())
     rates, before, quality = report["metrics"], report["against"]["metrics"], report["quality"]
-    row = Row(*key, rates["ua"]["rate"], rates["ra"]["rate"], before["ra"]["rate"], quality["change"]["value"],
-              quality["change_ssim"]["value"], of_run["seconds"], max(of_run["peak_bytes"].values()))  # fmt: skip
-    with (out / ("tuned.jsonl" if tunes else "rows.jsonl")).open("a") as f:
-        f.write(json.dumps(row._asdict()) + "\n")
-    for name in ("erased", "audit"):
-        shutil.rmtree(here / name)
+    return {
+        "ua": rates["ua"]["rate"], "ra": round(rates["ra"]["rate"], 6), "base_ra": round(before["ra"]["rate"], 6),
+        "change": round(quality["change"]["value"], 6), "ssim": round(quality["change_ssim"]["value"], 6),
+        "seconds": round(of_run["seconds"]), "peak": round(max(of_run["peak_bytes"].values()) / 2**30, 2),
+    }  # fmt: skip
 
 
 def write(rows: list[Row]) -> None:
-    """The table and the picture."""
+    """The tables and the picture. Rows of a run whose options are no longer its own are left out."""
+    table = [row for row in rows if not row.tries and row.options == RUNS.get(row.run)]
+    table.sort(key=lambda row: (list(RUNS).index(row.run), row.support != PUBLISHED, CLASSES.index(row.concept)))
+    tries = sorted((row for row in rows if row.tries), key=lambda row: row.run)
     (HERE / "methods.md").write_text(
         f"""# Methods and supports, on the classes of the pocket checkpoint
 
-`python benchmarks/{Path(__file__).name} --out DIR`, with the options that the last table names
-{date.today()}, {cpu()}, Python {platform.python_version()}; one thread. Seconds were taken while other programs ran.
+`python benchmarks/{Path(__file__).name} --out DIR`, {date.today()}, {cpu()}, Python {platform.python_version()}; one
+thread. Up to six other programs shared the core: seconds do not compare.
 
 Each class is erased towards the next one. UA: share of the concept's 100 prompts whose image is not classified as it.
 RA: share of 180 prompts of the other classes classified as what they ask for, less the base's on the same prompts and
 seeds. Change: mean absolute difference of the kept images' pixels from the base's, 0 to 1. Beside a mean stands the
-worst class.
+worst class. All rows are in [methods.jsonl](methods.jsonl).
 
 ![UA against change](methods.svg)
 
-| run | support | classes, seeds | UA | worst | RA - base | worst | change | SSIM | seconds | peak GiB |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-{chr(10).join(_summary(*item) for item in _groups(rows, ("run", "support")))}
+| run | support | classes | seeds | UA | worst | RA - base | worst | change | SSIM | seconds | peak GiB |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+{lines(table, ("run", "support"), summary)}
 
 ## By class
 
 | run | support | class | seeds | UA | RA - base | change |
 | --- | --- | --- | --- | --- | --- | --- |
-{chr(10).join(_of_class(*item) for item in _groups(rows, ("run", "support", "concept")))}
+{lines(table, ("run", "support", "concept"), lambda some: [str(len(some)), *of_class(some)])}
 
 ## Options of each run
 
 | run | options |
 | --- | --- |
-{chr(10).join(f"| {run} | `{options}` |" for run, options in dict.fromkeys((row.run, row.options) for row in rows))}
+{lines(table, ("run", "options"), lambda _: [])}
+
+## How they were tuned
+
+On {" and ".join(TUNED_ON)} with seed {TUNING}, of which no row is above: up to {TRIES} tries for each run, settings on
+the first class, and the choice among them on the second, too. The choice is the setting of the least change among those
+with a UA of at least {ENOUGH}, or else the one of the largest UA. `salun` had more tries: see docs/results.md. Stopped:
+the model was ruined, and `erase` said so.
+
+| run | options | class | UA | RA - base | change |
+| --- | --- | --- | --- | --- | --- |
+{lines(tries, ("run", "options", "concept"), of_class)}
 """
     )
-    (HERE / "methods.svg").write_text(_scatter(rows))
+    if table:
+        (HERE / "methods.svg").write_text(scatter(table))
 
 
-def _groups(rows: list[Row], names: tuple[str, ...]) -> Iterable[tuple[tuple, list[Row]]]:
-    groups = defaultdict(list)
+def groups(rows: list[Row], names: tuple[str, ...]) -> Iterable[tuple[tuple, list[Row]]]:
+    by_key = defaultdict(list)
     for row in rows:
-        groups[tuple(getattr(row, name) for name in names)].append(row)
-    return groups.items()
+        by_key[tuple(f"`{row.options}`" if name == "options" else getattr(row, name) for name in names)].append(row)
+    return by_key.items()
 
 
-def _means(rows: list[Row], number) -> list[float]:
+def lines(rows: list[Row], names: tuple[str, ...], cells: Callable[[list[Row]], list[str]]) -> str:
+    """A line of a table for each group of rows: what they share, and their cells."""
+    return "\n".join(f"| {' | '.join([*key, *cells(some)])} |" for key, some in groups(rows, names))
+
+
+def means(rows: list[Row], name: str) -> list[float]:
     """Of each class, the mean over its seeds."""
-    return [mean(map(number, of_class)) for _, of_class in _groups(rows, ("concept",))]
+    of_classes = (some for _, some in groups([row for row in rows if row.ua is not None], ("concept",)))
+    return [mean(getattr(row, name) for row in some) for some in of_classes]
 
 
-def _lost(row: Row) -> float:
-    return row.ra - row.base_ra
+def summary(rows: list[Row]) -> list[str]:
+    if not means(rows, "ua"):
+        return ["stopped", *[""] * 9]
+    ua, lost = means(rows, "ua"), means(rows, "lost")
+    numbers = [f"{mean(ua):.3f}", f"{min(ua):.3f}", f"{mean(lost):+.3f}", f"{min(lost):+.3f}",
+               f"{mean(means(rows, 'change')):.4f}", f"{mean(means(rows, 'ssim')):.3f}",
+               f"{mean(means(rows, 'seconds')):.0f}", f"{max(means(rows, 'peak')):.2f}"]  # fmt: skip
+    return [str(len(ua)), str(len({row.seed for row in rows})), *numbers]
 
 
-def _summary(key: tuple, rows: list[Row]) -> str:
-    ua, lost = _means(rows, lambda row: row.ua), _means(rows, _lost)
-    seeds = len({row.seed for row in rows})
-    cells = [f"{len(ua)}, {seeds}", f"{mean(ua):.3f}", f"{min(ua):.3f}", f"{mean(lost):+.3f}", f"{min(lost):+.3f}",
-             f"{mean(_means(rows, lambda row: row.change)):.4f}", f"{mean(_means(rows, lambda row: row.ssim)):.3f}",
-             f"{mean(row.seconds for row in rows):.0f}", f"{max(row.peak for row in rows) / 2**30:.2f}"]  # fmt: skip
-    return f"| {' | '.join([*key, *cells])} |"
+def of_class(rows: list[Row]) -> list[str]:
+    if not means(rows, "ua"):
+        return ["stopped", "", ""]
+    return [f"{mean(means(rows, name)):{form}}" for name, form in (("ua", ".3f"), ("lost", "+.3f"), ("change", ".4f"))]
 
 
-def _of_class(key: tuple, rows: list[Row]) -> str:
-    cells = [str(len(rows)), f"{mean(row.ua for row in rows):.3f}", f"{mean(map(_lost, rows)):+.3f}",
-             f"{mean(row.change for row in rows):.4f}"]  # fmt: skip
-    return f"| {' | '.join([*key, *cells])} |"
-
-
-def _scatter(rows: list[Row]) -> str:
+def scatter(rows: list[Row]) -> str:
     """A point for each run on each support: the means over its classes. The best is at the top left."""
-    width, height, pad, most = 720, 420, 48, max(row.change for row in rows) * 1.05
+    width, height, pad, line = 800, 460, 52, 14
+    points = []
+    for (run, support), some in groups([row for row in rows if row.ua is not None], ("run", "support")):
+        label = run if support == PUBLISHED else f"{run}, {support}"
+        points.append((mean(means(some, "ua")), mean(means(some, "change")), label))
+    low, high = min(change for _, change, _ in points) / 1.5, max(change for _, change, _ in points) * 1.5
+
+    def x(change: float) -> float:
+        return pad + math.log(change / low) / math.log(high / low) * (width - 4 * pad)
+
+    def y(ua: float) -> float:
+        return height - pad - ua * (height - 2 * pad)
+
     marks = []
-    for (run, support), of_run in _groups(rows, ("run", "support")):
-        change, ua = mean(_means(of_run, lambda row: row.change)), mean(_means(of_run, lambda row: row.ua))
-        x, y = pad + change / most * (width - 2 * pad), height - pad - ua * (height - 2 * pad)
-        marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"/><text x="{x + 7:.1f}" y="{y + 4:.1f}">'
-                     f"{run}{'' if support == PUBLISHED else ', ' + support}</text>")  # fmt: skip
-    ticks = [f'<text x="{pad + i / 4 * (width - 2 * pad):.1f}" y="{height - pad + 16}" text-anchor="middle">'
-             f"{i / 4 * most:.3f}</text>" for i in range(5)]  # fmt: skip
-    ticks += [f'<text x="{pad - 6}" y="{height - pad - i / 4 * (height - 2 * pad) + 4:.1f}" text-anchor="end">{i / 4:g}'
-              "</text>" for i in range(5)]  # fmt: skip
+    taken = [(x(change) - 5, x(change) + 5, y(ua)) for ua, change, _ in points]  # the ends of what is drawn, its middle
+    for ua, change, label in sorted(points, key=lambda point: (-point[0], -point[1])):
+        left, right, middle = x(change) + 8, x(change) + 8 + 7 * len(label), y(ua)
+        while any(left < end and start < right and abs(middle - other) < line for start, end, other in taken):
+            middle += line
+        taken.append((left, right, middle))
+        marks += [f'<path d="M{x(change):.1f} {y(ua):.1f}L{left - 1:.1f} {middle:.1f}" stroke="#bbb"/>',
+                  f'<circle cx="{x(change):.1f}" cy="{y(ua):.1f}" r="4"/>',
+                  f'<text x="{left:.1f}" y="{middle + 4:.1f}">{label}</text>']  # fmt: skip
+    for tick in (factor * 10.0**exponent for exponent in range(-5, 0) for factor in (1, 3)):
+        if low < tick < high:
+            marks.append(f'<text x="{x(tick):.1f}" y="{height - pad + 20}" text-anchor="middle">{tick:g}</text>')
+    for ua in (0, 0.25, 0.5, 0.75, 1):
+        marks.append(f'<text x="{pad - 8}" y="{y(ua) + 4:.1f}" text-anchor="end">{ua:g}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
     return f"""{head} font-family="sans-serif" font-size="12">
 <rect width="{width}" height="{height}" fill="white"/>
-<path d="M{pad} {pad}V{height - pad}H{width - pad}" fill="none" stroke="#888"/>
-{chr(10).join(ticks)}
-<text x="{width / 2}" y="{height - 8}" text-anchor="middle">change of the kept images</text>
-<text x="12" y="{height / 2}" text-anchor="middle" transform="rotate(-90 12 {height / 2})">UA</text>
+<path d="M{pad} {pad}V{height - pad}H{width - 3 * pad}" fill="none" stroke="#888"/>
 {chr(10).join(marks)}
+<text x="{width / 2 - pad}" y="{height - 10}" text-anchor="middle">change of the kept images</text>
+<text x="14" y="{height / 2}" text-anchor="middle" transform="rotate(-90 14 {height / 2})">UA</text>
 </svg>
 """
 

@@ -27,7 +27,7 @@ from salun_sd.cli.demo import photo_of
 from salun_sd.draw import prompts
 from salun_sd.draw.prompts import Prompt
 from salun_sd.edit import watch
-from salun_sd.methods.probe import RETAIN, Measure, Points, Probe
+from salun_sd.methods.probe import Measure, Points, Probe
 from salun_sd.runtime import seals
 from salun_sd.runtime.files import write_atomic
 
@@ -41,19 +41,21 @@ DRAWS = 2000  # of the bootstrap
 
 
 class Both(Probe):
-    """The probe, and beside it the other measure that lies at hand, against the anchor's prediction by the base."""
+    """The probe, and beside it the same measure with the other goal that lies at hand: the anchor's prediction by the
+    base, where the probe takes the model's own, and the model's own, where it takes the base's."""
 
-    against_base = 0.0  # 1 - sum |e(c) - e_base(c')|^2 / sum |e_base(c) - e_base(c')|^2
+    other = 0.0
 
-    def __init__(self, unet: torch.nn.Module, points: Points, size: int, name: str):
-        super().__init__(unet, points, size, name)
-        self.of_concept = (points.concept != RETAIN).nonzero().squeeze(1)
-        self.anchor = self.predictions(unet, points.goal, self.of_concept)
+    def __init__(self, unet: torch.nn.Module, points: Points, size: int, name: str, *, keeps_goals: bool):
+        super().__init__(unet, points, size, name, keeps_goals=keeps_goals)
+        self.of_base = self.predictions(unet, points.goal, self.own[self.is_concept])
 
     def __call__(self, unet: torch.nn.Module) -> Measure:
-        distance = (self.predictions(unet, self.points.prompt, self.of_concept) - self.anchor).square().sum()
-        Both.against_base = 1 - float(distance / self.scale[self.of_concept].sum())
-        return super().__call__(unet)
+        measure, goals = super().__call__(unet), self.goals
+        self.goals = self.of_base if goals is None else None
+        [Both.other] = super().__call__(unet).moved.values()
+        self.goals = goals
+        return measure
 
 
 class Point(NamedTuple):
@@ -65,7 +67,7 @@ class Point(NamedTuple):
     steps: int
     lr: float
     moved: float
-    against_base: float
+    other: float  # moved, with the other goal
     drift: float
     ua: float
     ra: float
@@ -100,7 +102,7 @@ def measured(here: Path, concept: str, seed: int, anchor_from: str, steps: int, 
     *_, last = seals.read_lines(here / "erased.run" / "losses.jsonl")
     rates = json.loads((here / "audit" / "report.json").read_text())["metrics"]
     [moved] = last["moved"].values()
-    return Point(concept, seed, anchor_from, steps, lr, moved, Both.against_base, last["drift"],
+    return Point(concept, seed, anchor_from, steps, lr, moved, Both.other, last["drift"],
                  rates["ua"]["rate"], rates["ra"]["rate"])  # fmt: skip
 
 
@@ -147,10 +149,10 @@ def write(points: list[Point]) -> None:
     by_anchor = []
     for name, some in {"all": usual, **of_anchors}.items():
         if len({p.concept for p in some}) > 1:
-            both = (correlation(some, measure) for measure in ("moved", "against_base"))
+            both = (correlation(some, measure) for measure in ("moved", "other"))
             by_anchor.append(f"| {name} | {len(some)} | {' | '.join(both)} |")
     rows = [f"| {p.concept} → {PAIRS[p.concept]} | {p.seed} | {p.anchor_from} | {p.steps} | {p.moved:.3f} "
-            f"| {p.against_base:.3f} | {p.drift:.4f} | {p.ua:.2f} | {p.ra:.2f} |" for p in usual]  # fmt: skip
+            f"| {p.other:.3f} | {p.drift:.4f} | {p.ua:.2f} | {p.ra:.2f} |" for p in usual]  # fmt: skip
     high_lr = [f"| {p.lr:g} | {p.moved:.3f} | {p.drift:.3f} | {p.ua:.2f} | {p.ra:.2f} |" for p in ruined]
     (HERE / "moved.svg").write_text(scatter(usual))
     (HERE / "moved.md").write_text(
@@ -161,9 +163,10 @@ with `{" ".join(TRAINING)} --lr {LR:g}` and a mask of density 0.5; the last meas
 prompts of the concept, RA on 45 of the other classes, 25 denoising steps.
 
 Spearman's rank correlation of a measure with UA, with its 95 % bootstrap over pairs of class and seed. `moved` is
-1 - |e(c) - e(c')|² / |e_base(c) - e_base(c')|². "Against the base" has e_base(c') in place of e(c').
+1 - |e(c) - g|² / |e_base(c) - e_base(c')|². With the anchor from the base, g is the base's prediction e_base(c'); with
+the anchor from the current weights, g is the model's own e(c'). "The other goal" swaps the two.
 
-| anchor from | erasures | moved | against the base |
+| anchor from | erasures | moved | the other goal |
 | --- | --- | --- | --- |
 {chr(10).join(by_anchor)}
 
@@ -184,7 +187,7 @@ drift, {BOUND}, was lifted for these runs.
 
 ## All erasures
 
-| concept → anchor | seed | anchor from | steps | moved | against the base | drift | UA | RA |
+| concept → anchor | seed | anchor from | steps | moved | the other goal | drift | UA | RA |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 """

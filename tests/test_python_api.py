@@ -41,6 +41,7 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], bits)
     return sum(int(d[~bits[n]].sum()) for n, d in differ.items()), sum(int(d[bits[n]].sum()) for n, d in differ.items())
 
 
+@pytest.mark.slow
 def test_the_functions_write_what_the_page_says(page):
     names = {p.name for p in page["folder"].iterdir()}
     assert {"mask-0.5.safetensors", "mask-0.1.safetensors", "sneaker.safetensors", "erased", "audit"} <= names
@@ -56,10 +57,12 @@ def test_the_functions_write_what_the_page_says(page):
     assert page["foreseen"].settings["steps"] == 50 and set(page["foreseen"].plans) == {"images", "mask", "erase"}
 
 
+@pytest.mark.slow
 def test_nothing_but_the_pages_own_lines_is_printed(page):
     assert len(page["stdout"].splitlines()) == len(re.findall(r"^ *print\(", TEXT, re.MULTILINE))
 
 
+@pytest.mark.slow
 def test_a_finished_erasure_gives_its_record_again(page, monkeypatch):
     monkeypatch.chdir(page["folder"])
     again = salun_sd.erase(
@@ -69,6 +72,7 @@ def test_a_finished_erasure_gives_its_record_again(page, monkeypatch):
     assert again == page["record"]
 
 
+@pytest.mark.slow
 def test_audits_of_the_same_prompts_are_a_table(page):
     prompts = {"prompts": "pocket", "where": ["class=sneaker"], "limit": 2, "denoising_steps": 5}
     report = salun_sd.evaluate("pocket", **prompts, concept_class="sneaker", out=page["folder"] / "audit-base")
@@ -78,6 +82,7 @@ def test_audits_of_the_same_prompts_are_a_table(page):
 
 
 @pytest.mark.parametrize(("model", "before", "bits"), [("unet", "base", "bits"), ("model", "start", "support")])
+@pytest.mark.slow
 def test_the_examples_move_the_masks_weights_and_no_others(page, model, before, bits):
     before, after, bits = page[before], page[model].state_dict(), page[bits]
     n, of = kept(bits)
@@ -87,6 +92,7 @@ def test_the_examples_move_the_masks_weights_and_no_others(page, model, before, 
     assert all(torch.equal(before[name], after[name]) for name in before.keys() - bits.keys())  # buffers
 
 
+@pytest.mark.slow
 def test_what_the_example_saves_is_a_model(page):
     assert find(str(page["folder"] / "by-hand")).fingerprint != find("pocket").fingerprint
 

@@ -36,8 +36,8 @@ class Classifier:
         self.net, self.processor, self.device = net.to(device), processor, device
         size = dict(processor.size)
         self.size = (size.get("height") or size["shortest_edge"], size.get("width") or size["shortest_edge"])
-        self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in
-                               (processor.image_mean, processor.image_std))  # fmt: skip
+        normal = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in normal)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         if pixels.shape[-2:] != self.size:

@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from salun_sd.checkpoint import tensors
 from salun_sd.classifier import deliver, measure, original, search
 from salun_sd.classifier.architectures import Classifier
 from salun_sd.classifier.data import Data
 from salun_sd.classifier.jobs import check_same, in_time
+from salun_sd.classifier.methods.be import head
 from salun_sd.classifier.methods.catalog import forget as run_method
 from salun_sd.classifier.methods.task import Task
 from salun_sd.classifier.request import EXACT, ORIGINAL, Job, Row, tried
@@ -26,6 +28,7 @@ from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.device import default_device
 from salun_sd.runtime.files import new_file, write_atomic
+from salun_sd.runtime.finite import NotFinite
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +64,14 @@ class Run:
     def __init__(self, out: Path, whole: Whole, training: dict, own: dict, tune: str, keep_statistics: bool):
         self.out, self.whole, self.training, self.own, self.tune = out, whole, training, own, tune
         self.keep_statistics = keep_statistics
-        self.chosen: dict[str, dict] = {}  # method => its search
+        self.chosen: dict[str, dict] = {}  # label of a row => its search
         self.files = out / RUN
 
     def begin(self, table: Sequence[Row]) -> None:
         """Check that the folder is this run's, and get the original."""
+        self._check_search(table)
+        if self.whole.model and "be" in {row.method for row in table}:
+            head(self.whole.model.net)  # SalunError where there is none
         places = hashlib.sha256(repr((self.whole.forget.text, self.whole.forget.places)).encode()).hexdigest()
         settings = {"data": self.whole.data.digest, "forget": self.whole.forget.text, "places": places,
                     "training": self.training, "keep_statistics": self.keep_statistics,
@@ -80,6 +86,13 @@ class Run:
         check_same(seals.read(file, dict, deliver.ADVICE), self.settings, self.out)
         self._check_results({row.method for row in table})
         self.original  # noqa: B018  trained now, if it has to be
+
+    def _check_search(self, table: Sequence[Row]) -> None:
+        """Raise UsageError where a search is wanted, and no image is left to judge it by."""
+        searched = [row.label for row in table if len(tried(row.method, self.own.get(row.method, {}), self.tune)) > 1]
+        if searched and not len(self.whole.split(search.SEED).validation):
+            raise UsageError(f"The search for the settings of {searched[0]} has no validation image, as every class is "
+                             "small: give --tune none, or more images.")  # fmt: skip
 
     def _check_results(self, methods: set[str]) -> None:
         """Raise UsageError where one of the methods was run here with settings that are not those of this run."""
@@ -96,7 +109,8 @@ class Run:
         if self.whole.model:
             return self.whole.model
         classifier = original.trained(self.whole.data, self.whole.split(0), self.training, device())
-        original.copied(classifier, self.out / "original", self.training)
+        with FileLock(self.files / f"{ORIGINAL}.lock"):  # of processes that start together, one writes it
+            original.copied(classifier, self.out / ORIGINAL, self.training)
         return classifier
 
     def folder(self, job: Job) -> Path:
@@ -128,25 +142,28 @@ class Run:
                 "keep_statistics": self.keep_statistics and job.row.method != EXACT}  # fmt: skip
 
     def search(self, row: Row) -> dict:
-        """The search of a method, done or read; for a method without one, its settings."""
+        """The search of a row, done or read; for a method without one, its settings."""
         if row.method == EXACT:
             return {"tried": [], "settings": {k: self.training[k] for k in ("epochs", "lr")}}
-        if row.method not in self.chosen:
+        if row.label not in self.chosen:
             candidates = tried(row.method, self.own.get(row.method, {}), self.tune)
             job, parts = Job(row, search.SEED), self.whole.split(search.SEED)
 
             def made(settings: dict) -> dict:
-                model, _, _ = self.unlearned(job, settings, state=False)
-                return search.score(model, self.original, parts, self.whole.forget.label is not None)
+                try:
+                    model, _, _ = self.unlearned(job, settings, state=False)
+                    return search.score(model, self.original, parts, self.whole.forget.label is not None)
+                except NotFinite:
+                    return {"score": search.WORST}
 
-            file = self.files / f"search-{row.method}.json"
-            self.chosen[row.method] = search.searched(file, candidates, self.settings, made)
-        return self.chosen[row.method]
+            file = self.files / f"search-{row.label}.json"
+            self.chosen[row.label] = search.searched(file, candidates, self.settings, made)
+        return self.chosen[row.label]
 
     def unlearned(self, job: Job, settings: dict, state: bool = True):
         """A model that a method made; its seconds; its mask."""
         parts, seed = self.whole.split(job.seed), job.seed
-        settings = settings | ({"density": job.row.density} if job.row.density else {})
+        settings = job.row.with_density(settings)
         exact = job.row.method == EXACT
         model = self.original.fresh(self.training["seed"] + 1 + seed) if exact else self.original.copy()
         task = Task(model, self.original, parts.forget, parts.retain, settings, seed, self.training["augment"],
@@ -165,7 +182,7 @@ class Run:
         record, model = {"run": {}, "seconds": 0.0, "changed": None}, self.original
         if job.row.method != ORIGINAL:
             record, model = self.made(job, parts)
-        of = {name: measure.answers(model, getattr(parts, name)) for name in ("forget", "retain", "test")}
+        of = {name: measure.answers(model, getattr(parts, name)) for name in measure.PARTS}
         values = measure.metrics(of["forget"], of["retain"], of["test"], seed)
         arrays = {f"{part}/{kind}": torch.from_numpy(array) for part, answers in of.items()
                   for kind, array in answers._asdict().items()}  # fmt: skip
@@ -181,7 +198,7 @@ class Run:
         """The record and the model of a job: read, where an earlier run made it, else made and written."""
         folder = self.folder(job)
         settings = self.search(job.row)["settings"]
-        run = json.loads(json.dumps(self.of(job, settings | ({"density": job.row.density} if job.row.density else {}))))
+        run = json.loads(json.dumps(self.of(job, job.row.with_density(settings))))
         if folder.exists() and any(folder.iterdir()):
             record, model = deliver.read(folder, device())
             check_same(record["run"], run, folder)
@@ -195,5 +212,5 @@ class Run:
 
 
 def digest(classifier: Classifier) -> str:
-    """SHA-256, in hex, of a model's values and config."""
+    """SHA-256, in hex, of a model's weights and buffers and their names."""
     return tensors.fingerprint({n: tensors.in_memory(t.cpu()) for n, t in classifier.net.state_dict().items()})

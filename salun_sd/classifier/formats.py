@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 
 from salun_sd.classifier.data import Data, Images, from_array
-from salun_sd.classifier.hub import hub
+from salun_sd.classifier.hub import TESTS, hub
 from salun_sd.draw.folders import images_in, visible
 from salun_sd.draw.images import Unreadable, in_order, read_image
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime.contents import content_of
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*){1,2}(:[^:]+)?")
-TESTS = ("test", "val", "validation")  # names of the folder to test with, the first that is there
 FORMS = "train/CLASS/*.png and test/CLASS/*.png, idx files, CIFAR's batches"
 CIFAR = {  # classes => the files of its binary form, the bytes of labels before an image, the file of names
     10: ([f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", 1, "batches.meta.txt"),
@@ -68,6 +67,8 @@ def _checked(data: Data) -> Data:
     """The data. Raises UsageError for fewer than two classes, a class that is too small and a test set without one."""
     if len(data.classes) < 2:
         raise UsageError(f"--data {data.name} has {len(data.classes)} class: give images of two classes or more.")
+    if not len(data.test.labels):
+        raise UsageError(f"--data {data.name} has no images to test with: put some into test/CLASS.")
     labels = torch.cat([data.train.labels, data.test.labels])
     if (largest := int(labels.max())) >= len(data.classes):
         raise SalunError(f"--data {data.name} has the label {largest}, and names for {len(data.classes)} classes.")
@@ -75,8 +76,6 @@ def _checked(data: Data) -> Data:
     if small := [f"{name} ({n})" for name, n in zip(data.classes, counts, strict=True) if n < 2]:
         raise UsageError(f"--data {data.name} has classes with fewer than two images to train on: {some(small)}. Add "
                          "images, or remove the class.")  # fmt: skip
-    if not len(data.test.labels):
-        raise UsageError(f"--data {data.name} has no images to test with: put some into test/CLASS.")
     return data
 
 
@@ -91,7 +90,7 @@ def _classes(folder: Path, spec: str, size: int | None) -> Data:
                          "train/CLASS/1.png.")  # fmt: skip
     if other := [f.name for f in visible(test) if f.is_dir() and images_in(f) and f.name not in names]:
         raise UsageError(f"--data {spec} tests with classes that it does not train on: {some(other)}.")
-    train, tested = ([[p for p in images_in(top / name)] if (top / name).is_dir() else [] for name in names]
+    train, tested = ([images_in(top / name) if (top / name).is_dir() else [] for name in names]
                      for top in (folder / "train", test))  # fmt: skip
     shape = size or _size_of(train[0][0])
     return Data(spec, names, *(_files(folder, each, shape) for each in (train, tested)))
@@ -143,7 +142,7 @@ def _idx(folder: Path, spec: str) -> Data | None:
     parts = []
     for split in ("train", "test"):
         pixels, labels = arrays[split, "images-idx3"], arrays[split, "labels-idx1"]
-        if pixels.ndim != 3 or labels.ndim != 1 or len(pixels) != len(labels):
+        if pixels.ndim != 3 or labels.ndim != 1 or len(pixels) != len(labels) or not len(labels):
             raise SalunError(f"--data {spec} has {pixels.shape} images and {labels.shape} labels to {split} with.")
         parts.append(from_array(pixels, labels, split))
     return Data(spec, [str(i) for i in range(1 + max(int(p.labels.max()) for p in parts))], *parts)
@@ -187,10 +186,12 @@ def _python(folder: Path, spec: str) -> Data | None:
             continue
         parts = []
         for split, files in (("train", train), ("test", [test])):
-            content = [_unpickled(folder / file) for file in files]
-            pixels = np.concatenate([c["data"] for c in content]).reshape(-1, 3, 32, 32)
-            parts.append(from_array(pixels, np.concatenate([c[key] for c in content]), split))
-        return Data(spec, list(_unpickled(folder / meta)[of_names]), *parts)
+            content = [_unpickled(folder / file, "data", key) for file in files]
+            if odd := [f for f, (pixels, y) in zip(files, content, strict=True) if np.shape(pixels) != (len(y), 3072)]:
+                raise SalunError(f"{folder / odd[0]} is damaged: it needs 3,072 values of pixels for each label.")
+            pixels = np.concatenate([pixels for pixels, _ in content]).reshape(-1, 3, 32, 32)
+            parts.append(from_array(pixels, np.concatenate([labels for _, labels in content]), split))
+        return Data(spec, *_unpickled(folder / meta, of_names), *parts)
     return None
 
 
@@ -206,14 +207,15 @@ class _Arrays(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _unpickled(file: Path) -> dict:
-    """What a pickle of CIFAR holds, its keys and texts as str."""
+def _unpickled(file: Path, *keys: str) -> list:
+    """What a pickle of CIFAR holds under some keys; texts as str."""
     try:
         content = _Arrays(io.BytesIO(content_of(file)), encoding="bytes").load()
 
         def text(value):
             return value.decode() if isinstance(value, bytes) else value
 
-        return {text(k): [text(each) for each in v] if isinstance(v, list) else v for k, v in content.items()}
+        content = {text(key): value for key, value in content.items()}
+        return [[text(v) for v in content[key]] if isinstance(content[key], list) else content[key] for key in keys]
     except Exception as e:  # a damaged pickle fails by many types
         raise SalunError(f"{file} is no batch of CIFAR that can be read: {e}.") from e

@@ -10,8 +10,10 @@ import torch
 
 from salun_sd.classifier.architectures import Classifier
 from salun_sd.classifier.data import Part, batches
+from salun_sd.runtime.finite import NotFinite
 
 MOST_ATTACKED = 5000  # images of each kind that the attack is trained on
+PARTS = ("forget", "retain", "test")  # that are measured
 METRICS = ("ua", "ra", "ta", "mia")  # of the gap
 OTHERS = ("mia_entropy", "mia_correctness")  # beside them
 
@@ -27,11 +29,14 @@ class Answers(NamedTuple):
 
 @torch.inference_mode()
 def answers(classifier: Classifier, part: Part, size: int = 512) -> Answers:
-    """The answers in evaluation mode, in the order of the images."""
+    """The answers in evaluation mode, in the order of the images. Raises NotFinite where one is no number."""
     classifier.net.eval()
     found: list[list[torch.Tensor]] = [[], [], []]
     for pixels, labels in batches(part, size, classifier.device):
         logs = classifier(pixels).log_softmax(1)
+        if logs.isnan().any():
+            raise NotFinite("The model answers with NaN: lower the learning rate of its training, or the alpha of its "
+                            "method, by --setting METHOD.NAME=VALUE.")  # fmt: skip
         found[0].append(logs.gather(1, labels[:, None])[:, 0].exp())
         found[1].append(-(logs.exp() * logs).nan_to_num(0).sum(1))
         found[2].append((logs.argmax(1) == labels).float())
@@ -64,7 +69,7 @@ def attack(members: np.ndarray, others: np.ndarray, targets: np.ndarray, seed: i
 
     rng, count = np.random.default_rng(seed), min(len(members), len(others), MOST_ATTACKED)
     drawn = np.concatenate([rng.choice(of, count, replace=False) for of in (members, others)])
-    if np.ptp(drawn) == 0:  # every image looks the same, so that none looks like a member
+    if np.ptp(drawn) == 0:  # nothing to learn from: every target is taken for a member
         return 0.0
     machine = SVC(C=3, gamma="auto", kernel="rbf").fit(drawn[:, None], np.repeat([1, 0], count))
     kinds, places = np.unique(targets, return_inverse=True)

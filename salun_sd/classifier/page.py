@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from salun_sd.classifier.measure import PARTS
 from salun_sd.report.gate import reasons
 from salun_sd.report.html import template
 
 WIDTH, HEIGHT, EDGE = 220, 150, 26  # of a picture, and of the room for its axes, in pixels
 POINTS = 60  # of a line
-PARTS = ("forget", "retain", "test")
 
 
 def html(report: dict, answers: Mapping[str, Mapping[str, np.ndarray]], headline: str, shown: Callable) -> str:

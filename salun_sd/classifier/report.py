@@ -12,6 +12,7 @@ import numpy as np
 
 from salun_sd import __version__
 from salun_sd.classifier import measure, page
+from salun_sd.classifier.measure import PARTS
 from salun_sd.classifier.request import EXACT, ORIGINAL, Job, Row
 from salun_sd.classifier.settings import METHODS
 from salun_sd.report import gate, stats
@@ -23,7 +24,6 @@ from salun_sd.runtime.files import write_atomic
 if TYPE_CHECKING:
     from salun_sd.classifier.folder import Run
 
-PARTS = ("forget", "retain", "test")
 COLUMNS = ("ua", "ra", "ta", "mia", "gap", "seconds")  # of the table
 CSV = ["method", "density", "metric", "mean", "sd", "low", "high", "seeds"]
 
@@ -111,7 +111,7 @@ def headline(report: dict) -> str:
     """The main result in a sentence."""
     rows = {name: row for name, row in report["rows"].items() if row["gap"] and name != ORIGINAL}
     if not rows:
-        return f"{len(report['rows']) - 1} methods; without Retrain, the distance to the exact answer was not measured."
+        return "No average gap: it is the distance of another method to Retrain, and needs both."
     best = min(rows, key=lambda name: rows[name]["gap"]["mean"])
     others = ", ".join(f"{name} {shown(row['gap'])}" for name, row in rows.items() if name != best)
     return (f"Nearest to a model that never saw the images is {best}: its average gap is {shown(rows[best]['gap'])} "

@@ -1,16 +1,19 @@
 """What a run is asked for, checked before the first long step."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import product
 from typing import NamedTuple
 
+from salun_sd.classifier.measure import METRICS, OTHERS
 from salun_sd.classifier.settings import DEFAULT, MASKED, METHODS, label
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.report import gate
 
-NUMBERS = ("ua", "ra", "ta", "mia", "mia_entropy", "mia_correctness", "gap", "seconds")  # of --fail-if, with .METHOD
+NUMBERS = (*METRICS, *OTHERS, "gap", "seconds")  # of --fail-if, with .METHOD
+LARGEST = 2**32 - 1  # of the seeds
 EXACT, ORIGINAL = "retrain", "original"  # names of rows with a part of their own
 ABSENT = {"against": "has no meaning here: compare with retrain, as in 'ua.salun < ua.retrain - 2'"}
 
@@ -21,6 +24,10 @@ class Row(NamedTuple):
     label: str
     method: str
     density: float | None = None
+
+    def with_density(self, settings: Mapping[str, float]) -> dict[str, float]:
+        """A method's settings, and the density of this row."""
+        return dict(settings) | ({"density": self.density} if self.density else {})
 
 
 class Job(NamedTuple):
@@ -36,16 +43,19 @@ class Job(NamedTuple):
 
 def rows(methods: Sequence[str], densities: Sequence[float]) -> list[Row]:
     """A row for each method, and for each density of those that have one. Raises UsageError for an unknown method, one
-    that is named twice, and a density outside (0, 1]."""
-    methods, densities = list(methods) or list(DEFAULT), list(densities) or [0.5]
+    that is named twice, a density outside (0, 1], and one that no method uses."""
+    methods, asked = list(methods) or list(DEFAULT), list(densities)
+    densities = asked or [0.5]
     if unknown := [name for name in methods if name not in METHODS]:
         raise UsageError(f"--method {unknown[0]} is unknown: the methods are {', '.join(METHODS)}.")
     for density in densities:
         if not 0 < density <= 1:
             raise UsageError(f"--density {density} is outside (0, 1]: give a share of the weights, such as 0.5.")
+    if asked and not set(methods) & set(MASKED):
+        raise UsageError(f"--density is for {' and '.join(MASKED)}: add --method {MASKED[0]}, or leave --density out.")
     found = [Row(label(m, d), m, d if m in MASKED else None)
              for m in methods for d in (densities if m in MASKED else [0.5])]  # fmt: skip
-    if doubled := [row.label for i, row in enumerate(found) if row in found[:i]]:
+    if doubled := [name for name, n in Counter(row.label for row in found).items() if n > 1]:
         raise UsageError(f"{doubled[0]} is asked for twice: give each --method and --density once.")
     return found
 
@@ -86,12 +96,12 @@ def tried(method: str, own: Mapping[str, float], tune: str) -> list[dict[str, fl
 
 
 def check_numbers(**values: float) -> None:
-    """Raise UsageError for numbers that no run takes: each has to be above 0; seeds from 0 on."""
+    """Raise UsageError for numbers that no run takes: each has to be above 0; --train-seed from 0 to LARGEST."""
     for name, value in values.items():
-        least = 0 if name == "train_seed" else None
-        option = f"--{name.replace('_', '-')}"
-        if value is not None and not (value >= 0 if least == 0 else value > 0):
-            raise UsageError(f"{option} is {value}: give a number {'from 0 on' if least == 0 else 'above 0'}.")
+        holds, words = (0 <= value <= LARGEST, f"from 0 to {LARGEST:,}") if name == "train_seed" else (
+            value is None or 0 < value < math.inf, "above 0")  # fmt: skip
+        if not holds:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: give a number {words}.")
 
 
 def check_attack() -> None:

@@ -50,9 +50,8 @@ def unlearn(
     check_place(out / "report.json", out / RUN / "settings.json")
     if model is not None and (architecture or width):
         raise UsageError("--architecture and --width are of a model that is trained here: leave them out, or MODEL.")
-    training = {"architecture": architecture or "resnet18", "width": width or 64,
-                "epochs": epochs, "lr": lr, "seed": train_seed,
-                "batch_size": batch_size, "augment": augment}  # fmt: skip
+    built = {} if model is not None else {"architecture": architecture or "resnet18", "width": width or 64}
+    training = built | {"epochs": epochs, "lr": lr, "seed": train_seed, "batch_size": batch_size, "augment": augment}
     whole = _prepared(model, str(data), forget, size, training, empty_class, range(seeds))
 
     # train
@@ -67,8 +66,8 @@ def unlearn(
     # write
     result = report.assemble(run, table, seeds, parsed)
     report.write(result, run, out)
-    for lock in (out / RUN).glob("*.lock"):  # nobody works any more
-        lock.unlink(missing_ok=True)
+    for name in (ORIGINAL, *(f"search-{row.label}.json" for row in table), *(job.name for job in jobs)):  # all done
+        (out / RUN / f"{name}.lock").unlink(missing_ok=True)
     return result
 
 
@@ -82,6 +81,9 @@ def _prepared(
     """Model and data, opened; the split of each seed, and of the search, checked."""
     classifier = opened(str(model), device()) if model is not None else None
     read = formats.read(data, size or (max(classifier.size) if classifier else None))
+    if size and read.train.pixels.shape[-1] != size:
+        raise UsageError(f"--size is for image files: the images of {data} are arrays, and are not resized. Leave it "
+                         "out.")  # fmt: skip
     if classifier:
         order = in_order_of(classifier, read.classes, str(model))
         classes = [name for _, name in sorted(zip(order.tolist(), read.classes, strict=True))]

@@ -1,4 +1,7 @@
-"""The search for settings that were never published: on a forget set of its own, by the validation images alone."""
+"""The search for settings that were never published: by forget, retain and validation images, never by the test.
+
+Of a share it forgets a set of its own; a class or a list is the same in every seed.
+"""
 
 import json
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from salun_sd.runtime import seals
 from salun_sd.runtime.files import write_atomic
 
 SEED = 1000  # of the forget set and of the training of a search: no seed of a table
+WORST = 100.0  # the score of settings with which the training diverges
 SHAPE = {"tried": [{"settings": dict, "score": float}], "settings": dict, "run": dict}
 RULE = (
     "The settings whose mean distance to three values is smallest: the accuracy on the forget images, to that of the "

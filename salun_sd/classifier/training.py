@@ -19,6 +19,7 @@ from salun_sd.core.masked import MaskedSGD
 from salun_sd.errors import SalunError
 from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import is_full, new_file
+from salun_sd.runtime.finite import NotFinite
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ def train(
     losses: of an epoch and its random numbers: an iterator of the loss of each update, a scalar. It is asked for the
     next after the update was made. Momentum and weight decay, of `settings`, reach the weights of the mask alone.
     keep_statistics: batch norm uses the statistics that it has, and they stay.
-    state: the file from which the same `run` resumes, after each epoch; the caller removes it. Resuming gives the same
-    bits. Raises SalunError, naming `what` and the epoch, where a loss is not finite.
+    state: the file from which the same `run` resumes, after each epoch; the caller removes it. On a CPU, resuming gives
+    the same bits. Raises NotFinite, naming `what` and the epoch, where a loss is not finite.
     """
     net = classifier.net
     bits = full_bits({name: p.shape for name, p in net.named_parameters()}) if bits is None else bits
@@ -68,8 +69,8 @@ def train(
             if not total.isfinite():
                 if state:  # a run that went on from it would fail again
                     state.unlink(missing_ok=True)
-                raise SalunError(f"The loss of {what} is not finite after epoch {epoch + 1}: lower its learning rate, "
-                                 "--lr of a training, --setting METHOD.lr=VALUE of a method.")  # fmt: skip
+                raise NotFinite(f"The loss of {what} is not finite after epoch {epoch + 1}: lower its learning rate, "
+                                "--lr of a training, --setting METHOD.lr=VALUE of a method.")  # fmt: skip
             seconds += time.perf_counter() - start
             bar.set_postfix(loss=f"{float(total) / max(1, updates):.4f}")
             if state:

@@ -99,13 +99,13 @@ def test_idx_files_are_read_compressed_too(idx, tmp_path):
         assert data.train.labels.tolist() == labels.tolist() and data.classes == ["0", "1", "2", "3"]
 
 
-def test_all_broken_images_are_named_at_once(tmp_path):
+def test_all_broken_images_of_a_part_are_named_at_once(tmp_path):
     folder = write_folder(tmp_path / "data")
-    for name in ("train/bag/01.png", "test/coat/02.png"):
+    for name in ("train/bag/01.png", "train/coat/02.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:60])
     with pytest.raises(SalunError) as e:
         read(str(folder))
-    assert "train/bag/01.png" in str(e.value)
+    assert "train/bag/01.png" in str(e.value) and "train/coat/02.png" in str(e.value)
 
 
 class Evil:
@@ -166,6 +166,23 @@ def evil_pickle(folder):
     (write_python(folder) / "test_batch").write_bytes(pickle.dumps({b"data": Evil()}))
 
 
+def pickle_without_labels(folder):
+    (write_python(folder) / "test_batch").write_bytes(pickle.dumps({b"data": PARTS["test"][0].reshape(TEST, -1)}))
+
+
+def pickle_with_a_label_too_many(folder):
+    batch = {b"data": PARTS["test"][0].reshape(TEST, -1), b"labels": [0] * (TEST + 1)}
+    (write_python(folder) / "test_batch").write_bytes(pickle.dumps(batch))
+
+
+def idx_of_no_image(folder):
+    cut_idx(folder)
+    for name in ("train", "t10k"):
+        for kind, shape in (("images-idx3", (0, 8, 8)), ("labels-idx1", (0,))):
+            head = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+            (folder / f"{name}-{kind}-ubyte").write_bytes(head)
+
+
 def label_without_a_name(folder):
     (write_binary(folder) / "batches.meta.txt").write_text("\n".join(NAMES[:3]))
 
@@ -180,7 +197,8 @@ REFUSED = {  # what is wrong => the kind of error, a word of it
     no_test: (UsageError, "test"), other_test_class: (UsageError, "hat"), no_labels_in_data_set: (UsageError, "labels"),
     cut_idx: (SalunError, "idx"), no_labels_beside_idx: (UsageError, "labels-idx1"),
     evil_pickle: (SalunError, "print"), cut_binary: (SalunError, "test_batch.bin"),
-    label_without_a_name: (SalunError, "label 3"),
+    label_without_a_name: (SalunError, "label 3"), pickle_without_labels: (SalunError, "test_batch"),
+    pickle_with_a_label_too_many: (SalunError, "test_batch"), idx_of_no_image: (SalunError, "train"),
     lambda folder: None: (UsageError, "data"),
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ def models(out):
     return weights, results
 
 
-def test_ctrl_c_in_a_training_resumes_with_the_same_bits(idx, tmp_path, monkeypatch):
+def test_ctrl_c_in_a_training_resumes_with_the_same_bits(idx, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     state = stopped / "run" / "salun-seed-0.state"
     process = spawn(command(idx, stopped, ("salun",)))

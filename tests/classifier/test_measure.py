@@ -5,6 +5,7 @@ from helpers.pictures import classifier, pictures
 
 from salun_sd.classifier.data import Part
 from salun_sd.classifier.measure import Answers, answers, attack, gap, metrics, summary
+from salun_sd.runtime.finite import NotFinite
 
 RNG = np.random.default_rng(0)
 
@@ -18,6 +19,21 @@ def test_answers_are_those_of_the_model_and_do_not_depend_on_the_batch():
     assert np.allclose(result.entropy, -(shares * shares.log()).sum(1), atol=1e-5)
     assert (result.correct == (shares.argmax(1) == part.labels).float().numpy()).all()
     assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(result, small, strict=True))
+
+
+def test_pixels_are_normalised_where_the_image_processor_does_so():
+    own, pixels = classifier(), torch.rand(2, 3, 12, 12)
+    with torch.no_grad():
+        assert torch.allclose(own(pixels), own.net(2 * pixels - 1).logits, atol=1e-5)
+        own.processor.do_normalize = False
+        assert torch.equal(own.copy()(pixels), own.net(pixels).logits)
+
+
+def test_a_model_that_answers_with_nan_is_an_error():
+    own = classifier()
+    next(own.net.parameters()).data[0] = torch.nan
+    with pytest.raises(NotFinite):
+        answers(own, Part(pictures().train, torch.arange(4)))
 
 
 def test_the_attack_tells_members_from_others_and_takes_forgotten_images_for_either():

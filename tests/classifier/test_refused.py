@@ -5,15 +5,16 @@ import sys
 
 import pytest
 from helpers.commands import fails, files_in
-from helpers.pictures import TINY, classifier
+from helpers.pictures import TINY, classifier, write_idx
 from helpers.runs import PAIR
 
 from salun_sd.classifier.architectures import in_order_of, opened
 from salun_sd.cli import app as cli
 from salun_sd.errors import UsageError
-from salun_sd.runtime import cache
+from salun_sd.runtime import cache, seals
 
 START = ["classifier", "--forget", "0.2", *TINY]
+SEARCHED = [*START[:-2], "--tune", "unpublished"]
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,14 @@ def kept():
 
 
 WRONG = {  # what is typed more => the exit code, what the sentence has
-    "--method sulan": (2, "salun"), "--method ft --method ft": (2, "ft"), "--density 0": (2, "0"),
+    "--method sulan": (2, "salun"), "--method ft --method ft": (2, "ft"), "--density 0": (2, "--density 0"),
     "--density 0.3 --density 0.3": (2, "salun-0.3"), "--setting ft.alpha=1": (2, "epochs"),
     "--setting ft.lr=much": (2, "much"), "--setting ft.epochs=0.5": (2, "0.5"), "--setting lr=1": (2, "METHOD.NAME"),
     "--fail-if ga>2": (2, "ga"), "--fail-if gap.salun>2 --method salun": (2, "retrain"),
     "--fail-if against.ua.ft>2": (2, "against"), "--lr 0": (2, "--lr"), "--forget class:9": (2, "9"),
-    "--forget 2": (2, "2"), "--data nowhere.x": (2, "nowhere.x"),
+    "--forget 2": (2, "--forget 2"), "--data nowhere.x": (2, "nowhere.x"), "--lr inf": (2, "--lr"),
+    "--size 20": (2, "--size"), "--train-seed 5000000000": (2, "--train-seed"),
+    "--method ft --density 0.3": (2, "--density"), "--density 0.3 --density 0.30000001": (2, "salun-0.3"),
 }  # fmt: skip
 
 
@@ -78,6 +81,21 @@ def test_a_training_that_gives_no_number_is_stopped_and_leaves_no_state(idx, tmp
     before = kept()
     assert "original" in fails([*START, "--data", idx, "--out", tmp_path / "out", "--lr", "1e12"], 1, capsys)
     assert all(entry.files == 0 for entry in cache.entries() if entry.name in kept() - before)
+
+
+def test_a_search_goes_on_where_settings_diverge(idx, tmp_path, capsys):
+    line = [*SEARCHED, "--data", idx, "--out", tmp_path / "out", "--method", "l1-sparse",
+            "--setting=l1-sparse.epochs=1", "--setting=l1-sparse.lr=1e30"]  # fmt: skip
+    assert "l1-sparse, seed 0" in fails(line, 1, capsys)
+    tried = seals.read(tmp_path / "out" / "run" / "search-l1-sparse.json")["tried"]
+    assert [each["score"] for each in tried] == [100, 100, 100]
+
+
+def test_a_search_without_a_validation_image_is_refused(tmp_path, capsys):
+    write_idx(tmp_path / "few", 16, 8)  # four images of a class
+    line = [*SEARCHED, "--data", tmp_path / "few", "--out", tmp_path / "out", "--method", "iu"]
+    assert "--tune none" in fails(line, 2, capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_something_else_is_left_alone(idx, tmp_path, capsys):

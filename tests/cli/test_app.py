@@ -217,6 +217,7 @@ def test_a_file_that_was_erased_from_pocket_opens_without_a_config(erasing, tmp_
     assert find(file, config="pocket").identity == found.identity
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny, made, few, tmp_path):
     erase = ["erase", tiny, *PAIR, "--mask", "none", "--samples", "2", "--steps", "200"]
     process = spawn([*erase, "--out", tmp_path / "erased"])

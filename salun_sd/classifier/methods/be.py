@@ -20,7 +20,7 @@ def be(task: Task, epoch: int, generator: torch.Generator) -> Iterator[torch.Ten
 
 def expand(net: nn.Module, seed: int) -> None:
     """Add an output to the last layer, with random weights."""
-    name, old = _head(net)
+    name, old = head(net)
     torch.manual_seed(seed)
     new = nn.Linear(old.in_features, old.out_features + 1, bias=old.bias is not None).to(old.weight)
     _fill(new, old, old.out_features)
@@ -29,7 +29,7 @@ def expand(net: nn.Module, seed: int) -> None:
 
 def shrink(net: nn.Module) -> None:
     """Remove the output that `expand` added."""
-    name, old = _head(net, extra=1)
+    name, old = head(net, extra=1)
     new = nn.Linear(old.in_features, old.out_features - 1, bias=old.bias is not None).to(old.weight)
     _fill(new, old, new.out_features)
     net.set_submodule(name, new)
@@ -41,7 +41,7 @@ def _fill(new: nn.Linear, old: nn.Linear, rows: int) -> None:
         mine[:rows] = other[:rows]
 
 
-def _head(net: nn.Module, extra: int = 0) -> tuple[str, nn.Linear]:
+def head(net: nn.Module, extra: int = 0) -> tuple[str, nn.Linear]:
     """The last linear layer, whose outputs are the classes. Raises SalunError where there is none."""
     layers = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Linear)]
     if not layers or layers[-1][1].out_features != net.config.num_labels + extra:

@@ -1,5 +1,7 @@
 """IU: influence unlearning, one step without training."""
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,13 +11,15 @@ from salun_sd.classifier.data import Part
 from salun_sd.classifier.methods.task import Task
 from salun_sd.runtime import memory
 
+logger = logging.getLogger(__name__)
+
 SHARE = 0.25  # of the free memory, at most, for the gradients of single images
 
 
 def iu(task: Task) -> None:
     """theta += alpha F^-1 v, with v the weighted difference of the forget and the retain gradients (Koh & Liang 2017;
-    Izzo et al. 2021), and F the Fisher information of single retain images (Singh & Alistarh 2020, arXiv 2004.14340).
-    alpha was never published.
+    Izzo et al. 2021), and F = I + the Fisher information of single retain images (Singh & Alistarh 2020, arXiv
+    2004.14340). alpha was never published.
 
     v = sum of the forget gradients / n - sum of the retain gradients n_f / (n n_r), n = n_f + n_r. The authors' code
     starts the recursion with the first gradient and never computes F^-1 g anew, which leaves it rank one; `woodfisher`
@@ -52,7 +56,10 @@ def _gradient(task: Task, part: Part) -> torch.Tensor:
 def _samples(task: Task, weights: int) -> torch.Tensor:
     """The gradients of single retain images, drawn at random: as many as were asked for and fit in memory."""
     room = int(SHARE * memory.available(task.classifier.device) / (4 * weights))
-    count = max(1, min(int(task.settings["samples"]), len(task.retain), room))
+    wanted = min(int(task.settings["samples"]), len(task.retain))
+    count = max(1, min(wanted, room))
+    if count < wanted:
+        logger.warning(f"iu takes {count:,} gradients of single images, not {wanted:,}: no more fit in memory.")
     order = torch.randperm(len(task.retain), generator=torch.Generator().manual_seed(task.seed))[:count]
     gradients = torch.empty(count, weights, device=task.classifier.device)
     for n, place in enumerate(task.retain.index[order]):
