@@ -352,9 +352,10 @@ def compare(audits: Annotated[list[Path], o.AUDITS], out: Annotated[Path | None,
 
 @app.command(cls=Command, epilog=example("cache --clear --older-than 30"))
 def cache(clear: Annotated[bool, o.CLEAR] = False, older_than: Annotated[float | None, o.OLDER_THAN] = None) -> None:
-    """Show or clear the cache of drawn and encoded images.
+    """Show or clear the cache.
 
-    It keeps the images that models draw to train on or to compare with, and their encodings.
+    It keeps the images that models draw to train on or to compare with, their encodings, and the classifiers that
+    `classifier` trained.
     """
     from salun_sd.runtime import cache
 

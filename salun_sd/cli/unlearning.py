@@ -32,7 +32,7 @@ EPOCHS = Option(min=1, help="Epochs of its training, and of retrain's.")
 LR = Option(help=f"Learning rate of both; it falls to a tenth after a half and after three quarters. Published: "
             f"{TRAINING['lr']:g}.")  # fmt: skip
 TRAIN_SEED = Option(min=0, help="Random seed of its training, and of the validation images.")
-SIZE = Option(min=1, help="Side of the images in pixels. Default: MODEL's, or that of the first image.")
+SIZE = Option(min=1, help="Side to which image files are resized, in pixels. Default: MODEL's, or that of the first.")
 BATCH_SIZE = Option(min=1, help="Images of an update.")
 AUGMENT = Option(help="How training images are changed: random crops, and mirrored.")
 TUNE = Option(

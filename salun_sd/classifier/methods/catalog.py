@@ -64,7 +64,7 @@ def forget(
         return Result(time.perf_counter() - start, None)
     method.before(task.classifier.net, task.seed)
     of_mask, epochs = time.perf_counter() - start, int(task.settings["epochs"])
-    drops = tuple(round(share * epochs) for share in DROPS) if name == "retrain" else ()
+    drops = tuple(max(1, round(share * epochs)) for share in DROPS) if name == "retrain" else ()
     seconds = train(
         task.classifier, lambda epoch, generator: method.losses(task, epoch, generator),
         Schedule(epochs, task.settings["lr"], drops), seed=task.seed, what=what, bits=bits,
