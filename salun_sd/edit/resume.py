@@ -25,7 +25,7 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.documents import parse_json
-from salun_sd.runtime.files import HIDDEN, is_full, new_file, write_atomic
+from salun_sd.runtime.files import HIDDEN, is_full, new_file, remove_stale, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class Progress:
         with suppress(SalunError, Timeout):
             if ranks.is_main() and self._read():
                 with FileLock(self.folder / LOCK).acquire(blocking=False):
+                    remove_stale(self.folder, STATE)  # of a save that the kill cut short
                     self._end()
 
     def _read(self) -> State | None:

@@ -55,7 +55,7 @@ def train(
     else:
         write_strip(0)
     loop = () if watch.is_over else erase(unet, adam, erasure, of_base=of_base, name=model.name)
-    forgetting = []
+    first_loss = math.inf  # to forget, before a weight has moved
     with (
         progress.losses(adam.steps) as losses, note_interrupts() as interrupts,
         tqdm(loop, total=settings["steps"], initial=adam.steps, desc="erase") as bar,
@@ -66,7 +66,8 @@ def train(
             bar.set_postfix({term: f"{row[term]:.4f}" for term in ("forget", "retain") if term in row} | watch.shown())
             if measured:
                 progress.draw(f"Erased from {model.name}")
-            forgetting.append(abs(row.get("forget", math.inf)))
+            if row["step"] == 1:
+                first_loss = abs(row.get("forget", math.inf))
             write_strip(row["step"])
             progress.save_or_stop(mask, adam, interrupts)
             if watch.is_over:
@@ -78,20 +79,21 @@ def train(
     adam.close()
     if ranks.is_main():
         progress.remove_predictions()
-        largest = max(forgetting, default=None) if erasure.method.needs_anchor else None
-        _warn_of_no_erasure(model, values, mask, largest, unet.dtype)
+        if not erasure.method.needs_anchor:
+            first_loss = math.inf
+        _warn_of_no_erasure(model, values, mask, first_loss, predictions.DTYPE if erasure.method.asks else unet.dtype)
     return values
 
 
 def _warn_of_no_erasure(
-    model: Checkpoint, values: Mapping[str, torch.Tensor], mask: Mask, forgetting: float | None, dtype: torch.dtype
+    model: Checkpoint, values: Mapping[str, torch.Tensor], mask: Mask, first_loss: float, dtype: torch.dtype
 ) -> None:  # fmt: skip
-    """Log where the largest forget loss of a training in a dtype is only rounding, or where the trained values, as they
-    will be on disk, are hardly others than the base's."""
+    """Log where the forget loss of the first step, of predictions in a dtype, is only rounding, or where the trained
+    values, as they will be on disk, are hardly others than the base's."""
     rounding = max(ROUNDING, torch.finfo(dtype).eps ** 2 / 2)
-    if forgetting is not None and forgetting < rounding:
-        logger.warning(f"Nothing was erased: the forget loss was {forgetting:.1e} at most, which is rounding. The "
-                       "model predicts the same for the concept and its anchor: choose others.")  # fmt: skip
+    if first_loss < rounding:
+        logger.warning(f"Nothing was erased: the forget loss began at {first_loss:.1e}, which is rounding. The model "
+                       "predicts the same for the concept and its anchor: choose others.")  # fmt: skip
     moved = size = 0.0
     for name, trained in values.items():
         base = model.unet[name].read()[mask.bits[name]]
