@@ -22,13 +22,13 @@ from salun_sd.audit.vision import BATCH
 from salun_sd.draw.images import in_order
 from salun_sd.errors import SalunError
 from salun_sd.runtime import ranks, seals
+from salun_sd.runtime.contents import hash_into
 from salun_sd.runtime.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
 BOXES = ("width", "height", "blank", "boxes")  # what a line of detections.jsonl has of the detector
 CLASSES = (*UNSEEN, "concepts")  # and of the classifier, the last only where it is asked for concepts by name
-CHUNK = 2**20  # bytes of a file that are read at once
 
 
 class Image(NamedTuple):
@@ -79,9 +79,7 @@ def _digest(file: Path) -> str | None:
     """The SHA-256 of a file; None where it cannot be read."""
     whole = hashlib.sha256()
     try:
-        with file.open("rb") as opened:
-            while chunk := opened.read(CHUNK):
-                whole.update(chunk)
+        hash_into(whole, file)
     except OSError:
         return None
     return whole.hexdigest()

@@ -3,7 +3,7 @@
 import difflib
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,18 +68,19 @@ class Classes:
     @cached_property
     def _of_label(self) -> dict[str, list[int]]:
         """The numbers of the classes with a label."""
-        numbers = defaultdict(list)
-        for n, label in self.labels.items():
-            numbers[_plain(label)].append(n)
-        return dict(numbers)
+        return self._numbers(lambda label: [label])
 
     @cached_property
     def _of_name(self) -> dict[str, list[int]]:
         """The numbers of the classes with a name in their label."""
+        return self._numbers(lambda label: label.split(","))
+
+    def _numbers(self, texts: Callable[[str], list[str]]) -> dict[str, list[int]]:
+        """The numbers of the classes, by the texts of each label."""
         numbers = defaultdict(list)
         for n, label in self.labels.items():
-            for name in dict.fromkeys(map(_plain, label.split(","))):
-                numbers[name].append(n)
+            for text in dict.fromkeys(map(_plain, texts(label))):
+                numbers[text].append(n)
         return dict(numbers)
 
     def _some(self, wanted: str) -> str:

@@ -89,7 +89,7 @@ def of_folder(folder: Path, name: str) -> Family:
     if pipeline not in (SD1.pipeline, SDXL.pipeline):
         raise UsageError(f"{name} is a {pipeline}; {SUPPORTED}.")
     unet = configs.read(folder, "unet", name)
-    if unet["_class_name"] != "UNet2DConditionModel":
+    if unet["_class_name"] != configs.UNET.kind:
         raise UsageError(f"{name} is a {pipeline} with a {unet['_class_name']}: its config is of another model.")
     if unet["in_channels"] != 4:
         raise UsageError(_odd_input(name, unet["in_channels"]))
@@ -108,8 +108,9 @@ def _by_class(folder: Path, family: Family, name: str) -> Family:
     settings = configs.read(folder, family.parts[0], name)
     inputs, outputs = settings["in_channels"], settings.get("out_channels") or settings["in_channels"]
     if family is DDPM:
-        if settings["_class_name"] != "UNet2DModel":
-            raise UsageError(f"{name} has a {settings['_class_name']}, and a {family.pipeline} needs a UNet2DModel.")
+        if settings["_class_name"] != configs.UNET_BY_CLASS.kind:
+            raise UsageError(f"{name} has a {settings['_class_name']}, and a {family.pipeline} needs a "
+                             f"{configs.UNET_BY_CLASS.kind}.")  # fmt: skip
         if settings.get("class_embed_type") is not None or not settings.get("num_class_embeds"):
             raise UsageError(f"{name} draws no classes (its UNet has no num_class_embeds), so there is none to erase; "
                              f"{SUPPORTED}.")  # fmt: skip

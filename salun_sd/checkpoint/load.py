@@ -152,6 +152,7 @@ class ClassPipeline:
     vae_scale_factor: int
     scheduler: Any
     unet: torch.nn.Module | None  # the denoiser
+    image_processor: Any
     vae: torch.nn.Module | None = None  # None: it draws pixels
 
     def to(self, dtype: torch.dtype) -> None:
@@ -172,8 +173,10 @@ def load_pipeline(model: Checkpoint, *, unet: torch.nn.Module | bool = True):
     parts["unet"] = load_part(model, model.denoiser) if unet is True else unet or None
     parts |= load_tokenizers(model) | {"scheduler": load_scheduler(model)}
     if model.classes:
-        channels = model.unet_settings["in_channels"]
-        return ClassPipeline(model.name, model.classes, channels, model.pixels_per_latent, **parts)
+        return ClassPipeline(
+            model.name, model.classes, model.unet_settings["in_channels"], model.pixels_per_latent,
+            image_processor=diffusers.image_processor.VaeImageProcessor(), **parts,
+        )  # fmt: skip
     if model.family is families.SDXL:  # a watermarker would mark images wherever its package is installed
         empty_is_zero = model.index.get("force_zeros_for_empty_prompt", True)
         pipeline = diffusers.StableDiffusionXLPipeline(

@@ -172,12 +172,12 @@ class Checkpoint:
         """The config of a part. Raises UsageError if it is missing or damaged."""
         return configs.read(self.config, part, self.name)
 
-    @property
+    @cached_property
     def unet_settings(self) -> dict:
         """The config of the denoiser."""
         return self.settings(self.denoiser)
 
-    @property
+    @cached_property
     def vae_settings(self) -> dict | None:
         """The config of the VAE; None for a model that draws pixels."""
         return self.settings("vae") if "vae" in self.family.parts else None

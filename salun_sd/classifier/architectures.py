@@ -1,6 +1,7 @@
 """Image classifiers: built, opened, and called on pixels from 0 to 1."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from salun_sd.classifier.small_resnet import SmallResNetConfig, SmallResNetForImageClassification
 from salun_sd.errors import SalunError, UsageError, first_line, some
-from salun_sd.runtime.contents import check_files
+from salun_sd.runtime.contents import check_files, hash_into
 from salun_sd.runtime.finite import finite
 
 AutoConfig.register(SmallResNetConfig.model_type, SmallResNetConfig, exist_ok=True)
@@ -128,13 +129,9 @@ def in_order_of(classifier: Classifier, classes: Sequence[str], model: str) -> t
 
 def digest_of(folder: Path) -> str:
     """SHA-256, in hex, of the config and the weights in a model's folder."""
-    import hashlib
-
     whole = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as f:
-            while chunk := f.read(2**20):
-                whole.update(chunk)
+        hash_into(whole, file)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     whole.update(json.dumps(config, sort_keys=True).encode())
     return whole.hexdigest()

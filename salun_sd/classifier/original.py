@@ -56,17 +56,17 @@ def _train(data: Data, split: Split, training: Mapping, device: str, folder: Pat
                 training["batch_size"])  # fmt: skip
     logger.info(f"Training {training['architecture']} on {len(split.trained):,} images of {data.name}; it is kept.")
     result = forget("retrain", task, what="original", state=folder.parent / "state.safetensors", run=wanted)
-    with new_folder(folder) as partial:
-        classifier.save(partial)
-        record = {"training": dict(training), "data": data.name, "seconds": result.seconds,
-                  "digest_of_model": digest_of(partial)}  # fmt: skip
-        write_atomic(partial / FILE, json.dumps(seals.sealed(record), indent=2) + "\n")
+    _write(classifier, folder, {"training": dict(training), "data": data.name, "seconds": result.seconds})
 
 
 def copied(classifier: Classifier, folder: Path, training: Mapping) -> None:
     """Write the original into a run's folder, if it is not there."""
     if not folder.exists():
-        with new_folder(folder) as partial:
-            classifier.save(partial)
-            record = {"training": dict(training), "digest_of_model": digest_of(partial)}
-            write_atomic(partial / FILE, json.dumps(seals.sealed(record), indent=2) + "\n")
+        _write(classifier, folder, {"training": dict(training)})
+
+
+def _write(classifier: Classifier, folder: Path, record: dict) -> None:
+    with new_folder(folder) as partial:
+        classifier.save(partial)
+        content = seals.sealed(record | {"digest_of_model": digest_of(partial)})
+        write_atomic(partial / FILE, json.dumps(content, indent=2) + "\n")

@@ -65,8 +65,9 @@ def _paired(run: "Run", row: Row, seeds: int) -> dict[str, dict]:
     counts = {part: {} for part in PARTS}
     for seed in range(seeds):
         mine, exact = run.answers(Job(row, seed)), run.answers(Job(Row(EXACT, EXACT), seed))
+        parts = run.whole.split(seed)
         for part in PARTS:
-            places = getattr(run.whole.split(seed), part).index.numpy()
+            places = getattr(parts, part).index.numpy()
             # 0: both, 1: Retrain alone, 2: the method alone, 3: neither
             kinds = 3 - 2 * exact[f"{part}/correct"].astype(int) - mine[f"{part}/correct"].astype(int)
             for place, kind in zip(places, kinds, strict=True):

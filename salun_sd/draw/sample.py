@@ -85,8 +85,6 @@ class Sampler:
         After each denoising step, `advance` is called with that step's share of the pass, above 0, at most 1. Raises
         NotFinite, which names the part of the model that gives no such values.
         """
-        from diffusers.image_processor import VaeImageProcessor
-
         width, height = self._latent_size(rows[0].size)
         padded = [*rows, *[rows[0]] * ((count or images_per_pass(width, height)) - len(rows))]
         unet, device = self.pipeline.unet, self.pipeline.unet.device
@@ -106,7 +104,7 @@ class Sampler:
         if vae is not None:
             pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
             finite(pixels, f"The output of the VAE of {name}")
-        return VaeImageProcessor().postprocess(pixels[: len(rows)].float(), output_type="pil")
+        return self.pipeline.image_processor.postprocess(pixels[: len(rows)].float(), output_type="pil")
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of an image in pixels => of its latents."""

@@ -144,16 +144,14 @@ def check_texts(
     empty = {ids(""): "an empty prompt"}
     taken = {ids(text): f"the prompt to retain {text!r}" for text in to_retain} | empty
     captions = [[item.caption for item in items or () if item.caption] for items in [*images, retain]]
-    for concept, of_images in zip(concepts, captions[:-1], strict=True):
-        anchor = {} if concept.anchor is None else {ids(concept.anchor): f"the anchor {concept.anchor!r}"}
+    own = [{} if c.anchor is None else {ids(c.anchor): f"the anchor {c.anchor!r}"} for c in concepts]
+    anchors = dict(chain.from_iterable(map(dict.items, own)))
+    for concept, anchor, of_images in zip(concepts, own, captions[:-1], strict=True):
         for text in concept.prompts():
-            check(text, taken | anchor)
+            check(text, taken | anchors)
             taken[ids(text)] = f"the concept {text!r}"
         for text in dict.fromkeys(of_images):
             check(text, empty | anchor)
-    erased = {ids(text): f"the concept {text!r}" for c in concepts for text in c.prompts()}
-    for anchor in [c.anchor for c in concepts if c.anchor]:
-        check(anchor, erased)
     prompts = [text for c in concepts for text in (*c.prompts(), c.anchor) if text]
     for text in dict.fromkeys(captions[-1] if base.classes else ()):
         ids(text)

@@ -1,6 +1,7 @@
 """Files of other programs, read whole; what is no file, such as a pipe, is refused at once."""
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from salun_sd.errors import SalunError
 
 MOST_BYTES = 2**30
+PART = 2**20  # bytes of a file that are read at once to hash it
 
 
 def file_bytes(file: Path) -> bytes:
@@ -41,6 +43,13 @@ def content_of(file: Path, most: int = MOST_BYTES) -> bytes:
     if status.st_size > most:
         raise OSError(errno.EFBIG, f"it has more than {most >> 20:,} MiB", str(file))
     return file.read_bytes()
+
+
+def hash_into(whole: "hashlib._Hash", file: Path) -> None:
+    """Add a file's bytes to a hash, a part at a time. Raises OSError where it cannot be read."""
+    with file.open("rb") as opened:
+        while part := opened.read(PART):
+            whole.update(part)
 
 
 def check_files(folder: Path) -> None:
