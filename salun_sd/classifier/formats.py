@@ -15,11 +15,12 @@ from PIL import Image
 from salun_sd.classifier.data import Data, Images, from_array
 from salun_sd.classifier.hub import TESTS, hub
 from salun_sd.draw.folders import images_in, visible
+from salun_sd.draw.hub import HUB_ID
 from salun_sd.draw.images import Unreadable, in_order, read_image
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime.contents import content_of
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*){1,2}(:[^:]+)?")
+SPEC = re.compile(HUB_ID.pattern + "(:[^:]+)?")  # with the column of the labels
 FORMS = "train/CLASS/*.png and test/CLASS/*.png, idx files, CIFAR's batches"
 CIFAR = {  # classes => the files of its binary form, the bytes of labels before an image, the file of names
     10: ([f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", 1, "batches.meta.txt"),
@@ -42,7 +43,7 @@ def read(spec: str, size: int | None = None) -> Data:
         data = _of_folder(folder, spec, size)
     elif folder.exists():
         raise UsageError(f"--data {spec} is a file: give the folder that it is in, {folder.absolute().parent}.")
-    elif HUB_ID.fullmatch(spec):
+    elif SPEC.fullmatch(spec):
         data = hub(spec, lambda content, names: _decoded(content, names, size))
     else:
         raise UsageError(f"--data {spec} was not found: give a folder with {FORMS}, or a data set of the hub.")

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from salun_sd.classifier.data import Data, Images
-from salun_sd.errors import SalunError, UsageError, first_line, some
+from salun_sd.draw.hub import splits_of
+from salun_sd.errors import SalunError, UsageError, some
 
 TESTS = ("test", "validation", "valid", "val")  # the split to test with: the first that is there
 Decoded = Callable[[list[Callable[[], bytes]], list[str]], torch.Tensor]
@@ -20,28 +21,12 @@ def hub(spec: str, decoded: Decoded) -> Data:
     images, labels or splits are not there.
     """
     name, _, column = (spec, "", "") if Path(spec).is_dir() else spec.partition(":")
-    splits = _loaded(name)
+    splits = splits_of(name)
     if "train" not in splits or not (test := next((t for t in TESTS if t in splits), None)):
         raise UsageError(f"--data {spec} has the splits {', '.join(splits)}: train and test are needed.")
     image, label = _columns(spec, splits["train"], column)
     names = splits["train"].features[label].names
     return Data(spec, names, *(_images(split, splits[split], image, label, decoded) for split in ("train", test)))
-
-
-def _loaded(name: str) -> dict:
-    failure = f"--data {name} cannot be loaded as a data set"
-    try:
-        from datasets import disable_progress_bars, load_dataset, load_from_disk
-    except ImportError as e:
-        raise SalunError(f"{failure}: type pip install 'salun-sd[datasets]'.") from e
-    disable_progress_bars()
-    try:
-        if (Path(name) / "dataset_dict.json").is_file():
-            return load_from_disk(name)
-        parts = name.split("/")
-        return load_dataset(*([name] if Path(name).is_dir() else ["/".join(parts[:2]), *parts[2:]]))
-    except Exception as e:  # of the network, the hub, the file formats: many types, all with a message
-        raise SalunError(f"{failure}: {first_line(e)}.") from e
 
 
 def _columns(spec: str, rows, wanted: str) -> tuple[str, str]:

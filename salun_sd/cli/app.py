@@ -10,9 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from salun_sd.cli import options as o
-from salun_sd.cli import tables
-from salun_sd.cli import unlearning as u
-from salun_sd.cli.failures import Commands, mute, print_lines, repair_streams, show_log
+from salun_sd.cli import tables, unlearning
+from salun_sd.cli.failures import Commands, fail_on, loading, mute, print_lines, repair_streams, show_log
 from salun_sd.cli.options import Command, concepts_from, is_typed
 from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks
@@ -44,12 +43,6 @@ def program(
     ] = False,
 ) -> None:
     pass
-
-
-def loading() -> None:
-    """Say, once, what a command waits for before its first line: the libraries take seconds to load."""
-    if "torch" not in sys.modules:
-        print_lines("Loading PyTorch and diffusers.", sys.stderr)
 
 
 def begin() -> None:
@@ -269,67 +262,13 @@ def evaluate(
     fail_on(report["gate"])
 
 
-def fail_on(gate: list[dict] | None) -> None:
-    """Exit with code 3, and say why, where a bound of --fail-if does not hold."""
-    from salun_sd.report.gate import reasons
-
-    if broken := [entry for entry in gate or () if not entry["holds"]]:
-        for entry in broken:
-            print_lines(f"Failed: {entry['bound']}: {reasons(entry)}.", sys.stderr)
-        ranks.wait()  # else a process that ends first makes the launcher end the main one while it writes
-        if ranks.count() > 1:  # once one has ended, the launcher ends the others: each is to end with its own code
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise typer.Exit(3)
-
-
-@app.command(
+app.command(
     cls=Command,
     epilog=example(
         "classifier --data fashion-mnist --forget 0.1", "--width 16 --epochs 30 --method retrain --method salun",
         "--out forgotten",
     ),
-)  # fmt: skip
-def classifier(
-    data: Annotated[str, u.DATA],
-    forget: Annotated[str, u.FORGET],
-    out: Annotated[Path, u.OUT],
-    model: Annotated[str | None, u.MODEL] = None,
-    method: Annotated[list[str] | None, u.METHOD] = None,
-    density: Annotated[list[float] | None, u.DENSITY] = None,
-    seeds: Annotated[int, u.SEEDS] = 3,
-    architecture: Annotated[Literal["resnet10", "resnet18", "resnet34"] | None, u.ARCHITECTURE] = None,
-    width: Annotated[int | None, u.WIDTH] = None,
-    epochs: Annotated[int, u.EPOCHS] = 182,
-    lr: Annotated[float, u.LR] = 0.1,
-    train_seed: Annotated[int, u.TRAIN_SEED] = 0,
-    size: Annotated[int | None, u.SIZE] = None,
-    batch_size: Annotated[int, u.BATCH_SIZE] = 256,
-    augment: Annotated[Literal["crop-flip", "crop", "none"], u.AUGMENT] = "crop-flip",
-    tune: Annotated[Literal["unpublished", "all", "none"], u.TUNE] = "unpublished",
-    setting: Annotated[list[str] | None, u.SETTING] = None,
-    keep_statistics: Annotated[bool, u.KEEP_STATISTICS] = False,
-    empty_class: Annotated[bool, u.EMPTY_CLASS] = False,
-    fail_if: Annotated[list[str] | None, u.FAIL_IF] = None,
-) -> None:
-    """Make an image classifier forget images or a class.
-
-    Each method is compared with a model that was trained without them. The same command resumes; several processes
-    that run it share the work.
-    """
-    if ranks.launched()[0]:  # they share the work by files, and need not meet
-        mute()
-    loading()
-    from salun_sd.classifier import run as unlearning
-
-    report = unlearning.unlearn(
-        model, data=data, forget=forget, out=out, method=method or (), density=density or (), seeds=seeds,
-        architecture=architecture, width=width, epochs=epochs, lr=lr, train_seed=train_seed, size=size,
-        batch_size=batch_size, augment=augment, tune=tune, setting=setting or (), keep_statistics=keep_statistics,
-        empty_class=empty_class, fail_if=fail_if or (),
-    )  # fmt: skip
-    u.show_report(report)
-    print_lines(f"{out / 'report.html'}")
-    fail_on(report["gate"])
+)(unlearning.classifier)  # fmt: skip
 
 
 @app.command(cls=Command, epilog=example("compare audit-salun audit-esd audit-uce --out audits.md"))

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import warnings
@@ -94,3 +95,22 @@ def show_log() -> None:
         log.addHandler(ToStderr())
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd notes in images whose pixels are whole
+
+
+def loading() -> None:
+    """Say, once, what a command waits for before its first line: the libraries take seconds to load."""
+    if "torch" not in sys.modules:
+        print_lines("Loading PyTorch and diffusers.", sys.stderr)
+
+
+def fail_on(gate: list[dict] | None) -> None:
+    """Exit with code 3, and say why, where a bound of --fail-if does not hold."""
+    from salun_sd.report.gate import reasons
+
+    if broken := [entry for entry in gate or () if not entry["holds"]]:
+        for entry in broken:
+            print_lines(f"Failed: {entry['bound']}: {reasons(entry)}.", sys.stderr)
+        ranks.wait()  # else a process that ends first makes the launcher end the main one while it writes
+        if ranks.count() > 1:  # once one has ended, the launcher ends the others: each is to end with its own code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise typer.Exit(3)

@@ -1,9 +1,14 @@
-"""The options of `classifier`, and its table."""
+"""The command `classifier`: its options, what it calls, its table."""
+
+from pathlib import Path
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
 from salun_sd.classifier.settings import METHODS, TRAINING
+from salun_sd.cli.failures import fail_on, loading, mute, print_lines
 from salun_sd.cli.tables import Table, show
+from salun_sd.runtime import ranks
 
 MODEL = Argument(
     help="Image classifier: a folder or hub id that transformers opens. Default: one is trained on DATA, and kept.",
@@ -45,6 +50,49 @@ EMPTY_CLASS = Option("--empty-class", help="Go on where a class has no image lef
 FAIL_IF = Option(
     metavar="<str>", help="Exit with code 3 if this is true of the report, such as 'gap.salun > 2'. May be repeated."
 )
+
+
+def classifier(
+    data: Annotated[str, DATA],
+    forget: Annotated[str, FORGET],
+    out: Annotated[Path, OUT],
+    model: Annotated[str | None, MODEL] = None,
+    method: Annotated[list[str] | None, METHOD] = None,
+    density: Annotated[list[float] | None, DENSITY] = None,
+    seeds: Annotated[int, SEEDS] = 3,
+    architecture: Annotated[Literal["resnet10", "resnet18", "resnet34"] | None, ARCHITECTURE] = None,
+    width: Annotated[int | None, WIDTH] = None,
+    epochs: Annotated[int, EPOCHS] = 182,
+    lr: Annotated[float, LR] = 0.1,
+    train_seed: Annotated[int, TRAIN_SEED] = 0,
+    size: Annotated[int | None, SIZE] = None,
+    batch_size: Annotated[int, BATCH_SIZE] = 256,
+    augment: Annotated[Literal["crop-flip", "crop", "none"], AUGMENT] = "crop-flip",
+    tune: Annotated[Literal["unpublished", "all", "none"], TUNE] = "unpublished",
+    setting: Annotated[list[str] | None, SETTING] = None,
+    keep_statistics: Annotated[bool, KEEP_STATISTICS] = False,
+    empty_class: Annotated[bool, EMPTY_CLASS] = False,
+    fail_if: Annotated[list[str] | None, FAIL_IF] = None,
+) -> None:
+    """Make an image classifier forget images or a class.
+
+    Each method is compared with a model that was trained without them. The same command resumes; several processes
+    that run it share the work.
+    """
+    if ranks.launched()[0]:  # they share the work by files, and need not meet
+        mute()
+    loading()
+    from salun_sd.classifier.run import unlearn
+
+    report = unlearn(
+        model, data=data, forget=forget, out=out, method=method or (), density=density or (), seeds=seeds,
+        architecture=architecture, width=width, epochs=epochs, lr=lr, train_seed=train_seed, size=size,
+        batch_size=batch_size, augment=augment, tune=tune, setting=setting or (), keep_statistics=keep_statistics,
+        empty_class=empty_class, fail_if=fail_if or (),
+    )  # fmt: skip
+    show_report(report)
+    print_lines(f"{out / 'report.html'}")
+    fail_on(report["gate"])
 
 
 def show_report(report: dict) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from salun_sd.draw.folders import images_in, left_out
+from salun_sd.draw.hub import HUB_ID, splits_of
 from salun_sd.edit.captions import CAPTION_COLUMNS, caption_files, captions_of, is_metadata
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime.contents import file_bytes
@@ -19,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 FILTERED = re.compile(r"(?P<id>.+):(?P<column>[^:=!]+)(?P<sign>!?=)(?P<value>.+)")  # greedy: the last colon that fits
 STRINGS = ("string", "large_string")
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*){1,2}")
 
 
 class Item(NamedTuple):
@@ -137,30 +137,7 @@ def _rows(name: str, column: str = "", sign: str = "", value: str = "") -> list[
 
 def _split(name: str):
     """Name and `Dataset` of the data set's training split, or of its only split."""
-    local, parts = Path(name).is_dir(), name.split("/")
-    failure = f"{name}{'' if local else ' is not a folder here and'} cannot be loaded as a data set"
-    try:
-        from datasets import Dataset, disable_progress_bars, get_dataset_config_names, load_dataset, load_from_disk
-        from datasets.exceptions import DatasetGenerationError
-    except ImportError as e:
-        raise SalunError(f"{failure}: the datasets library is missing, type pip install 'salun-sd[datasets]'") from e
-    disable_progress_bars()
-    place = [str(Path(name).resolve())] if local else ["/".join(parts[:2]), *parts[2:]]  # [id] or [id, configuration]
-    try:
-        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            splits = load_from_disk(name)
-        else:
-            splits = load_dataset(*place)
-    except Exception as e:  # of the network, the hub, the file formats, the library: many types, all with a message
-        if "Config name is missing" in str(e):
-            names = get_dataset_config_names(*place)
-            one = "the folder of one of them" if local else f"one of them, as in {name}/{names[0]}"
-            raise UsageError(f"{name} has several configurations, {', '.join(names)}: give {one}.") from e
-        cause = e.__cause__ if isinstance(e, DatasetGenerationError) and e.__cause__ else e
-        reason = (str(cause) or type(cause).__name__).splitlines()[0].rstrip(".")
-        raise SalunError(f"{failure}: {reason}.") from e
-    if isinstance(splits, Dataset):
-        splits = {str(splits.split or "train"): splits}
+    splits = splits_of(name)
     split = "train" if "train" in splits else next(iter(splits))
     if split != "train" and len(splits) > 1:
         raise SalunError(f"{name} has no split called train to take images from: it has {', '.join(splits)}.")

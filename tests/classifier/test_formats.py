@@ -34,11 +34,16 @@ def write_folder(folder):
     return folder
 
 
+def batches():
+    """Name, pixels and labels of each of CIFAR's batches."""
+    for i, (pixels, labels) in enumerate(zip(*(np.array_split(each, 5) for each in PARTS["train"]), strict=True), 1):
+        yield f"data_batch_{i}", pixels, labels
+    yield "test_batch", *PARTS["test"]
+
+
 def write_binary(folder):
     folder.mkdir()
-    pieces = zip(*(np.array_split(each, 5) for each in PARTS["train"]), strict=True)
-    for name, (pixels, labels) in [*((f"data_batch_{i}", p) for i, p in enumerate(pieces, 1)),
-                                   ("test_batch", PARTS["test"])]:  # fmt: skip
+    for name, pixels, labels in batches():
         rows = np.concatenate([labels[:, None].astype(np.uint8), pixels.reshape(len(pixels), -1)], 1)
         (folder / f"{name}.bin").write_bytes(rows.tobytes())
     (folder / "batches.meta.txt").write_text("\n".join(NAMES) + "\n\n")
@@ -47,9 +52,7 @@ def write_binary(folder):
 
 def write_python(folder):
     folder.mkdir()
-    pieces = zip(*(np.array_split(each, 5) for each in PARTS["train"]), strict=True)
-    for name, (pixels, labels) in [*((f"data_batch_{i}", p) for i, p in enumerate(pieces, 1)),
-                                   ("test_batch", PARTS["test"])]:  # fmt: skip
+    for name, pixels, labels in batches():
         batch = {b"data": pixels.reshape(len(pixels), -1), b"labels": labels.tolist(), b"batch_label": b"x"}
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
     (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [n.encode() for n in NAMES]}, protocol=2))
