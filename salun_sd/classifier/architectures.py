@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
+from salun_sd.checkpoint.model import BUNDLED
 from salun_sd.classifier.small_resnet import SmallResNetConfig, SmallResNetForImageClassification
 from salun_sd.errors import SalunError, UsageError, first_line, some
 from salun_sd.runtime.contents import check_files, hash_into
@@ -81,12 +82,12 @@ def build(architecture: str, width: int, size: int, classes: Sequence[str], seed
 
 
 def opened(model: str, device: str) -> Classifier:
-    """The classifier in a folder or hub id. Raises UsageError for a text-to-image model, SalunError for anything else
-    that is no trained image classifier."""
+    """The classifier in a folder or hub id. Raises UsageError for a model that draws, SalunError for anything else that
+    is no trained image classifier."""
     folder = Path(model)
-    if model == "pocket" or (folder / "model_index.json").is_file() or folder.suffix in (".safetensors", ".ckpt"):
+    if model in BUNDLED or (folder / "model_index.json").is_file() or folder.suffix in (".safetensors", ".ckpt"):
         raise UsageError(
-            f"MODEL {model} draws images from texts: type salun-sd erase {model} to erase a concept of it."
+            f"MODEL {model} draws images, and names none: type salun-sd erase {model} to erase a concept of it."
         )
     if folder.exists():
         if not (folder / "config.json").is_file():

@@ -52,7 +52,7 @@ def test_a_wrong_argument_is_refused_before_anything_is_trained(typed, code, nam
 
 def test_a_text_to_image_model_is_for_erase_and_a_classifier_is_not(idx, model, tiny, tmp_path, capsys):
     rest = ["--forget", "0.2", "--data", str(idx), "--out", str(tmp_path / "out")]
-    for name in ("pocket", tiny):
+    for name in ("pocket", "pocket-ddpm", tiny):
         assert f"salun-sd erase {name}" in fails(["classifier", name, *rest], 2, capsys)
     assert f"salun-sd classifier {model}" in fails(["erase", model, *PAIR, "--out", tmp_path / "out"], 2, capsys)
 
