@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, NamedTuple
 
+import kept_rows
 import torch
 import typer
 from PIL import Image
@@ -28,6 +29,7 @@ from salun_sd.pocket import ddpm
 from salun_sd.pocket.fashion import CLASSES, load_split
 
 HERE = Path(__file__).parent
+ROWS = HERE / "by_class.jsonl"
 MODEL = "pocket-ddpm"
 RETRAIN, BASE = "retrain", "base"
 IMAGES = 30  # of each class, in an audit and of the data
@@ -73,20 +75,14 @@ def main(
             for name in run or ["salun"]:
                 options = shlex.split(tune) if tune else RUNS[name]
                 key = (name, c, s, shlex.join(options))
-                if key in {row[:4] for row in rows()}:
+                if key in {row[:4] for row in kept_rows.read(ROWS, Row)}:
                     continue
                 row = measured(out, key, options, data)
                 if tune:
                     print(row)
                     continue
-                with (HERE / "by_class.jsonl").open("a") as f:
-                    f.write(json.dumps(row._asdict()) + "\n")
-                write(rows())
-
-
-def rows() -> list[Row]:
-    file = HERE / "by_class.jsonl"
-    return [Row(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+                kept_rows.add(ROWS, row)
+                write(kept_rows.read(ROWS, Row))
 
 
 def measured(out: Path, key: tuple, options: list[str], data: Path) -> Row:
@@ -100,31 +96,19 @@ def measured(out: Path, key: tuple, options: list[str], data: Path) -> Row:
         retrain(concept, seed, made, data)
     else:
         shutil.rmtree(made, ignore_errors=True)
-        anchor = CLASSES[(CLASSES.index(concept) + 1) % len(CLASSES)]  # the next class, as the authors have it
-        cli.run(["erase", MODEL, "--concept", concept, "--anchor", anchor, *options, "--seed", str(seed), "--out",
-                 str(made)])  # fmt: skip
-    against = out / BASE
-    if against.exists():  # the base's images, drawn once
-        shutil.copytree(against, here / "audit" / "against")
-    evaluate = ["evaluate", str(made), "--prompts", "classes", "--samples-per-prompt", str(IMAGES), "--against", MODEL,
-                "--concept-class", concept, "--fid", "pocket", *DRAWING, "--no-images", "--out",
-                str(here / "audit")]  # fmt: skip
-    cli.run(evaluate)
-    of_base = report(here)
-    if not against.exists():
-        shutil.copytree(here / "audit" / "against", against, dirs_exist_ok=True)  # another may have just done so
-    cli.run([*evaluate, "--reference", str(kept_data(out, concept, data))])
-    of_data = report(here)
+        cli.run(["erase", MODEL, "--concept", concept, "--anchor", kept_rows.next_class(concept), *options, "--seed",
+                 str(seed), "--out", str(made)])  # fmt: skip
+    evaluate = [str(made), "--prompts", "classes", "--samples-per-prompt", str(IMAGES), "--against", MODEL,
+                "--concept-class", concept, "--fid", "pocket", *DRAWING]  # fmt: skip
+    of_base = kept_rows.audited(evaluate, here / "audit", out / BASE)
+    reference = ["--reference", str(kept_data(out, concept, data))]
+    of_data = kept_rows.audited([*evaluate, *reference], here / "audit", out / BASE)
     seconds = json.loads((here / "made.run" / "run.json").read_text())["seconds"] if run != RETRAIN else None
     shutil.rmtree(here / "audit")
     metrics, ra_of_base = of_base["metrics"], of_base["against"]["metrics"]["ra"]["rate"]
     fids = [q["fid"]["value"] for q in (of_base["quality"], of_data["quality"], of_data["against"]["quality"])]
     change = of_base["quality"]["change"]["value"]
     return Row(*key, metrics["ua"]["rate"], metrics["ra"]["rate"], ra_of_base, change, *fids, seconds)
-
-
-def report(here: Path) -> dict:
-    return json.loads((here / "audit" / "report.json").read_text())
 
 
 def retrain(concept: str, seed: int, out: Path, data: Path) -> None:
@@ -174,13 +158,13 @@ one another. Mean, and the standard deviation over classes and seeds.
 
 | run | classes, rows | UA | least UA | RA - base | change | FID to the base | FID to the data | the base's | seconds |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-{chr(10).join(_summary(run, rows) for run, rows in groups.items())}
+{chr(10).join(_summary(run, some) for run, some in groups.items())}
 
 ## By class
 
 | run | class | seeds | UA | RA - base | change | FID to the base | FID to the data | the base's |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-{chr(10).join(_of_class(*key, rows) for key, rows in by_class.items())}
+{chr(10).join(_of_class(*key, some) for key, some in by_class.items())}
 
 ## Options of each run
 
@@ -191,24 +175,24 @@ one another. Mean, and the standard deviation over classes and seeds.
     )
 
 
-def _summary(run: str, rows: list[Row]) -> str:
+def _summary(run: str, some: list[Row]) -> str:
     def cell(number, digits: int = 3) -> str:
-        numbers = [number(row) for row in rows]
+        numbers = [number(row) for row in some]
         return f"{mean(numbers):.{digits}f}" + (f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else "")
 
-    seconds = [row.seconds for row in rows if row.seconds is not None]
-    cells = [f"{len({row.concept for row in rows})}, {len(rows)}", cell(lambda r: r.ua),
-             f"{min(row.ua for row in rows):.3f}", cell(lambda r: r.ra - r.base_ra), cell(lambda r: r.change, 4),
+    seconds = [row.seconds for row in some if row.seconds is not None]
+    cells = [f"{len({row.concept for row in some})}, {len(some)}", cell(lambda r: r.ua),
+             f"{min(row.ua for row in some):.3f}", cell(lambda r: r.ra - r.base_ra), cell(lambda r: r.change, 4),
              cell(lambda r: r.fid_base, 1), cell(lambda r: r.fid_data, 1), cell(lambda r: r.base_fid_data, 1),
              f"{mean(seconds):.0f}" if seconds else "-"]  # fmt: skip
     return f"| {' | '.join([run, *cells])} |"
 
 
-def _of_class(run: str, concept: str, rows: list[Row]) -> str:
+def _of_class(run: str, concept: str, some: list[Row]) -> str:
     numbers = [(lambda r: r.ua, 3), (lambda r: r.ra - r.base_ra, 3), (lambda r: r.change, 4), (lambda r: r.fid_base, 1),
                (lambda r: r.fid_data, 1), (lambda r: r.base_fid_data, 1)]  # fmt: skip
-    cells = [f"{mean(map(number, rows)):.{digits}f}" for number, digits in numbers]
-    return f"| {' | '.join([run, concept, str(len(rows)), *cells])} |"
+    cells = [f"{mean(map(number, some)):.{digits}f}" for number, digits in numbers]
+    return f"| {' | '.join([run, concept, str(len(some)), *cells])} |"
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, NamedTuple
 
+import kept_rows
 import typer
 from pocket_classes import cpu
 
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of
 from salun_sd.draw import prompts
+from salun_sd.pocket.fashion import CLASSES
 
 HERE = Path(__file__).parent
 ROWS = HERE / "methods.jsonl"
@@ -51,7 +53,6 @@ RUNS = {
     "uce": "--setting ridge=0.001 --retain-prompts pocket",
 }
 WITHOUT_ANCHOR = ("esd", "ascent", "finetune")  # as published
-CLASSES = list(dict.fromkeys(p.label for p in prompts.read("pocket")))
 
 
 class Row(NamedTuple):
@@ -89,27 +90,18 @@ def main(
             for name in run or RUNS:
                 for where in support or [PUBLISHED]:
                     measure(out, Row(name, where, c, s, tune or RUNS[name], tune is not None))
-                    write(rows_so_far())
-
-
-def rows_so_far() -> list[Row]:
-    return [Row(**json.loads(line)) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
-def anchor_of(concept: str) -> str:
-    """The next class, as in pocket_classes.py."""
-    return CLASSES[(CLASSES.index(concept) + 1) % len(CLASSES)]
+                    write(kept_rows.read(ROWS, Row))
 
 
 def measure(out: Path, row: Row) -> None:
     """Erase a class and audit it, unless there is such a row."""
-    if row[:6] in {known[:6] for known in rows_so_far()}:
+    if row[:6] in {known[:6] for known in kept_rows.read(ROWS, Row)}:
         return
     here = out / "-".join(map(str, row[:4])).replace(" ", "_").replace(":", "_")
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
     (here / "prompts.csv").write_text(prompts.as_csv(audit_prompts(prompts.read("pocket"), row.concept)))
-    anchor = [] if row.run in WITHOUT_ANCHOR else ["--anchor", photo_of(anchor_of(row.concept))]
+    anchor = [] if row.run in WITHOUT_ANCHOR else ["--anchor", photo_of(kept_rows.next_class(row.concept))]
     mask = [] if row.support == PUBLISHED else ["--mask", row.support]
     try:
         cli.run(["erase", "pocket", "--method", row.run.partition(":")[0], "--concept", photo_of(row.concept), *anchor,
@@ -119,21 +111,15 @@ def measure(out: Path, row: Row) -> None:
             raise
     else:
         row = row._replace(**audited(here, out / f"base-{row.concept}"))
-    with ROWS.open("a") as f:
-        f.write(json.dumps(row._asdict()) + "\n")
+    kept_rows.add(ROWS, row)
     for name in ("erased", "audit"):
         shutil.rmtree(here / name, ignore_errors=True)
 
 
 def audited(here: Path, base: Path) -> dict[str, float]:
     """Audit what was erased in a folder; gives what a row measures. base: the base's images, drawn once for a class."""
-    if base.exists():
-        shutil.copytree(base, here / "audit" / "against")
-    cli.run(["evaluate", str(here / "erased"), "--prompts", str(here / "prompts.csv"), "--against", "pocket",
-             "--no-images", "--out", str(here / "audit")])  # fmt: skip
-    if not base.exists():
-        shutil.copytree(here / "audit" / "against", base)
-    report = json.loads((here / "audit" / "report.json").read_text())
+    options = [str(here / "erased"), "--prompts", str(here / "prompts.csv"), "--against", "pocket"]
+    report = kept_rows.audited(options, here / "audit", base)
     of_run = json.loads((here / "erased.run" / "run.json").read_text())
     rates, before, quality = report["metrics"], report["against"]["metrics"], report["quality"]
     return {
@@ -143,11 +129,11 @@ def audited(here: Path, base: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-def write(rows: list[Row]) -> None:
+def write(measured: list[Row]) -> None:
     """The tables and the picture. Rows of a run whose options are no longer its own are left out."""
-    table = [row for row in rows if not row.tries and row.options == RUNS.get(row.run)]
+    table = [row for row in measured if not row.tries and row.options == RUNS.get(row.run)]
     table.sort(key=lambda row: (list(RUNS).index(row.run), row.support != PUBLISHED, CLASSES.index(row.concept)))
-    tries = sorted((row for row in rows if row.tries), key=lambda row: row.run)
+    tries = sorted((row for row in measured if row.tries), key=lambda row: row.run)
     (HERE / "methods.md").write_text(
         f"""# Methods and supports, on the classes of the pocket checkpoint
 

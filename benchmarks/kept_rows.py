@@ -1,0 +1,36 @@
+"""What benchmarks that go on where they stopped share: rows on disk, and audits beside a base that is drawn once."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from salun_sd.cli import app as cli
+from salun_sd.pocket.fashion import CLASSES
+
+
+def read(file: Path, kind: type) -> list:
+    """The rows in a file, each a named tuple; none where there is no file."""
+    return [kind(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def add(file: Path, row) -> None:
+    with file.open("a") as f:
+        f.write(json.dumps(row._asdict()) + "\n")
+
+
+def next_class(concept: str) -> str:
+    """The class that an erasure goes towards, as SalUn's authors have it."""
+    return CLASSES[(CLASSES.index(concept) + 1) % len(CLASSES)]
+
+
+def audited(argv: Sequence[str], audit: Path, base: Path) -> dict:
+    """Run `evaluate` with these options into the folder `audit`; gives its report. The images of --against are kept in
+    the folder `base`, and not drawn again."""
+    against = audit / "against"
+    if base.exists() and not against.exists():
+        shutil.copytree(base, against)
+    cli.run(["evaluate", *argv, "--no-images", "--out", str(audit)])
+    if not base.exists():
+        shutil.copytree(against, base, dirs_exist_ok=True)  # another may have just done so
+    return json.loads((audit / "report.json").read_text())
