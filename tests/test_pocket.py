@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.checkpoint.model import BUNDLED, POCKET
+from salun_sd.checkpoint.provenance import license_of
 from salun_sd.cli import app as cli
 from salun_sd.pocket import train
 from salun_sd.pocket.stage import Stage
@@ -36,8 +37,9 @@ def digest_of(folder: Path) -> str:
 
 def test_the_published_figures_are_of_these_very_files():
     assert (digest_of(POCKET), digest_of(DDPM)) == (DIGEST, DIGEST_OF_DDPM)
-    card = (POCKET / "README.md").read_text(encoding="utf-8")
-    assert f"{FIGURE} of 1,000" in card and f"{OF_DDPM} of 300" in card
+    assert f"{FIGURE} of 1,000" in (POCKET / "README.md").read_text(encoding="utf-8")
+    assert f"{OF_DDPM} of 300" in (DDPM / "README.md").read_text(encoding="utf-8")
+    assert [license_of(find(name)) for name in BUNDLED] == [{"license": "mit"}] * 2
 
 
 def test_every_part_is_half_precision_and_small():
