@@ -31,7 +31,8 @@ UNNAMED = "LABEL_"  # how transformers calls the classes of a model that has no 
 class Classifier:
     """A transformers image classifier: `net`, and what its image processor does to pixels.
 
-    Calling it with pixels, float32 [b, 3, h, w] from 0 to 1, gives logits, float32 [b, classes].
+    Calling it with pixels, float32 [b, 3, h, w] from 0 to 1, gives logits, float32 [b, classes]. In memory the channels
+    come last, the layout in which convolutions are computed.
     """
 
     def __init__(self, net: nn.Module, processor, device: str):
@@ -44,7 +45,8 @@ class Classifier:
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         if pixels.shape[-2:] != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
-        return self.net(pixel_values=(pixels - self.mean) / self.std).logits.float()
+        pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return self.net(pixel_values=pixels).logits.float()
 
     @property
     def classes(self) -> list[str]:

@@ -19,6 +19,7 @@ from salun_sd.classifier.architectures import Classifier
 from salun_sd.classifier.data import Data
 from salun_sd.classifier.jobs import check_same, in_time
 from salun_sd.classifier.methods.be import head
+from salun_sd.classifier.methods.catalog import Result
 from salun_sd.classifier.methods.catalog import forget as run_method
 from salun_sd.classifier.methods.task import Task
 from salun_sd.classifier.request import EXACT, ORIGINAL, Job, Row, tried
@@ -151,7 +152,7 @@ class Run:
 
             def made(settings: dict) -> dict:
                 try:
-                    model, _, _ = self.unlearned(job, settings, state=False)
+                    model, _ = self.unlearned(job, settings, state=False)
                     return search.score(model, self.original, parts, self.whole.forget.label is not None)
                 except NotFinite:
                     return {"score": search.WORST}
@@ -160,8 +161,8 @@ class Run:
             self.chosen[row.label] = search.searched(file, candidates, self.settings, made)
         return self.chosen[row.label]
 
-    def unlearned(self, job: Job, settings: dict, state: bool = True):
-        """A model that a method made; its seconds; its mask."""
+    def unlearned(self, job: Job, settings: dict, state: bool = True) -> tuple[Classifier, Result]:
+        """A model that a method made, and how."""
         parts, seed = self.whole.split(job.seed), job.seed
         settings = job.row.with_density(settings)
         exact = job.row.method == EXACT
@@ -173,7 +174,7 @@ class Run:
             job.row.method, task, what=what, keep_statistics=self.keep_statistics,
             state=self.files / f"{job.name}.state" if state else None, run=self.settings | self.of(job, settings),
         )  # fmt: skip
-        return model, result.seconds, result.bits
+        return model, result
 
     def do(self, job: Job) -> None:
         """Make a model, if it is not there, and measure it."""
@@ -203,12 +204,12 @@ class Run:
             record, model = deliver.read(folder, device())
             check_same(record["run"], run, folder)
             return record, model
-        model, seconds, bits = self.unlearned(job, settings)
+        model, result = self.unlearned(job, settings)
         published = METHODS[job.row.method]
-        record = {"run": run, "seconds": seconds, "model": self.whole.name or "the original",
+        record = {"run": run, "seconds": result.seconds, "model": self.whole.name or "the original",
                   "data": self.whole.data.name, "summary": published.summary, "source": published.source,
-                  "sizes": {name: len(getattr(parts, name)) for name in parts._fields}}  # fmt: skip
-        return deliver.write(folder, model, self.original, record, bits), model
+                  "sizes": {name: len(getattr(parts, name)) for name in parts._fields}, **result.used}  # fmt: skip
+        return deliver.write(folder, model, self.original, record, result.bits), model
 
 
 def digest(classifier: Classifier) -> str:

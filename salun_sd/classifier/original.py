@@ -12,6 +12,7 @@ from salun_sd.classifier.data import Data
 from salun_sd.classifier.methods.catalog import forget
 from salun_sd.classifier.methods.task import Task
 from salun_sd.classifier.split import Split
+from salun_sd.errors import SalunError
 from salun_sd.runtime import seals
 from salun_sd.runtime.cache import held
 from salun_sd.runtime.files import new_folder, write_atomic
@@ -43,7 +44,10 @@ def trained(data: Data, split: Split, training: Mapping, device: str) -> Classif
 
 def _is_whole(folder: Path) -> bool:
     """Whether a model is there, as it was written."""
-    return (folder / FILE).is_file() and seals.read(folder / FILE, SHAPE)["digest_of_model"] == digest_of(folder)
+    try:
+        return seals.read(folder / FILE, SHAPE)["digest_of_model"] == digest_of(folder)
+    except (SalunError, OSError):
+        return False
 
 
 def _train(data: Data, split: Split, training: Mapping, device: str, folder: Path, wanted: dict) -> None:

@@ -13,7 +13,6 @@ from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.report import gate
 
 NUMBERS = (*METRICS, *OTHERS, "gap", "seconds")  # of --fail-if, with .METHOD
-LARGEST = 2**32 - 1  # of the seeds
 EXACT, ORIGINAL = "retrain", "original"  # names of rows with a part of their own
 ABSENT = {"against": "has no meaning here: compare with retrain, as in 'ua.salun < ua.retrain - 2'"}
 
@@ -93,15 +92,6 @@ def tried(method: str, own: Mapping[str, float], tune: str) -> list[dict[str, fl
         grid = {name: values[:1] for name, values in grid.items()}
     fixed = published.settings | dict(own)
     return [fixed | dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-
-
-def check_numbers(**values: float) -> None:
-    """Raise UsageError for numbers that no run takes: each has to be above 0; --train-seed from 0 to LARGEST."""
-    for name, value in values.items():
-        holds, words = (0 <= value <= LARGEST, f"from 0 to {LARGEST:,}") if name == "train_seed" else (
-            value is None or 0 < value < math.inf, "above 0")  # fmt: skip
-        if not holds:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}: give a number {words}.")
 
 
 def check_attack() -> None:

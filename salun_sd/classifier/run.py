@@ -9,10 +9,12 @@ from salun_sd.classifier.architectures import DEPTHS, in_order_of, opened
 from salun_sd.classifier.data import Data
 from salun_sd.classifier.folder import RUN, Run, Whole, device
 from salun_sd.classifier.jobs import work
-from salun_sd.classifier.request import EXACT, ORIGINAL, Job, Row, bounds, check_attack, check_numbers, given, rows
+from salun_sd.classifier.request import EXACT, ORIGINAL, Job, Row, bounds, check_attack, given, rows
+from salun_sd.classifier.settings import RANGES
 from salun_sd.classifier.split import held_out, wanted
 from salun_sd.errors import UsageError
 from salun_sd.runtime.files import check_place
+from salun_sd.runtime.ranges import check_numbers
 from salun_sd.runtime.texts import check_given
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def unlearn(
     out, texts = Path(out), {"method": _texts(method), "setting": _texts(setting), "fail_if": _texts(fail_if)}
     densities = [density] if isinstance(density, int | float) else list(density)
     table, own = rows(texts["method"], densities), given(texts["setting"])
-    check_numbers(seeds=seeds, width=width, epochs=epochs, lr=lr, train_seed=train_seed, size=size,
+    check_numbers(RANGES, seeds=seeds, width=width, epochs=epochs, lr=lr, train_seed=train_seed, size=size,
                   batch_size=batch_size)  # fmt: skip
     for option, value, known in (("--architecture", architecture, DEPTHS), ("--augment", augment, AUGMENTS),
                                  ("--tune", tune, ("unpublished", "all", "none"))):  # fmt: skip

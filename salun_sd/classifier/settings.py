@@ -3,9 +3,17 @@
 from types import MappingProxyType
 from typing import NamedTuple
 
+from salun_sd.runtime.ranges import WHOLE, Range
+
 BATCH = 256  # images of an update: the authors' code
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD, in every training
 TRAINING = {"epochs": 182, "lr": 0.1}  # of the original, and of Retrain
+RANGES = {
+    **dict.fromkeys(("width", "epochs", "size", "batch_size"), Range(1, WHOLE, is_whole=True)),
+    "seeds": Range(1, 1000, is_whole=True),  # 0 to 999; the search has 1000
+    "train_seed": Range(0, WHOLE, is_whole=True),
+    "lr": Range(0, is_open=True),
+}
 DROPS = (91 / 182, 136 / 182)  # where the learning rate of a training falls to a tenth, as shares of its epochs
 
 

@@ -7,9 +7,9 @@ from typer import Argument, Option
 from typer.core import TyperCommand
 
 from salun_sd.cli.failures import print_lines
-from salun_sd.edit.ranges import RANGES
 from salun_sd.errors import UsageError
 from salun_sd.methods.names import SUMMARIES
+from salun_sd.runtime.ranges import RANGES
 from salun_sd.runtime.texts import check_given
 
 # (command, old name) => new name. Old names work for one more version.

@@ -13,11 +13,11 @@ from salun_sd.draw.images import read_image
 from salun_sd.edit import datasets, maskfile
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
-from salun_sd.edit.ranges import check_numbers
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.methods.loop import Method
 from salun_sd.methods.uce import UCE
 from salun_sd.runtime import files, ranks
+from salun_sd.runtime.ranges import check_numbers
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from salun_sd.draw import prompts as prompt_sets
 from salun_sd.draw.tables import read_text
-from salun_sd.edit.ranges import RANGES
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime.ranges import RANGES
 
 if sys.version_info >= (3, 11):
     import tomllib

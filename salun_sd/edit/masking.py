@@ -28,13 +28,13 @@ from salun_sd.edit.checks import (
 )
 from salun_sd.edit.concepts import Concept, concepts_of, text_of
 from salun_sd.edit.maskfile import Mask
-from salun_sd.edit.ranges import check_numbers
 from salun_sd.edit.resources import Compute, Forecast, schedule_of
 from salun_sd.edit.training_data import LoadedBase, check_texts, encode, forget_items
 from salun_sd.methods import salun
 from salun_sd.runtime import memory, ranks
 from salun_sd.runtime.device import dtype_name
 from salun_sd.runtime.files import new_file
+from salun_sd.runtime.ranges import check_numbers
 from salun_sd.runtime.texts import check_given
 
 logger = logging.getLogger(__name__)

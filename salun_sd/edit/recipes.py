@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, get_args
 
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.edit.checks import check_choice
-from salun_sd.edit.ranges import Range
 from salun_sd.edit.retain_prompts import ANCHOR
 from salun_sd.edit.watch import check_until
 from salun_sd.errors import UsageError
@@ -14,6 +13,7 @@ from salun_sd.methods.batches import CONCEPT, Training
 from salun_sd.methods.catalog import METHODS
 from salun_sd.methods.loop import Erasure, Method, Retain
 from salun_sd.methods.uce import UCE
+from salun_sd.runtime.ranges import Range
 
 PAPER = {"retain_target": "noise", "retain_prompts": ANCHOR, "probe_every": 0}
 # retain_prompts None: broad. probe_every None: as often as costs 5 % of the time.

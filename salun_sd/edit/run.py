@@ -34,7 +34,6 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.masking import make_masks, run_record
 from salun_sd.edit.patch import Patch
 from salun_sd.edit.predictions import size_of
-from salun_sd.edit.ranges import RANGES, check_numbers
 from salun_sd.edit.recipes import Recipe, recipe_of
 from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.edit.resume import Progress, State
@@ -44,6 +43,7 @@ from salun_sd.edit.training_data import Data, LoadedBase, Sources, collect, sour
 from salun_sd.methods.names import TITLES
 from salun_sd.runtime import memory, ranks
 from salun_sd.runtime.device import dtype_name
+from salun_sd.runtime.ranges import RANGES, check_numbers
 from salun_sd.runtime.texts import check_given
 
 logger = logging.getLogger(__name__)

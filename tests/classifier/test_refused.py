@@ -36,6 +36,7 @@ WRONG = {  # what is typed more => the exit code, what the sentence has
     "--fail-if against.ua.ft>2": (2, "against"), "--lr 0": (2, "--lr"), "--forget class:9": (2, "9"),
     "--forget 2": (2, "--forget 2"), "--data nowhere.x": (2, "nowhere.x"), "--lr inf": (2, "--lr"),
     "--size 20": (2, "--size"), "--train-seed 5000000000": (2, "--train-seed"),
+    "--seeds 1001": (2, "1000"),
     "--method ft --density 0.3": (2, "--density"), "--density 0.3 --density 0.30000001": (2, "salun-0.3"),
 }  # fmt: skip
 
@@ -43,7 +44,7 @@ WRONG = {  # what is typed more => the exit code, what the sentence has
 @pytest.mark.parametrize(("typed", "code", "named"), [(t, *e) for t, e in WRONG.items()])
 def test_a_wrong_argument_is_refused_before_anything_is_trained(typed, code, named, idx, tmp_path, capsys):
     before, line = kept(), [*START, "--data", str(idx), "--out", tmp_path / "out"]
-    for option in {word for word in typed.split() if word in ("--forget", "--data")}:
+    for option in {word for word in typed.split() if word in ("--forget", "--data", "--seeds")}:
         at = line.index(option)
         del line[at : at + 2]
     assert named in fails([*line, *typed.split()], code, capsys)
@@ -81,6 +82,16 @@ def test_a_training_that_gives_no_number_is_stopped_and_leaves_no_state(idx, tmp
     before = kept()
     assert "original" in fails([*START, "--data", idx, "--out", tmp_path / "out", "--lr", "1e12"], 1, capsys)
     assert all(entry.files == 0 for entry in cache.entries() if entry.name in kept() - before)
+
+
+def test_a_kept_original_that_is_damaged_is_trained_anew(idx, tmp_path):
+    line = [*START, "--data", str(idx), "--method", "ga", "--setting=ga.epochs=1"]
+    cli.run([*line, "--out", str(tmp_path / "first")])
+    for entry in cache.folder().glob("trained/*/model/salun.json"):
+        entry.write_text(entry.read_text().replace("seed", "need"))
+    cli.run([*line, "--out", str(tmp_path / "second")])
+    first, second = (tmp_path / out / "original" / "model.safetensors" for out in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_search_goes_on_where_settings_diverge(idx, tmp_path, capsys):

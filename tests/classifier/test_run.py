@@ -65,6 +65,10 @@ def test_a_masked_model_is_the_original_outside_its_mask_and_says_so(made):
     assert changed["mask"] == round(changed["weights"] / 2)
 
 
+def test_the_record_says_how_many_single_gradients_iu_used(made):
+    assert seals.read(made / "iu" / "seed-0" / "salun.json")["samples"] == 3
+
+
 def test_it_prints_a_table_and_its_forms_have_every_row(made, idx, capsys):
     cli.run(command(idx, made, "--density", "0.5", "--density", "0.1"))
     printed = capsys.readouterr().out

@@ -9,7 +9,6 @@ import torch
 from salun_sd.checkpoint.find import find
 from salun_sd.draw import prompts
 from salun_sd.edit.concepts import Concept
-from salun_sd.edit.ranges import WHOLE
 from salun_sd.edit.retain_prompts import (
     MOST,
     NEIGHBOURS,
@@ -22,6 +21,7 @@ from salun_sd.edit.retain_prompts import (
 from salun_sd.edit.training_data import sources_in_words
 from salun_sd.errors import UsageError
 from salun_sd.methods.salun import SalUn
+from salun_sd.runtime.ranges import WHOLE
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 TEXTS = [p.text for p in prompts.read("retain")]

@@ -27,7 +27,7 @@ class Method(NamedTuple):
     before and after."""
 
     losses: Callable | None = None
-    step: Callable[[Task], None] | None = None
+    step: Callable[[Task], dict[str, int]] | None = None
     bits: Callable[[Task], Bits] | None = None
     before: Callable[[nn.Module, int], None] = lambda net, seed: None
     after: Callable[[nn.Module], None] = lambda net: None
@@ -50,6 +50,7 @@ METHODS = {
 class Result(NamedTuple):
     seconds: float
     bits: Bits | None
+    used: dict[str, int] = {}  # what one step used, where it could use less than was asked for
 
 
 def forget(
@@ -60,8 +61,8 @@ def forget(
     method, start = METHODS[name], time.perf_counter()
     bits = method.bits(task) if method.bits else None
     if method.step:
-        method.step(task)
-        return Result(time.perf_counter() - start, None)
+        used = method.step(task)
+        return Result(time.perf_counter() - start, None, used)
     method.before(task.classifier.net, task.seed)
     of_mask, epochs = time.perf_counter() - start, int(task.settings["epochs"])
     drops = tuple(max(1, round(share * epochs)) for share in DROPS) if name == "retrain" else ()

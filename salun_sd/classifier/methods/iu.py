@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 SHARE = 0.25  # of the free memory, at most, for the gradients of single images
 
 
-def iu(task: Task) -> None:
+def iu(task: Task) -> dict[str, int]:
     """theta += alpha F^-1 v, with v the weighted difference of the forget and the retain gradients (Koh & Liang 2017;
     Izzo et al. 2021), and F = I + the Fisher information of single retain images (Singh & Alistarh 2020, arXiv
     2004.14340). alpha was never published.
@@ -24,13 +24,17 @@ def iu(task: Task) -> None:
     v = sum of the forget gradients / n - sum of the retain gradients n_f / (n n_r), n = n_f + n_r. The authors' code
     starts the recursion with the first gradient and never computes F^-1 g anew, which leaves it rank one; `woodfisher`
     gives what the paper's recursion does.
+
+    Gives the number of single images, `samples`: fewer than was asked for where no more fit in memory.
     """
     net, forget, retain = task.classifier.net.eval(), len(task.forget), len(task.retain)
     whole = forget + retain
     v = _gradient(task, task.forget) / whole - _gradient(task, task.retain) * (forget / (whole * retain))
-    step = woodfisher(_samples(task, len(v)), v)
+    gradients = _samples(task, len(v))
+    step = woodfisher(gradients, v)
     with torch.no_grad():
         vector_to_parameters(parameters_to_vector(net.parameters()) + task.settings["alpha"] * step, net.parameters())
+    return {"samples": len(gradients)}
 
 
 def woodfisher(gradients: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""The ranges of numbers that `mask` and `erase` take: one table for options, plans and Python."""
+"""Numbers that a person gave, checked; and the table of what `mask` and `erase` take, for options, plans and Python."""
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -45,8 +46,8 @@ RANGES = {
 }
 
 
-def check_numbers(**values: float | None) -> None:
+def check_numbers(ranges: Mapping[str, Range] = RANGES, /, **values: float | None) -> None:
     """Raise UsageError for an option, by its parameter's name, whose value is out of range. None: it was not given."""
     for name, value in values.items():
-        if value is not None and not RANGES[name].holds(value):
-            raise UsageError(f"--{name.replace('_', '-')} is {value}: give {RANGES[name].words}.")
+        if value is not None and not ranges[name].holds(value):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: give {ranges[name].words}.")
