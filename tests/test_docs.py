@@ -100,8 +100,8 @@ def test_every_command_line_parses(page, capsys):
 @pytest.mark.parametrize("page", PAGES.values(), ids=list(PAGES))
 def test_every_option_that_is_named_exists(page):
     of_page = OF_PAGE.get(page.name, list(GROUP.commands))
-    params = [param for name in of_page for param in GROUP.commands[name].params]
-    known = {option for param in params for option in [*param.opts, *param.secondary_opts]} | {"--help", "--version"}
+    params = [*GROUP.params, *(param for name in of_page for param in GROUP.commands[name].params)]
+    known = {option for param in params for option in [*param.opts, *param.secondary_opts]} | {"--help"}
     options = " ".join(words for words in code_in(prose(page)) if words.startswith("--"))
     assert set(re.findall(r"(?<!\S)--[\w-]+", options)) <= known
 

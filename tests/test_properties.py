@@ -16,7 +16,7 @@ from PIL import Image
 
 from salun_sd.audit import collected
 from salun_sd.cli import app as cli
-from salun_sd.cli.failures import repair_streams
+from salun_sd.cli.streams import repair_streams
 from salun_sd.draw import prompts
 from salun_sd.edit import concepts, datasets
 from salun_sd.errors import SalunError

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from salun_sd.audit.change import between
 from salun_sd.audit.classify import UNSEEN, Judge
 from salun_sd.audit.detect import detect, detector_name
@@ -22,6 +20,7 @@ from salun_sd.audit.vision import BATCH
 from salun_sd.draw.images import in_order
 from salun_sd.errors import SalunError
 from salun_sd.runtime import ranks, seals
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import hash_into
 from salun_sd.runtime.files import write_atomic
 
@@ -92,7 +91,7 @@ def _detected(images: list[Image], detector: Path | None, out: Path) -> list[dic
     known |= {n: {"error": image.error} for n, image in enumerate(images) if image.error}
     mine = [n for n in ranks.share(len(images), BATCH, known) if n not in known]
     boxes = detect([images[n].file for n in mine], detector) if mine else ()
-    results = tqdm(zip(mine, boxes, strict=True), total=len(mine), desc="detect", unit="image", disable=not mine)
+    results = Bar(zip(mine, boxes, strict=True), total=len(mine), desc="detect", unit="image", disable=not mine)
     return _completed(known, results, images, by, out)
 
 
@@ -109,7 +108,7 @@ def _classified(images: list[Image], judge: Judge | None, out: Path) -> list[dic
     known |= {n: UNSEEN for n, image in enumerate(images) if image.error}
     mine = ranks.share(len(images), BATCH, known)
     classes = judge.classify([images[n].file for n in mine], BATCH)
-    results = tqdm(zip(mine, classes, strict=True), total=len(mine), desc="classify", unit="image", disable=not mine)
+    results = Bar(zip(mine, classes, strict=True), total=len(mine), desc="classify", unit="image", disable=not mine)
     return _completed(known, ((n, result) for n, result in results if n not in known), images, by, out)
 
 
@@ -135,7 +134,7 @@ def _changed(images: list[Image], twins: list[Image | None], out: Path) -> list[
     known |= {n: {} for n, twin in enumerate(twins) if twin is None}
     mine = [n for n in ranks.share(len(images), BATCH, known) if n not in known]
     changes = in_order(_change, [(images[n], twins[n]) for n in mine])
-    results = tqdm(zip(mine, changes, strict=True), total=len(mine), desc="change", unit="image", disable=not mine)
+    results = Bar(zip(mine, changes, strict=True), total=len(mine), desc="change", unit="image", disable=not mine)
     return _completed(known, results, images, {}, out)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from salun_sd.audit import change, fidelity
 from salun_sd.audit.clip import Clip
@@ -19,6 +18,7 @@ from salun_sd.draw.folders import images_in, left_out
 from salun_sd.draw.images import in_order, read_still
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime import ranks
+from salun_sd.runtime.bar import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
     if not images:
         return None
     share = ranks.share(len(images), BATCH)
-    cosines = tqdm(_cosines(clip, [images[n] for n in share]), total=len(share), desc="clip score", unit="image")
+    cosines = Bar(_cosines(clip, [images[n] for n in share]), total=len(share), desc="clip score", unit="image")
     of_images = sorted(ranks.gathered(list(zip(share, cosines, strict=True))))
     scores = {_key(images[n][1]): max(cosine, 0.0) for n, cosine in of_images}
     return {
@@ -128,7 +128,7 @@ def features_of(extractor: ImageModel | Inception, files: Sequence[Path], whose:
     Raises SalunError, which says `whose` the files are, if fewer than two are readable.
     """
     share = [files[n] for n in ranks.share(len(files), BATCH)]
-    bar = tqdm(features(extractor, share), total=len(share), desc="features", unit="image")
+    bar = Bar(features(extractor, share), total=len(share), desc="features", unit="image")
     vectors = dict(ranks.gathered(list(bar)))
     if unreadable := [file.name for file in files if file not in vectors]:
         logger.warning(f"{len(unreadable)} of {len(files)} images could not be read for --fid: {some(unreadable)}.")

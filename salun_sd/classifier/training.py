@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from salun_sd.checkpoint import tensors
 from salun_sd.classifier.architectures import Classifier
@@ -17,6 +16,7 @@ from salun_sd.classifier.settings import MOMENTUM, WEIGHT_DECAY
 from salun_sd.core.mask import Bits, full_bits
 from salun_sd.core.masked import MaskedSGD
 from salun_sd.errors import SalunError
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import is_full, new_file
 from salun_sd.runtime.finite import NotFinite
@@ -54,7 +54,7 @@ def train(
     bits = full_bits({name: p.shape for name, p in net.named_parameters()}) if bits is None else bits
     sgd = MaskedSGD(net, bits, schedule.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     done, seconds = _restored(state, run or {}, classifier, sgd)
-    with tqdm(range(done, schedule.epochs), total=schedule.epochs, initial=done, desc=what, unit="epoch") as bar:
+    with Bar(range(done, schedule.epochs), total=schedule.epochs, initial=done, desc=what, unit="epoch") as bar:
         for epoch in bar:
             start = time.perf_counter()
             sgd.lr = schedule.rate(epoch)

@@ -11,8 +11,9 @@ import typer
 
 from salun_sd.cli import options as o
 from salun_sd.cli import tables, unlearning
-from salun_sd.cli.failures import Commands, fail_on, loading, mute, print_lines, repair_streams, show_log
+from salun_sd.cli.failures import Commands, fail_on, ways
 from salun_sd.cli.options import Command, concepts_from, is_typed
+from salun_sd.cli.streams import loading, mute, print_lines, repair_streams
 from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks
 
@@ -41,6 +42,8 @@ def program(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True)
     ] = False,
+    quiet: Annotated[bool, o.QUIET] = False,
+    json: Annotated[bool, o.JSON] = False,
 ) -> None:
     pass
 
@@ -311,6 +314,7 @@ def cache(clear: Annotated[bool, o.CLEAR] = False, older_than: Annotated[float |
 
 @app.command(cls=Command, epilog=example("demo --out demo"))
 def demo(
+    ctx: typer.Context,
     out: Annotated[Path, o.DEMO_OUT],
     concept_class: Annotated[str, o.DEMO_CONCEPT] = "sneaker",
     anchor_class: Annotated[str, o.DEMO_ANCHOR] = "bag",
@@ -326,12 +330,11 @@ def demo(
     for line in commands(concept_class, anchor_class, density, out):
         print_lines("")
         print_lines(f"$ {shlex.join(['salun-sd', *line])}")
-        run(line)
+        run([*ways(ctx.obj), *line])
 
 
 def run(argv: list[str]) -> None:
     """Run one command as if it were typed. Raises SystemExit where it fails."""
-    show_log()
     try:
         app(argv, prog_name="salun-sd", obj=argv)
     except SystemExit as e:

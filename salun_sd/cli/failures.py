@@ -1,24 +1,30 @@
-"""Failures and log lines for the person at the terminal: sentences on stderr, and an exit code."""
+"""Failures for the person at the terminal: a sentence on stderr, and an exit code."""
 
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
-import textwrap
-import warnings
-from typing import TextIO
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
+from salun_sd.cli.streams import listen
 from salun_sd.errors import SalunError, first_line
-from salun_sd.runtime import escape, ranks
+from salun_sd.runtime import ranks
+
+logger = logging.getLogger(__name__)
 
 
 class Commands(TyperGroup):
     """The commands. A known failure prints one sentence on stderr; with SALUN_SD_DEBUG=1, the traceback."""
+
+    def parse_args(self, ctx, args):
+        """Let --quiet and --json stand anywhere in the line: they hold from its first word on."""
+        words = ways(args)
+        listen(quiet="--quiet" in words, as_json="--json" in words)
+        return super().parse_args(ctx, [*words, *(word for word in args if word not in words)])
 
     def invoke(self, ctx):
         try:
@@ -27,22 +33,26 @@ class Commands(TyperGroup):
             return result
         except BrokenPipeError:  # typer ends quietly where the reader of a pipe has gone, as `head` does
             raise
-        except (SalunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as e:
+        except (SalunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError, TyperException) as e:
             if isinstance(e, RuntimeError) and "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+                raise
+            if isinstance(e, TyperException) and "--json" not in ways(ctx.obj):  # typer says it, with the usage
                 raise
             if os.environ.get("SALUN_SD_DEBUG"):
                 raise
             text, code = in_words(e)
-            if ranks.is_main():
-                print_lines(text, sys.stderr)
-            else:
-                print_lines(f"Process {ranks.rank()}: {text}", sys.__stderr__)
+            logger.error(text, extra={"fields": {"code": code}})
             raise typer.Exit(code) from e
+
+
+def ways(args: list[str]) -> list[str]:
+    """The words of a command line that say how a command speaks."""
+    return [word for word in args if word in ("--quiet", "--json")]
 
 
 def in_words(e: BaseException) -> tuple[str, int]:
     """The sentence and the exit code of a failure."""
-    if isinstance(e, SalunError):
+    if isinstance(e, SalunError | TyperException):
         return f"Error: {e}", e.exit_code
     if isinstance(e, OSError):
         name = e.filename2 or e.filename  # of a copy or a move, the second is the one that is written
@@ -55,61 +65,13 @@ def in_words(e: BaseException) -> tuple[str, int]:
     return str(e) or "Interrupted. Nothing is half-written; the same command resumes from what was saved.", 130
 
 
-def print_lines(text: str, stream: TextIO | None = None) -> None:
-    """Print a text on a stream, or on stdout. A control character in it, a line break too, is printed as a visible one,
-    for names and messages from files are no commands for a terminal; on a terminal, lines break between words."""
-    stream, text = stream or sys.stdout, escape.line(text)
-    if stream.isatty():
-        width = shutil.get_terminal_size().columns
-        text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
-    print(text, file=stream, flush=True)
-
-
-class ToStderr(logging.Handler):
-    """Prints log lines on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print_lines(self.format(record), sys.stderr)
-
-
-def mute() -> None:
-    """Print nothing more: of several processes, only the main one prints. A failure of another is printed all the
-    same."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
-def repair_streams() -> None:
-    """Let nothing that is printed fail: on a closed stream it is lost, and a character that the terminal cannot show is
-    escaped. No file gets the number of a closed stream, to which C libraries write their warnings."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-
-
-def show_log() -> None:
-    """Print what the library logs, from level INFO on. A second call changes nothing."""
-    log = logging.getLogger("salun_sd")
-    if not any(isinstance(handler, ToStderr) for handler in log.handlers):
-        log.addHandler(ToStderr())
-    log.setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd notes in images whose pixels are whole
-
-
-def loading() -> None:
-    """Say, once, what a command waits for before its first line: the libraries take seconds to load."""
-    if "torch" not in sys.modules:
-        print_lines("Loading PyTorch and diffusers.", sys.stderr)
-
-
 def fail_on(gate: list[dict] | None) -> None:
     """Exit with code 3, and say why, where a bound of --fail-if does not hold."""
     from salun_sd.report.gate import reasons
 
     if broken := [entry for entry in gate or () if not entry["holds"]]:
-        for entry in broken:
-            print_lines(f"Failed: {entry['bound']}: {reasons(entry)}.", sys.stderr)
+        for entry in broken if ranks.is_main() else ():
+            logger.error(f"Failed: {entry['bound']}: {reasons(entry)}.", extra={"fields": {"code": 3}})
         ranks.wait()  # else a process that ends first makes the launcher end the main one while it writes
         if ranks.count() > 1:  # once one has ended, the launcher ends the others: each is to end with its own code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

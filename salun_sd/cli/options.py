@@ -1,16 +1,18 @@
 """The options of the commands: names, ranges and help. Also how a command line is read."""
 
-import sys
+import logging
+import time
 
 import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from salun_sd.cli.failures import print_lines
 from salun_sd.errors import UsageError
 from salun_sd.methods.names import SUMMARIES
 from salun_sd.runtime.ranges import RANGES
 from salun_sd.runtime.texts import check_given
+
+logger = logging.getLogger(__name__)
 
 # (command, old name) => new name. Old names work for one more version.
 RENAMED = {
@@ -39,15 +41,22 @@ class Command(TyperCommand):
         check_given(**values)
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx):
+        """Run it. With --json, programs are told that it begins and that it is done."""
+        begun, out = time.monotonic(), ctx.params.get("out")
+        fields = {"command": self.name, "out": out and str(out)}
+        logger.info("", extra={"fields": {"event": "start", **fields}})
+        super().invoke(ctx)
+        seconds = round(time.monotonic() - begun, 1)
+        logger.info("", extra={"fields": {"event": "result", **fields, "seconds": seconds}})
+
     def _with_new_name(self, word: str) -> str:
         """A word of the command line; an old option name becomes the new one, and stderr says so."""
         old, equals, value = word.partition("=")
         new = RENAMED.get((self.name, old))
         if new is None:
             return word
-        print_lines(
-            f"{old} of {self.name} is now called {new}. The old name stops working in the next version.", sys.stderr
-        )
+        logger.warning(f"{old} of {self.name} is now called {new}. The old name stops working in the next version.")
         return f"{new}{equals}{value}"
 
 
@@ -78,6 +87,10 @@ def concepts_from(plan, concepts: list[str] | None, anchors: list[str] | None = 
         raise UsageError("--plan and --concept cannot go together: write the concepts into the plan.")
     return list(plan.concepts) if plan else concepts or []
 
+
+# Every command
+QUIET = Option("--quiet", help="Print errors and the result alone. May stand anywhere in the line.")
+JSON = Option("--json", help="On stderr, print events for a program: one JSON object in a line. May stand anywhere.")
 
 # Every command that takes a model
 MODEL = Argument(

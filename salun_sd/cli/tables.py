@@ -1,13 +1,16 @@
 """What the commands print: results on stdout, times and memory on stderr."""
 
-import sys
+import logging
+import os
 import time
 
 import rich.table
 from rich.console import Console
 
-from salun_sd.cli.failures import print_lines
+from salun_sd.cli.streams import print_lines
 from salun_sd.runtime.escape import line, visible
+
+logger = logging.getLogger(__name__)
 
 
 class Table(rich.table.Table):
@@ -25,7 +28,8 @@ def show(table: Table) -> None:
     name that is too long for its column goes on in the next line: its end may be what tells two models apart."""
     for column in table.columns:
         column.overflow = "fold"
-    Console(markup=False, emoji=False).print(table)
+    colors = None if os.environ.get("NO_COLOR") else "auto"  # rich's own NO_COLOR leaves bold letters
+    Console(markup=False, emoji=False, color_system=colors).print(table)
 
 
 def gib(n: int) -> str:
@@ -76,8 +80,8 @@ def show_run(run: dict) -> None:
     for step, size in run["peak_bytes"].items():
         planned = run["planned_bytes"].get(step)
         plan = f"; planned {gib(planned)}" if planned else ""
-        print_lines(f"peak memory, {step}: {gib(size)}{plan}", sys.stderr)
-    print_lines(f"{run['seconds']:.0f} s", sys.stderr)
+        logger.info(f"peak memory, {step}: {gib(size)}{plan}")
+    logger.info(f"{run['seconds']:.0f} s")
 
 
 def show_plan(plan) -> None:

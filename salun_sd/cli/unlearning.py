@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from salun_sd.classifier.settings import METHODS, TRAINING
-from salun_sd.cli.failures import fail_on, loading, mute, print_lines
+from salun_sd.cli.failures import fail_on
+from salun_sd.cli.streams import loading, mute, print_lines
 from salun_sd.cli.tables import Table, show
 from salun_sd.runtime import ranks
 

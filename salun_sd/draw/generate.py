@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 from salun_sd.checkpoint import load
 from salun_sd.checkpoint.families import DIT
@@ -19,6 +18,7 @@ from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Row, Sampler
 from salun_sd.errors import UsageError, some
 from salun_sd.runtime import ranks
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import content_of
 from salun_sd.runtime.files import new_file, remove_stale
 
@@ -127,7 +127,7 @@ def draw(
     ranks.wait()  # every process has listed the same missing images
     if rows_left:
         files, rows = list(rows_left), list(rows_left.values())
-        with tqdm(total=len(rows), desc=f"draw {what}", unit="image", bar_format=BAR) as bar:
+        with Bar(total=len(rows), desc=f"draw {what}", unit="image", bar_format=BAR) as bar:
             sampler = Sampler(pipeline(), steps, scheduler)
             passes = sampler.passes(rows)[ranks.rank() :: ranks.count()]
             bar.reset(sum(map(len, passes)))  # the time that the pipeline took to load tells nothing about images
@@ -139,7 +139,7 @@ def draw(
     ranks.wait()
 
 
-def _move(bar: tqdm, images: int, share: float) -> None:
+def _move(bar: Bar, images: int, share: float) -> None:
     """Move a bar of images by a share of a pass. A sum of shares may be above 1 in its last digit."""
     bar.update(min(images * share, bar.total - bar.n))
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.checkpoint.tensors import PlainTensors
@@ -14,6 +13,7 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.supports import KEYS_AND_VALUES, parameters_of
 from salun_sd.errors import UsageError
 from salun_sd.methods.uce import UCE, last_tokens
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.finite import finite
 
 
@@ -54,7 +54,7 @@ def solve(
     solved = method.solve(weights, mask.bits, of_concepts, of_anchors, of_preserved)
     return {
         name: finite(values, f"{name} in the UNet of {base.name}")
-        for name, values in tqdm(solved, desc="uce", total=len(weights), unit="matrix")
+        for name, values in Bar(solved, desc="uce", total=len(weights), unit="matrix")
     }
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from salun_sd.checkpoint import tensors
 from salun_sd.checkpoint.load import load_pipeline
@@ -22,6 +21,7 @@ from salun_sd.edit import datasets, trajectories
 from salun_sd.edit.datasets import Item
 from salun_sd.errors import SalunError, some
 from salun_sd.runtime import cache, ranks
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import new_file
 
@@ -117,7 +117,7 @@ def _read(file: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
 
 def _encode_images(pipeline, items: list[Item], size: int) -> dict[str, torch.Tensor]:
     latents, ids, blank = [], [], []
-    for item in tqdm(items, desc="encode", unit="image"):
+    for item in Bar(items, desc="encode", unit="image"):
         image = read_image(item.read(), item.name)
         values, time_ids = pixels(image, size)
         latents.append(encode_image(pipeline, values))

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from salun_sd import __version__
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
@@ -32,6 +30,7 @@ from salun_sd.edit.resources import Compute, Forecast, schedule_of
 from salun_sd.edit.training_data import LoadedBase, check_texts, encode, forget_items
 from salun_sd.methods import salun
 from salun_sd.runtime import memory, ranks
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.device import dtype_name
 from salun_sd.runtime.files import new_file
 from salun_sd.runtime.ranges import check_numbers
@@ -120,7 +119,7 @@ def make_masks(
     passes = salun.forget_gradient(
         unet, schedule_of(model), forget, empty, guidance=guidance, seed=seed, batch_size=batch_size, name=model.name
     )
-    with sums, tqdm(total=len(forget), desc="saliency", unit="image") as bar:
+    with sums, Bar(total=len(forget), desc="saliency", unit="image") as bar:
         for done in passes:
             bar.update(done - bar.n)
     settings = {"concepts": [text for c in concepts for text in c.prompts()], "guidance": plain(guidance),

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from salun_sd.edit.resume import PREDICTIONS
 from salun_sd.errors import SalunError
 from salun_sd.methods import loop
 from salun_sd.methods.loop import Erasure
 from salun_sd.runtime import ranks
+from salun_sd.runtime.bar import Bar
 
 DTYPE = torch.bfloat16
 
@@ -75,7 +75,7 @@ def of_base(
     if (known := len(kept)) >= erasure.steps:
         return kept
     rest = islice(erasure.batches(), known, None)  # the random numbers of those before are drawn, and not used
-    with tqdm(rest, desc="predict", total=erasure.steps, initial=known, unit="step") as bar:
+    with Bar(rest, desc="predict", total=erasure.steps, initial=known, unit="step") as bar:
         for batch in bar:
             values = torch.empty(kept.shape)
             for i in range(erasure.parts):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from salun_sd.checkpoint import tensors
 from salun_sd.checkpoint.load import load_pipeline
@@ -22,6 +21,7 @@ from salun_sd.edit.watch import Watch
 from salun_sd.errors import SalunError, first_line
 from salun_sd.methods.loop import Erasure, erase
 from salun_sd.runtime import ranks, seals
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.finite import NotFinite
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def train(
     first_loss = math.inf  # to forget, before a weight has moved
     with (
         progress.losses(adam.steps) as losses, note_interrupts() as interrupts,
-        tqdm(loop, total=settings["steps"], initial=adam.steps, desc="erase") as bar,
+        Bar(loop, total=settings["steps"], initial=adam.steps, desc="erase") as bar,
     ):  # fmt: skip
         for row in bar:
             measured = watch.at(row["step"])

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
 from salun_sd.core.diffusion import Examples, noise_for, on_device
 from salun_sd.draw.encode import encode_prompts
 from salun_sd.draw.sample import denoise, images_per_pass, new_scheduler
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.finite import finite
 
 SCHEDULER = "DDIMScheduler"  # whose x is in the scale in which the UNet was trained, and which draws no noise in a step
@@ -55,7 +55,7 @@ def half_drawn(pipeline, texts: Sequence[str], size: int, seed: int, guidance: f
     row = {text: i for i, text in enumerate(dict.fromkeys(["", *texts]))}
     prompts, which = encode_prompts(pipeline, list(row)), torch.tensor([row[text] for text in texts])
     examples = Examples(noise, prompts, which, {"time_ids": time_ids} if "text_embeds" in prompts else {})
-    for places in tqdm(at.argsort(stable=True).split(images_per_pass(side, side)), desc="trajectories", unit="pass"):
+    for places in Bar(at.argsort(stable=True).split(images_per_pass(side, side)), desc="trajectories", unit="pass"):
         path = Path(new_scheduler(pipeline.scheduler, SCHEDULER), times[places].to(unet.device))
         conditions = (examples.condition(places, rows) for rows in (which[places], torch.zeros_like(places)))
         conditional, unconditional = (on_device(condition, unet.device) for condition in conditions)

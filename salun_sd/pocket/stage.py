@@ -5,7 +5,8 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+
+from salun_sd.runtime.bar import Bar
 
 
 class Stage:
@@ -36,7 +37,7 @@ class Stage:
     def run(self, step) -> dict:
         """Train with step(generator) -> loss to the end. Gives the modules, or their moving average with `ema`, in eval
         mode."""
-        bar = tqdm(range(self.done, self.steps), initial=self.done, total=self.steps, desc=self.name)
+        bar = Bar(range(self.done, self.steps), initial=self.done, total=self.steps, desc=self.name)
         for i in bar:
             loss = step(torch.Generator().manual_seed(self.seed * 1_000_003 + i))
             loss.backward()

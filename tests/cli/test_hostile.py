@@ -20,7 +20,7 @@ from salun_sd.audit import forms, markdown, page
 from salun_sd.audit.compare import Column, Table
 from salun_sd.audit.report import assemble, headline_metrics
 from salun_sd.checkpoint import provenance
-from salun_sd.cli import failures, tables
+from salun_sd.cli import streams, tables
 from salun_sd.runtime import escape
 
 NAME = (
@@ -108,12 +108,12 @@ def test_tables_and_lines_on_the_terminal(report, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2000")
     tables.show_audit(report[0])
     tables.show_compared(compared())
-    failures.print_lines(f"Error: {NAME}")
+    streams.print_lines(f"Error: {NAME}")
     assert is_harmless(capsys.readouterr().out)
 
 
 def test_failures_and_the_log(capsys, tmp_path):
-    failures.show_log()
+    streams.listen()
     logging.getLogger("salun_sd.checkpoint").warning(f"The tensor {NAME} is odd.")
     assert is_harmless(capsys.readouterr().err)
     for argv in (["compare", tmp_path / NAME, tmp_path], ["mask", "pocket", "--plan", NAME],
@@ -132,4 +132,4 @@ def test_only_one_function_of_the_commands_prints():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert [name for name, _ in calls] == ["failures.py"], calls
+    assert [name for name, _ in calls] == ["streams.py"], calls

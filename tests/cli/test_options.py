@@ -9,6 +9,7 @@ from helpers.runs import write_photographs
 
 from salun_sd.cli import app as cli
 from salun_sd.cli.options import RENAMED
+from salun_sd.cli.streams import listen
 from salun_sd.errors import UsageError
 
 LEAST = {  # what each command cannot do without
@@ -22,6 +23,7 @@ NAMES = [pytest.param(command, old, new, id=f"{command} {old}") for (command, ol
 
 def parsed(command: str, *words: str) -> dict:
     """The values of all parameters, as the command gets them."""
+    listen()
     return typer.main.get_command(cli.app).commands[command].make_context(command, [*LEAST[command], *words]).params
 
 

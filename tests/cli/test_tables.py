@@ -5,7 +5,7 @@ import io
 import pytest
 
 from salun_sd.cli import tables
-from salun_sd.cli.failures import print_lines
+from salun_sd.cli.streams import print_lines
 
 LONG = [f"stable-diffusion-v1-5-salun-density-{density}-nudity" for density in (0.5, 0.1, 0.05)]
 

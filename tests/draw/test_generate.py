@@ -1,5 +1,5 @@
 import json
-import re
+import logging
 from functools import partial
 from itertools import islice
 
@@ -13,6 +13,7 @@ from salun_sd.draw import generate
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Row
 from salun_sd.errors import UsageError
+from salun_sd.runtime import bar
 
 PROMPTS = [Prompt(i, text, 50 + i, guidance, size=size) for i, (text, guidance, size) in enumerate(
     [("a photo of a bag", 3.0, None), ("a sneaker", 7.5, None), ("", 1.0, None), ("a coat", 5.0, (24, 16)),
@@ -149,14 +150,15 @@ def test_what_a_model_cannot_draw_is_said_before_it_is_loaded(caplog):
     assert "--size 32" in caplog.text
 
 
-def test_the_bar_moves_with_each_denoising_step_and_counts_only_what_is_drawn(pipeline, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "tqdm", partial(generate.tqdm, mininterval=0))  # shows every move
-    draw(pipeline, PROMPTS[:2], tmp_path, steps=4, what="bags")
-    draw(pipeline, PROMPTS[:3], tmp_path, steps=4, what="more")
-    draw(pipeline, PROMPTS[:3], tmp_path, steps=4, what="nothing")
-    shown = re.findall(r"draw (\w+): +(\d+)%.* (\d)/(\d) ", capsys.readouterr().err.replace("\r", "\n"))
-    steps = ["0", "25", "50", "75", "100"]
-    for what, of in (("bags", "2"), ("more", "1")):
-        assert list(dict.fromkeys(percent for name, percent, *_ in shown if name == what)) == steps
-        assert [(n, total) for name, _, n, total in shown if name == what][-1] == (of, of)
-    assert {name for name, *_ in shown} == {"bags", "more"}
+def test_the_bar_moves_with_each_denoising_step_and_counts_only_what_is_drawn(pipeline, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(bar, "AFTER", 1e-9)
+    monkeypatch.setitem(bar._way, "seconds", 0)  # every move
+    monkeypatch.setattr(generate, "Bar", partial(generate.Bar, mininterval=0))
+    with caplog.at_level(logging.INFO):
+        draw(pipeline, PROMPTS[:2], tmp_path, steps=4, what="bags")
+        draw(pipeline, PROMPTS[:3], tmp_path, steps=4, what="more")
+        draw(pipeline, PROMPTS[:3], tmp_path, steps=4, what="nothing")
+    shown = [r.fields for r in caplog.records if hasattr(r, "fields")]
+    moves = {what: [(f["done"], f["of"]) for f in shown if f["what"] == f"draw {what}"] for what in ("bags", "more")}
+    assert moves == {"bags": [(0, 2), (0, 2), (1, 2), (1, 2), (2, 2)], "more": [(0, 1)] * 4 + [(1, 1)]}
+    assert len(shown) == 10

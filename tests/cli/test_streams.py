@@ -1,0 +1,84 @@
+"""What a command says on stderr: lines for a person, nothing but failures, or events for a program."""
+
+import json
+import logging
+import warnings
+
+import pytest
+from helpers.commands import CONCEPT
+
+from salun_sd.cli import app as cli
+from salun_sd.cli import streams
+
+DRY = ["mask", "pocket", "--concept", CONCEPT, "--dry-run"]
+
+
+@pytest.fixture(autouse=True)
+def afterwards():
+    yield
+    streams.listen()
+
+
+def said(argv, capsys, code=0) -> tuple[str, str]:
+    """stdout and stderr of a command that ends with a code."""
+    try:
+        cli.run(list(argv))
+    except SystemExit as e:
+        assert e.code == code
+    else:
+        assert code == 0
+    return capsys.readouterr()
+
+
+def events(argv, capsys, code=0) -> list[dict]:
+    """The events of a command, in order."""
+    return [json.loads(line) for line in said(argv, capsys, code).err.splitlines()]
+
+
+def settings_in(shown: str) -> str:
+    """What a dry run prints, without the memory, which differs from run to run."""
+    return shown.partition("memory,")[0]
+
+
+def test_quiet_leaves_the_result_and_stands_anywhere(capsys):
+    plain = said(DRY, capsys)
+    assert plain.err and plain.out
+    for argv in (["--quiet", *DRY], [*DRY, "--quiet"], [*DRY[:2], "--quiet", *DRY[2:]]):
+        out, err = said(argv, capsys)
+        assert err == "" and settings_in(out) == settings_in(plain.out)
+    assert said(DRY, capsys).err == plain.err  # it holds for one command
+
+
+def test_events_are_objects_and_the_result_is_the_last(capsys):
+    plain = said(DRY, capsys)
+    found = events([*DRY, "--json"], capsys)
+    assert [e["event"] for e in found][0] == "start" and found[-1]["event"] == "result"
+    assert [e["text"] for e in found if e["event"] == "info"] == plain.err.splitlines()
+    assert found[-1]["command"] == "mask" and found[-1]["out"] == "mask.safetensors"
+    assert all({"event", "time", "text"} <= e.keys() for e in found)
+    assert [e["event"] for e in events(["--quiet", *DRY, "--json"], capsys)] == ["result"]
+
+
+@pytest.mark.parametrize("argv", [["mask", "nowhere", "--concept", "x"], ["mask", "pocket", "--nowhere"], ["nowhere"],
+                                  ["mask", "pocket", "--seed", "1", "--seed", "2"]])  # fmt: skip
+def test_the_last_event_of_a_failure_is_an_error_with_its_code(argv, capsys):
+    found = events([*argv, "--json"], capsys, code=2)
+    assert found[-1]["event"] == "error" and found[-1]["code"] == 2
+    assert [e["event"] for e in events(["--json", "--quiet", *argv], capsys, code=2)] == ["error"]
+
+
+def test_warnings_and_odd_names_are_events_of_one_line(capsys):
+    streams.listen(as_json=True)
+    logging.getLogger("salun_sd.draw").warning("a\x1b[31m\nb ☃")
+    warnings.warn("old", FutureWarning, stacklevel=1)
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert first["event"] == second["event"] == "warning" and first["text"] == "a\x1b[31m\nb ☃"
+    assert "old" in second["text"]
+
+
+def test_the_numbers_of_a_bar_are_an_event(capsys):
+    streams.listen(as_json=True)
+    fields = {"event": "progress", "what": "draw", "done": 3, "of": 7, "unit": "image", "left": 2.5}
+    logging.getLogger("salun_sd.runtime.bar").info("draw: 3 of 7", extra={"fields": fields})
+    [line] = capsys.readouterr().err.splitlines()
+    assert fields.items() <= json.loads(line).items()
