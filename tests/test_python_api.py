@@ -110,7 +110,7 @@ def plain(default: object) -> object:
     return str(value) if isinstance(value, Path) else None if value == () else value
 
 
-@pytest.mark.parametrize("name", ["mask", "erase", "apply", "evaluate", "compare"])
+@pytest.mark.parametrize("name", ["mask", "erase", "apply", "push", "evaluate", "compare"])
 def test_a_function_has_the_parameters_and_defaults_of_its_command(name):
     command = dict(inspect.signature(getattr(app, name)).parameters)
     function = dict(inspect.signature(getattr(salun_sd, name)).parameters)
@@ -144,10 +144,11 @@ def test_no_function_takes_an_empty_text_or_odd_bytes(odd, tmp_path, monkeypatch
         salun_sd.mask: {"model": "pocket", "concept": "x"},
         salun_sd.erase: {"model": "pocket", "concept": "x", "anchor": "y", "out": "out"},
         salun_sd.apply: {"model": "pocket", "patch": "patch", "out": "out"},
+        salun_sd.push: {"model": "out", "repo": "org/name"},
         salun_sd.evaluate: {"model": "pocket", "prompts": "pocket", "out": "out"},
     }.items():
         for name in inspect.signature(function).parameters.keys() & {*given, "forget", "retain", "against", "config"}:
-            with pytest.raises(UsageError, match=name.upper() if name in ("model", "patch") else f"--{name}"):
+            with pytest.raises(UsageError, match=name.upper() if name in ("model", "patch", "repo") else f"--{name}"):
                 function(**given | {name: odd})
     with pytest.raises(UsageError, match="AUDITS"):
         salun_sd.compare(["here", odd])

@@ -217,6 +217,25 @@ def apply(
     print_lines(f"{out}: the {what} UNet {record[what]['fingerprint'][:12]}, {size}")
 
 
+@app.command(cls=Command, epilog=example("push erased org/pocket-without-sneakers --dry-run"))
+def push(
+    model: Annotated[Path, o.PUSHED],
+    repo: Annotated[str, o.REPO],
+    public: Annotated[bool, o.PUBLIC] = False,
+    config: Annotated[str | None, o.CONFIG] = None,
+    dry_run: Annotated[bool, o.LIST] = False,
+) -> None:
+    """Send an erased checkpoint and its card to the hub.
+
+    The repository is private. The mask, the losses and all images stay here.
+    """
+    loading()
+    from salun_sd.edit import push
+
+    pushed = push.push(model, repo, public=public, config=config, dry_run=dry_run)
+    tables.show_pushed(pushed)
+
+
 @app.command(cls=Command, epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
 def evaluate(
     prompts: Annotated[str, o.PROMPTS],

@@ -231,6 +231,12 @@ APPLY_OUT = Option(help="New folder, or a .safetensors file for --format single-
 APPLY_FORMAT = Option(help="A pipeline folder, or one file for A1111 and ComfyUI.")
 REVERT = Option("--revert", help="MODEL is the erased one: restore the base. Needs a patch made with --reversible.")
 
+# push
+PUSHED = Argument(help="What `erase` or `apply` wrote: a folder, a single file or a patch.", show_default=False)
+REPO = Argument(help="Repository of the hub, as org/name. It is made where there is none.", show_default=False)
+PUBLIC = Option("--public", help="Everybody may read the repository. Default: only you and those whom you let.")
+LIST = Option("--dry-run", help="Print the files and their sizes, and send nothing.")
+
 # evaluate
 PROMPTS = Option(
     help="Prompt set: a built-in one by name, a .csv file, or a .txt file with one prompt per line; `classes`: all "

@@ -75,6 +75,16 @@ def show_erased(record: dict, out, is_new: bool) -> None:
         show_run(run)
 
 
+def show_pushed(pushed) -> None:
+    """The files that were sent, or would be, and the address."""
+    table = Table("file", "size", box=None)
+    for name, size in pushed.files.items():
+        table.add_row(name, megabytes(size))
+    show(table)
+    total = megabytes(sum(pushed.files.values()))
+    print_lines(f"{pushed.url or 'Nothing was sent'}: {len(pushed.files)} files, {total}")
+
+
 def show_run(run: dict) -> None:
     """The memory and time of a run, and the planned memory; on stderr, as they differ from run to run."""
     for step, size in run["peak_bytes"].items():

@@ -89,7 +89,7 @@ def values_of(command: str) -> list[list[str]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["mask", "erase", "apply", "evaluate", "compare", "demo"])
+@pytest.mark.parametrize("command", ["mask", "erase", "apply", "push", "evaluate", "compare", "demo"])
 @pytest.mark.parametrize("value", ["", " ", b"caf\xe9".decode("utf-8", "surrogateescape")], ids=ascii)
 def test_no_path_or_text_is_empty_or_of_odd_bytes(command, value, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,142 @@
+"""push: what it sends to a stand-in for the hub, and what it refuses to send."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+from helpers.commands import fails, files_in
+from helpers.hub import standing_in
+from helpers.runs import PAIR
+
+import salun_sd
+from salun_sd.cli import app as cli
+
+NAME = "org/without-sneakers"
+
+
+@pytest.fixture(scope="module")
+def erased(tiny, tmp_path_factory):
+    """folder, file.safetensors and patch.safetensors: one short erasure in three forms."""
+    place = tmp_path_factory.mktemp("push")
+    short = ["erase", tiny, *PAIR, "--samples", "2", "--steps", "1", "--mask", "none"]
+    for format, name in (("diffusers", "folder"), ("single-file", "file.safetensors"), ("patch", "patch.safetensors")):
+        cli.run([*short, "--format", format, "--out", str(place / name)])
+    return place
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in, in the place of the hub."""
+    constants = huggingface_hub.constants
+    with standing_in() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "writes")
+        yield hub
+
+
+def content_of(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files_in(folder)}
+
+
+def test_a_folder_is_sent_whole_and_nothing_beside_it(erased, hub, capsys):
+    cli.run(["push", str(erased / "folder"), NAME])
+    [repo] = hub.repos.values()
+    assert repo.private and len(repo.commits) == 1
+    assert repo.files == content_of(erased / "folder") | {".gitattributes": b""}
+    assert f"{hub.url}/{NAME}" in capsys.readouterr().out
+    sent = len(hub.objects)
+    hub.calls.clear()
+    (erased / "folder" / ".hidden").write_text("x")
+    salun_sd.push(erased / "folder", NAME)  # again: the large files are known
+    assert len(hub.objects) == sent and not any(call.startswith("PUT") for call in hub.calls)
+    assert ".hidden" not in repo.files
+
+
+@pytest.mark.parametrize("name", ["file.safetensors", "patch.safetensors"])
+def test_a_file_goes_with_its_card(name, erased, hub, caplog):
+    file = erased / name
+    salun_sd.push(file, NAME, public=True, config=None if "patch" in name else str(erased / "folder"))
+    repo = hub.repos[NAME]
+    card = (erased / f"{name}.run" / "README.md").read_bytes()
+    assert not repo.private and repo.files == {".gitattributes": b"", name: file.read_bytes(), "README.md": card}
+    assert ("is a patch" in caplog.text) == ("patch" in name)
+
+
+def test_a_dry_run_lists_what_would_be_sent_and_asks_nobody(erased, hub, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    pushed = salun_sd.push(erased / "folder", NAME, dry_run=True)
+    assert pushed.url is None
+    assert pushed.files == {name: len(content) for name, content in content_of(erased / "folder").items()
+                            if name != ".hidden"}  # fmt: skip
+    cli.run(["push", str(erased / "folder"), NAME, "--dry-run"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in pushed.files) and hub.calls == []
+
+
+@pytest.mark.parametrize("name", ["org", "a/b/c", "org/", "org/a--b", "org/ü", "https://huggingface.co/org/name"])
+def test_a_name_is_one_of_the_hubs(name, erased, hub, capsys):
+    assert name in fails(["push", erased / "folder", name], 2, capsys) and hub.calls == []
+
+
+@pytest.mark.parametrize("odd", ["mask.safetensors", "images/0_0.png", "run.py", "unet/losses.jsonl",
+                                 "unet/diffusion_pytorch_model.non_ema.safetensors"])  # fmt: skip
+def test_what_is_not_of_the_checkpoint_is_named_and_nothing_is_sent(odd, erased, hub, tmp_path, capsys):
+    folder = shutil.copytree(erased / "folder", tmp_path / "folder")
+    (folder / odd).parent.mkdir(exist_ok=True)
+    shutil.copy(erased / "folder.run" / "mask.safetensors", folder / odd)
+    assert odd in fails(["push", folder, NAME], 2, capsys) and hub.calls == []
+
+
+def test_what_was_not_erased_or_is_damaged_is_not_sent(tiny, erased, hub, tmp_path, capsys):
+    assert "mask" in fails(["push", erased / "folder.run" / "mask.safetensors", NAME], 2, capsys)
+    assert "record" in fails(["push", tiny, NAME], 2, capsys)
+    assert "nowhere" in fails(["push", tmp_path / "nowhere", NAME], 2, capsys)
+    folder = shutil.copytree(erased / "folder", tmp_path / "folder")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(
+        (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    )
+    fails(["push", folder, NAME], 1, capsys)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "diffusion_pytorch_model.safetensors" in fails(["push", folder, NAME], 1, capsys)
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize(("token", "word"), [("reads", "read"), ("elsewhere", NAME), ("unknown", "HF_TOKEN"),
+                                             (None, "HF_TOKEN")])  # fmt: skip
+def test_a_token_without_rights_is_said(token, word, erased, hub, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    assert word in fails(["push", erased / "folder", NAME], 1, capsys) and hub.repos == {}
+
+
+def test_a_repository_with_other_content_or_visibility_stays_as_it_is(erased, hub, capsys):
+    salun_sd.push(erased / "folder", NAME)
+    repo = hub.repos[NAME]
+    assert "--public" in fails(["push", erased / "folder", NAME, "--public"], 2, capsys)
+    assert "model_index.json" in fails(["push", erased / "patch.safetensors", NAME], 2, capsys)
+    repo.files["unet/diffusion_pytorch_model.safetensors"] = b"of another"
+    assert "unet/diffusion_pytorch_model.safetensors" in fails(["push", erased / "folder", NAME], 2, capsys)
+    assert len(repo.commits) == 1
+
+
+def test_without_a_network_it_says_so(erased, hub, monkeypatch, capsys):
+    hub.shutdown()
+    hub.server_close()
+    assert hub.url in fails(["push", erased / "folder", NAME], 1, capsys)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "offline" in fails(["push", erased / "folder", NAME], 1, capsys)
+
+
+def test_the_numbers_of_an_audit_go_with_the_card(erased, hub, caplog, tmp_path):
+    salun_sd.push(erased / "folder", NAME, dry_run=True)
+    assert "--record" in caplog.text
+    caplog.clear()
+    folder = shutil.copytree(erased / "folder", tmp_path / "folder")
+    salun_sd.evaluate(str(folder), prompts="pocket", limit=1, denoising_steps=1, record=True, out=tmp_path / "audit")
+    salun_sd.push(folder, NAME)
+    files = hub.repos[NAME].files
+    assert json.loads(files["salun.json"])["audits"] and b"## Audit on pocket" in files["README.md"]
+    assert "The card has no audit" not in caplog.text
