@@ -1,26 +1,28 @@
-"""How fast the audit draws, beside one prompt at a time as in the authors' eval-scripts/generate-images.py.
+"""How fast the audit draws, beside diffusers' pipeline and the loop of the authors' eval-scripts/generate-images.py.
 
     python benchmarks/draw.py
     python benchmarks/draw.py --arch pocket --images 64
 
-In one run and on the same rows, at equal steps: `evaluate`'s own drawing, in float32 as there; the authors' loop with
-the same scheduler; and with theirs, LMS. Every image is encoded from its text, drawn and written as a PNG. SD 1.x is
-the true architecture with random weights, which take as long as trained ones. Writes benchmarks/draw.md.
+In one run and on the same rows, with the model's own scheduler at equal steps: `evaluate`'s own drawing; diffusers'
+pipeline, in batches of the same size; and the authors' loop, one prompt at a time, in float32 as there. In float32, and
+in half where the device computes in it. Every image is encoded from its text, drawn and written as a PNG. SD 1.x is the
+true architecture with random weights, which take as long as trained ones. Writes benchmarks/draw.md.
 """
 
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import date
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from common import now
-from diffusers import LMSDiscreteScheduler
 from helpers.models import write_pipeline
 from pocket_classes import cpu
 from tqdm import tqdm
@@ -29,10 +31,11 @@ from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import generate, prompts
-from salun_sd.draw.sample import Row
-from salun_sd.runtime.device import default_device
+from salun_sd.draw.sample import Row, images_per_pass
+from salun_sd.runtime.device import Precision, default_device, dtype_name
 
 DEFAULTS = {"pocket": (64, 25), "sd1": (4, 2)}  # images, steps
+NAMES = {"pocket": "pocket", "sd1": "SD 1.x"}
 
 
 class Arch(str, Enum):
@@ -40,17 +43,44 @@ class Arch(str, Enum):
     sd1 = "sd1"
 
 
+class Other(str, Enum):
+    diffusers = "diffusers"
+    authors = "authors"
+
+
+def ours(pipeline, rows: list[Row], steps: int, out: Path) -> None:
+    wanted, scheduler = {out / f"{i}.png": row for i, row in enumerate(rows)}, type(pipeline.scheduler).__name__
+    for _ in generate.draw(lambda: pipeline, wanted, identity="", scheduler=scheduler, steps=steps):
+        pass
+
+
+def of_diffusers(pipeline, rows: list[Row], steps: int, out: Path) -> None:
+    """diffusers' pipeline, in batches of the size of ours."""
+    [(width, height)], [guidance] = {row.size for row in rows}, {row.guidance for row in rows}
+    most = images_per_pass(width // pipeline.vae_scale_factor, height // pipeline.vae_scale_factor)
+    for first in range(0, len(rows), most):
+        batch = rows[first : first + most]
+        images = pipeline(
+            [row.text for row in batch], width=width, height=height, guidance_scale=guidance, num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(row.seed) for row in batch],
+        ).images  # fmt: skip
+        for i, image in enumerate(images, first):
+            image.save(out / f"{i}.png")
+
+
 @torch.no_grad()
-def one_at_a_time(pipeline, rows: list[Row], scheduler, steps: int, out: Path) -> None:
-    """The loop of generate-images.py for one image a prompt, as it stands there but for the device."""
+def of_authors(pipeline, rows: list[Row], steps: int, out: Path) -> None:
+    """The loop of generate-images.py for one image a prompt, as it stands there but for the device and the
+    scheduler."""
     unet, vae, tokenizer, text_encoder = pipeline.unet, pipeline.vae, pipeline.tokenizer, pipeline.text_encoder
+    scheduler = pipeline.scheduler
 
     def encoded(text: str) -> torch.Tensor:
         length = tokenizer.model_max_length
         tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return text_encoder(tokens.input_ids.to(unet.device))[0]
 
-    for i, row in enumerate(tqdm(rows, desc="one at a time", unit="image")):
+    for i, row in enumerate(tqdm(rows, desc="authors", unit="image")):
         generator = torch.Generator().manual_seed(row.seed)
         told = torch.cat([encoded(""), encoded(row.text)])
         width, height = (side // pipeline.vae_scale_factor for side in row.size)
@@ -65,72 +95,75 @@ def one_at_a_time(pipeline, rows: list[Row], scheduler, steps: int, out: Path) -
         pipeline.image_processor.postprocess(image)[0].save(out / f"{i}.png")
 
 
-def rate(draw: Callable[[list[Row], int, Path], None], rows: list[Row], steps: int) -> float:
-    """Images a second, after one image in one step, in which kernels are chosen."""
+def rate(draw: Callable, rows: list[Row], steps: int) -> float:
+    """Images a second, after one small image in one step, in which kernels are chosen. On a CPU, a second is one that
+    its cores work for this process: what runs beside it counts for little."""
+    clock = now if default_device() == "cuda" else lambda: time.process_time() / torch.get_num_threads()
     with tempfile.TemporaryDirectory() as out:
-        draw([rows[0]._replace(seed=0)], 1, Path(out))
+        draw([rows[0]._replace(size=(64, 64))], 1, Path(out))
     with tempfile.TemporaryDirectory() as out:
-        began = now()
+        began = clock()
         draw(rows, steps, Path(out))
-        return len(rows) / (now() - began)
+        return len(rows) / (clock() - began)
 
 
-def measured(model: Checkpoint, images: int, steps: int) -> tuple[float, float, float]:
-    """Images a second: ours, the authors' loop with the same scheduler, and with LMS."""
-    pipeline, size = load_pipeline(model), (model.image_size, model.image_size)
-    texts = [p.text for p in prompts.read("pocket", ["class!=sneaker"])]
-    guidance = model.sampling[1]
+def measured(
+    model: Checkpoint, dtype: torch.dtype, others: list[Other], images: int, steps: int
+) -> dict[str, float]:  # fmt: skip
+    """Images a second of "ours" and of each other."""
+    pipeline, size = load_pipeline(model, dtype=dtype), (model.image_size, model.image_size)
+    texts, guidance = [p.text for p in prompts.read("pocket", ["class!=sneaker"])], model.sampling[1]
     rows = [Row(texts[i * len(texts) // images], i, guidance, size) for i in range(images)]
-    own = pipeline.scheduler
-
-    def ours(rows: list[Row], steps: int, out: Path) -> None:
-        wanted = {out / f"{i}.png": row for i, row in enumerate(rows)}
-        for _ in generate.draw(lambda: pipeline, wanted, identity="", scheduler=type(own).__name__, steps=steps):
-            pass
-
-    def theirs(scheduler) -> Callable[[list[Row], int, Path], None]:
-        return lambda rows, steps, out: one_at_a_time(pipeline, rows, scheduler.from_config(own.config), steps, out)
-
-    return (
-        rate(ours, rows, steps),
-        rate(theirs(type(own)), rows, steps),
-        rate(theirs(LMSDiscreteScheduler), rows, steps),
-    )
+    rates = {"ours": rate(partial(ours, pipeline), rows, steps)}
+    if Other.diffusers in others:
+        pipeline.to(dtype)  # it draws with all its parts in one
+        rates["diffusers"] = rate(partial(of_diffusers, pipeline), rows, steps)
+    if Other.authors in others and dtype == torch.float32:
+        rates["authors"] = rate(partial(of_authors, pipeline), rows, steps)
+    return rates
 
 
-def line(model: Checkpoint, name: str, images: int, steps: int) -> str:
-    ours, same, lms = measured(model, images, steps)
-    return (f"| {name}, {model.image_size} px | {images} | {steps} of {model.scheduler.removesuffix('Scheduler')} | "
-            f"{ours:.3g} | {same:.3g} | {ours / same:.2f} | {lms:.3g} | {ours / lms:.2f} |")  # fmt: skip
+def line(model: Checkpoint, name: str, dtype: torch.dtype, others: list[Other], images: int, steps: int) -> str:
+    rates = measured(model, dtype, others, images, steps)
+
+    def beside(other: Other) -> str:
+        theirs = rates.get(other.value)
+        return f"{theirs:.3g} | {rates['ours'] / theirs:.2f}" if theirs else "- | -"
+
+    return (f"| {name}, {model.image_size} px | {dtype_name(dtype)} | {images} | "
+            f"{steps} of {model.scheduler.removesuffix('Scheduler')} | {rates['ours']:.3g} | "
+            f"{beside(Other.diffusers)} | {beside(Other.authors)} |")  # fmt: skip
 
 
 def main(
     arch: Annotated[list[Arch] | None, typer.Option(help="Default: all.")] = None,
+    against: Annotated[list[Other] | None, typer.Option(help="Default: all.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Default: 64 of pocket, 4 of SD 1.x.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: 25 for pocket, 2 for SD 1.x.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
 ) -> None:
     torch.set_num_threads(threads)
-    table = []
+    table, half = [], Precision.to_draw("bfloat16", default_device()).dtype  # float32 where there is none
     for name in [a.value for a in arch or Arch]:
-        usual = DEFAULTS[name]
-        how = images or usual[0], steps or usual[1]
+        how = images or DEFAULTS[name][0], steps or DEFAULTS[name][1]
         with tempfile.TemporaryDirectory() as folder:
-            found = "pocket" if name == "pocket" else write_pipeline(Path(folder) / "sd1", "sd1", full=True)
-            table.append(line(find(str(found)), {"pocket": "pocket", "sd1": "SD 1.x"}[name], *how))
-        print(table[-1])
+            model = find("pocket" if name == "pocket" else str(write_pipeline(Path(folder) / name, name, full=True)))
+            for dtype in dict.fromkeys((torch.float32, half)):
+                table.append(line(model, NAMES[name], dtype, against or list(Other), *how))
+                print(table[-1])
     device = torch.cuda.get_device_name() if default_device() == "cuda" else f"{cpu()}, {threads} of its cores"
     Path(__file__).with_suffix(".md").write_text(
         f"""# Images a second
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
-{date.today()}, {device}, PyTorch {torch.__version__}, float32.
+{date.today()}, {device}, PyTorch {torch.__version__}.
 
-One run, the same rows, equal steps. "One at a time" is the loop of the authors' `generate-images.py`, one image a
-prompt, with the model's own scheduler and with LMS, which they use.
+One run, the same rows, the model's own scheduler, equal steps. "diffusers" is its own pipeline, in batches of the same
+size. "authors" is the loop of their `generate-images.py`, one image a prompt. On a CPU, a second is one that the cores
+work for the program.
 
-| model | images | steps | `evaluate` | one at a time | times | one at a time, LMS | times |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| model | dtype | images | steps | `evaluate` | diffusers | times | authors | times |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(table)}
 """
     )

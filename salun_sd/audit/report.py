@@ -51,8 +51,11 @@ def settings_of(report: dict) -> dict[str, object]:
     """The settings of a report in one layer, without protocols and the identities of weights. The base's sampling has
     `against.` before its names."""
     settings = report["settings"]
-    of_base = {AGAINST + key: value for key, value in (settings.get("sampling_against") or {}).items()}
-    sampling = (settings.get("sampling") or {}) | of_base
+    model, base = (
+        each and {"dtype": "float32"} | each  # the only one of older reports
+        for each in (settings.get("sampling"), settings.get("sampling_against"))
+    )  # fmt: skip
+    sampling = (model or {}) | {AGAINST + key: value for key, value in (base or {}).items()}
     layer = {key: value for key, value in sampling.items() if not key.endswith("identity")}
     return layer | {k: v for k, v in settings.items() if k not in ("sampling", "sampling_against", "protocols")}
 

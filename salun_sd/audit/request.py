@@ -55,8 +55,8 @@ def check_options(
     if (model is None) == (images is None):
         raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
     if images and not against and any(option is not None for option in drawing):
-        raise UsageError("--denoising-steps, --scheduler, --guidance and --size are for images that are drawn: leave "
-                         "them out.")  # fmt: skip
+        raise UsageError("--denoising-steps, --scheduler, --guidance, --size and --dtype are for images that are "
+                         "drawn: leave them out.")  # fmt: skip
     if images and samples is not None:
         raise UsageError("--samples-per-prompt is for a MODEL, and --images has a number of its own: leave it out.")
     if out.exists() and (not out.is_dir() or not _is_audit(out)):

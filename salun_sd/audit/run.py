@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
+import torch
+
 from salun_sd.audit import bounds, markdown, page, quality
 from salun_sd.audit.clip import Clip
 from salun_sd.audit.collected import collected, line_of
@@ -28,7 +30,7 @@ from salun_sd.errors import UsageError, some
 from salun_sd.report import gate
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.cache import folder as cache_folder
-from salun_sd.runtime.device import default_device
+from salun_sd.runtime.device import Precision, check_dtype, default_device, dtype_name
 from salun_sd.runtime.escape import line
 from salun_sd.runtime.files import check_place, new_file, remove_stale, write_atomic
 
@@ -43,9 +45,9 @@ def evaluate(
     concept_class: str | Sequence[str] = (), classifier: str | None = None, detector_model: str | Path | None = None,
     clip: str | None = None, fid: str | None = None, reference: str | Path | None = None,
     denoising_steps: int | None = None, scheduler: str | None = None, guidance: float | None = None,
-    size: str | int | None = None, samples_per_prompt: int | None = None, no_images: bool = False, record: bool = False,
-    fail_if: str | Sequence[str] = (), confident: bool = False, config: str | None = None, revision: str | None = None,
-    variant: str | None = None,
+    size: str | int | None = None, dtype: str | None = None, samples_per_prompt: int | None = None,
+    no_images: bool = False, record: bool = False, fail_if: str | Sequence[str] = (), confident: bool = False,
+    config: str | None = None, revision: str | None = None, variant: str | None = None,
 ) -> dict:  # fmt: skip
     """Audit a checkpoint or a folder of images on a prompt set. Writes the audit into `out`; returns what report.json
     holds.
@@ -64,7 +66,8 @@ def evaluate(
     out, images, reference, detector = Path(out), _path(images), _path(reference), _path(detector_model)
     where, fail_if, concept_class = _texts(where), _texts(fail_if), _texts(concept_class)
     size = None if size is None else str(size)
-    check_options(model, against, images, out, drawing=(denoising_steps, scheduler, guidance, size),
+    check_dtype(dtype)
+    check_options(model, against, images, out, drawing=(denoising_steps, scheduler, guidance, size, dtype),
                   samples=samples_per_prompt, confident=confident, fail_if=fail_if)  # fmt: skip
     check_place(out / "report.json", out / "images" / "0_0.png")
     models = cache(partial(_models, model, against, config, revision, variant))
@@ -84,6 +87,8 @@ def evaluate(
         check_record(audited, erasure)
     request = request.judging(concept_class, classifier, erasure)
     _check_drawing(audited, base, request, sampling)
+    if audited or base:
+        sampling["dtype"] = _dtype_to_draw_in(dtype)
     quality.check_others(clip, fid, samples * request.others())
     parsed = request.bounds(fail_if, against=base is not None, clip=bool(clip), fid=bool(fid),
                             reference=reference is not None)  # fmt: skip
@@ -164,20 +169,28 @@ def _check_drawing(audited: Checkpoint | None, base: Checkpoint | None, request:
         check_place(place, advice="set SALUN_SD_CACHE to another folder")
 
 
+def _dtype_to_draw_in(requested: str | None) -> torch.dtype:
+    """--dtype, or what suits the device. Logs it, and why."""
+    precision = Precision.to_draw(requested, default_device())
+    logger.info(f"Images are drawn in {dtype_name(precision.dtype)}: {precision.reason}.")
+    return precision.dtype
+
+
 def _draw(
     model: Checkpoint, request: Request, samples: int, out: Path, *, steps: int | None, scheduler: str | None,
-    keep: bool = False,
+    dtype: torch.dtype, keep: bool = False,
 ) -> tuple[list[dict], dict]:  # fmt: skip
     """Draw the images that are missing in out/images. Returns the manifest, a line for each image in the order of the
     prompts, and the sampling settings for the report.
 
     With `keep`, the images also stay in the user's cache for the next audit.
     """
-    sampling = {"scheduler": scheduler or model.scheduler, "steps": steps or model.sampling[0]}
+    sampling = {"scheduler": scheduler or model.scheduler, "steps": steps or model.sampling[0],
+                "dtype": dtype_name(dtype)}  # fmt: skip
     default_size = model.image_size, model.image_size
     rows = {(p, k): generate.row_of(p, k, default_size) for p in request.rows for k in range(samples)}
     files = {out / generate.file_of(p, k): row for (p, k), row in rows.items()}
-    pipeline, what = cache(partial(load_pipeline, model)), line(Path(model.name).name)
+    pipeline, what = cache(partial(load_pipeline, model, dtype=dtype)), line(Path(model.name).name)
     if not keep:
         for _ in generate.draw(pipeline, files, identity=model.identity, what=what, **sampling):
             pass

@@ -155,22 +155,26 @@ class ClassPipeline:
     image_processor: Any
     vae: torch.nn.Module | None = None  # None: it draws pixels
 
-    def to(self, dtype: torch.dtype) -> None:
-        if self.vae:
-            self.vae.to(dtype)
+
+def held_in(model: Checkpoint, part: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a part in a pipeline that draws in `dtype`: float32 for text encoders, which run once a prompt, and
+    for a VAE whose config says that it overflows in half (`force_upcast`)."""
+    is_wide = part.startswith("text_encoder") or (part == "vae" and model.vae_settings.get("force_upcast"))
+    return torch.float32 if is_wide else dtype
 
 
-def load_pipeline(model: Checkpoint, *, unet: torch.nn.Module | bool = True):
-    """The pipeline in float32 on `default_device()`, frozen and without a safety checker: one of diffusers, or a
-    ClassPipeline.
+def load_pipeline(model: Checkpoint, *, unet: torch.nn.Module | bool = True, dtype: torch.dtype = torch.float32):
+    """The pipeline on `default_device()`, frozen and without a safety checker: one of diffusers, or a ClassPipeline.
+    Each part is in the dtype that it is `held_in`.
 
     `unet` is another denoiser to use, or False for a pipeline without one. Raises SalunError if a part is missing or
     damaged, if a weight is not finite, or if a file lacks one.
     """
     import diffusers
 
-    parts = {part: load_part(model, part) for part in model.family.parts if part != model.denoiser}
-    parts["unet"] = load_part(model, model.denoiser) if unet is True else unet or None
+    others = [part for part in model.family.parts if part != model.denoiser]
+    parts = {part: load_part(model, part, held_in(model, part, dtype)) for part in others}
+    parts["unet"] = load_part(model, model.denoiser, dtype) if unet is True else unet or None
     parts |= load_tokenizers(model) | {"scheduler": load_scheduler(model)}
     if model.classes:
         return ClassPipeline(

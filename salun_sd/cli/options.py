@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Literal
 
 import typer
 from typer import Argument, Option
@@ -105,6 +106,8 @@ CONFIG = Option(
 REVISION = Option(help="Branch, tag or commit of a hub id.")
 VARIANT = Option(help="File variant of a folder or hub id, such as fp16.")
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 # mask and erase
 CONCEPT = Option(
     metavar="<str>",
@@ -133,7 +136,9 @@ SALIENCY_GUIDANCE = Option(
 )
 SEED = Option(min=RANGES["seed"].low, max=RANGES["seed"].high, help="Random seed of noise, timesteps and image order.")
 DTYPE = Option(
-    help="Dtype of the UNet's weights in memory. Default: bfloat16 on a GPU that computes in it, else float32."
+    help="Dtype to draw, encode and train in. To draw, float32 takes the place of one that the device does not compute "
+    "in; to train, of float16. Default: on a GPU bfloat16 or, where it does not compute in that, float16; on a CPU "
+    "float32."
 )
 CHECKPOINTING = Option(
     "--checkpointing/--no-checkpointing",
@@ -279,6 +284,10 @@ SCHEDULER = Option(
 GUIDANCE = Option(help="Classifier-free guidance scale of all images. Default: each row's own.")
 IMAGE_SIZE = Option(
     help="Size of all images in pixels: 512, or 512x384 (width, height). Default: each row's, or MODEL's own."
+)
+DRAWING_DTYPE = Option(
+    help="Dtype to draw in; float32 takes the place of one that the device does not compute in. Default: on a GPU "
+    "bfloat16 or, where it does not compute in that, float16; on a CPU float32."
 )
 SAMPLES_PER_PROMPT = Option(
     min=1, help="Images per prompt: the first from the row's seed, the others from derived seeds. Default: 1."

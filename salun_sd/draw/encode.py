@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from salun_sd.checkpoint.load import ClassPipeline, load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.diffusion import Condition
+from salun_sd.draw import vae
 from salun_sd.runtime.finite import finite
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ def _overhang(image: Image.Image, side: str, size: int) -> int:
     return round((length * size / min(image.size) - size) / 2)
 
 
-@torch.no_grad()
 def encode_image(pipeline, values: torch.Tensor) -> torch.Tensor:
     """[3, size, size] => latent [4, h, w] float32 on the CPU, times the scaling factor; without a VAE the pixels, [3,
     size, size], or grey ones, [1, size, size], where the model draws those.
@@ -45,11 +45,9 @@ def encode_image(pipeline, values: torch.Tensor) -> torch.Tensor:
     It is the posterior's mode, so that an image has one latent; the authors' code samples at each use. Raises NotFinite
     where the VAE gives no such values.
     """
-    vae = pipeline.vae
-    if vae is None:
+    if pipeline.vae is None:
         return values if pipeline.channels == len(values) else (GREY * values).sum(0, keepdim=True)
-    mode = vae.encode(values[None].to(vae.device)).latent_dist.mode()[0]
-    return finite(mode, f"The output of the VAE of {pipeline.name_or_path}").cpu() * vae.config.scaling_factor
+    return vae.encode(pipeline, values[None])[0].cpu()
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from salun_sd.errors import UsageError, some
 from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import content_of
+from salun_sd.runtime.device import dtype_mark
 from salun_sd.runtime.files import new_file, remove_stale
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ def _check_classes(model: Checkpoint, prompts: Iterable[Prompt]) -> None:
 
 
 def missing(
-    wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, redraw: bool = False
+    wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, dtype: str = "float32",
+    redraw: bool = False,
 ) -> dict[Path, Row]:  # fmt: skip
     """The files, with their rows, that are absent or damaged. A whole image of another row or other settings raises
     UsageError; with `redraw` it is missing, too."""
@@ -92,7 +94,7 @@ def missing(
         recorded = _recorded(file)
         if recorded is None and file.exists():
             damaged.append(file.name)
-        if recorded != _provenance(row, identity=identity, scheduler=scheduler, steps=steps):
+        if recorded != _provenance(row, identity=identity, scheduler=scheduler, steps=steps, dtype=dtype):
             if recorded is not None and not redraw:
                 raise UsageError(
                     f"{file} was drawn by another model or with other settings, or by another program; "
@@ -105,21 +107,22 @@ def missing(
 
 
 def draw(
-    pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int, redraw: bool = False,
-    what: str = "images",
+    pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int,
+    dtype: str = "float32", redraw: bool = False, what: str = "images",
 ) -> Iterator[Path]:  # fmt: skip
     """Draw the images that are missing, a PNG for each row; yields each file once it is on disk.
 
     `pipeline` returns the pipeline, and is called only if there is something to draw; `scheduler` is the name of a
-    class of diffusers. Several processes take the passes in turn, and end together. `what` names the images on a
-    progress bar, which moves with each denoising step: a pass of many images may take minutes.
+    class of diffusers, `dtype` that in which the pipeline draws. Several processes take the passes in turn, and end
+    together. `what` names the images on a progress bar, which moves with each denoising step: a pass of many images may
+    take minutes.
 
     An image starts from noise that its row's seed draws on the CPU. It depends only on its row, the scheduler, the
-    steps and the checkpoint (`identity`): its bytes are the same in any order, subset or resumed run (on a GPU, to
-    the rounding of its kernels). Each PNG carries these settings in a text chunk. An image with others raises
+    steps, the dtype and the checkpoint (`identity`): its bytes are the same in any order, subset or resumed run (on a
+    GPU, to the rounding of its kernels). Each PNG carries these settings in a text chunk. An image with others raises
     UsageError, or with `redraw` is drawn again.
     """
-    settings = {"identity": identity, "scheduler": scheduler, "steps": steps}
+    settings = {"identity": identity, "scheduler": scheduler, "steps": steps, "dtype": dtype}
     rows_left = missing(wanted, **settings, redraw=redraw)
     yield from (file for file in wanted if file not in rows_left)
     for folder in {file.parent for file in rows_left} if ranks.is_main() else ():
@@ -144,10 +147,10 @@ def _move(bar: Bar, images: int, share: float) -> None:
     bar.update(min(images * share, bar.total - bar.n))
 
 
-def _provenance(row: Row, *, identity: str, scheduler: str, steps: int) -> str:
+def _provenance(row: Row, *, identity: str, scheduler: str, steps: int, dtype: str) -> str:
     width, height = row.size
-    return (f"{identity} scheduler={scheduler} steps={steps} size={width}x{height} guidance={row.guidance} "
-            f"seed={row.seed} {row.text}")  # fmt: skip
+    return (f"{identity} scheduler={scheduler} steps={steps}{dtype_mark(dtype)} size={width}x{height} "
+            f"guidance={row.guidance} seed={row.seed} {row.text}")  # fmt: skip
 
 
 def _write(file: Path, image: Image.Image, provenance: str) -> None:

@@ -10,11 +10,12 @@ from salun_sd.checkpoint.model import BUNDLED, Checkpoint
 from salun_sd.draw import generate
 from salun_sd.draw.sample import Row
 from salun_sd.runtime import cache
+from salun_sd.runtime.device import dtype_mark
 
 
-def key_of(base: Checkpoint, scheduler: str, steps: int) -> str:
-    """The cache key of all images that a base draws with one scheduler and number of steps."""
-    return hashlib.sha256(f"{base.identity} {scheduler} {steps}".encode()).hexdigest()[:16]
+def key_of(base: Checkpoint, scheduler: str, steps: int, dtype: str = "float32") -> str:
+    """The cache key of all images that a base draws with one scheduler and number of steps, in one dtype."""
+    return hashlib.sha256(f"{base.identity} {scheduler} {steps}{dtype_mark(dtype)}".encode()).hexdigest()[:16]
 
 
 def called(base: Checkpoint) -> str:
@@ -26,19 +27,21 @@ def called(base: Checkpoint) -> str:
 
 @contextmanager
 def kept_images(
-    kind: str, base: Checkpoint, pipeline: Callable, rows: Sequence[Row], *, scheduler: str, steps: int, what: str
+    kind: str, base: Checkpoint, pipeline: Callable, rows: Sequence[Row], *, scheduler: str, steps: int, dtype: str,
+    what: str,
 ) -> Iterator[list[Path]]:  # fmt: skip
     """The file of each row's image in the cache's folder `kind`, locked for this run until the block ends.
 
     Missing and changed images are drawn first, with what `pipeline` returns; `what` names them on the progress bar. A
     file's name depends on its row alone, so that runs share images, and a longer list of rows reuses a shorter one's.
     """
-    about = f"by {called(base)}, {steps} steps of {scheduler.removesuffix('Scheduler')}"
-    with cache.held(kind, key_of(base, scheduler, steps), about) as folder:
+    about = f"by {called(base)}, {steps} steps of {scheduler.removesuffix('Scheduler')} in {dtype}"
+    with cache.held(kind, key_of(base, scheduler, steps, dtype), about) as folder:
         files = [folder / "images" / f"{hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]}.png" for row in rows]
         wanted = dict(zip(files, rows, strict=True))
         for _ in generate.draw(
-            pipeline, wanted, identity=base.identity, scheduler=scheduler, steps=steps, redraw=True, what=what
-        ):
+            pipeline, wanted, identity=base.identity, scheduler=scheduler, steps=steps, dtype=dtype, redraw=True,
+            what=what,
+        ):  # fmt: skip
             pass
         yield files

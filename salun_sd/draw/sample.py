@@ -11,6 +11,7 @@ from PIL import Image
 
 from salun_sd.checkpoint import load
 from salun_sd.core.diffusion import Condition, joined, on_device, predict
+from salun_sd.draw import vae
 from salun_sd.draw.encode import encode_prompts
 from salun_sd.errors import UsageError
 from salun_sd.runtime.finite import finite
@@ -98,13 +99,9 @@ class Sampler:
             unconditional and on_device(unconditional, device), scale, steps=self.steps, generators=generators,
             advance=advance,
         )  # fmt: skip
-        name, vae = self.pipeline.name_or_path, self.pipeline.vae
-        finite(latents, f"The output of the UNet of {name}, with {self.scheduler},")
-        pixels = latents
-        if vae is not None:
-            pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-            finite(pixels, f"The output of the VAE of {name}")
-        return self.pipeline.image_processor.postprocess(pixels[: len(rows)].float(), output_type="pil")
+        check_drawn(self.pipeline, latents, self.scheduler)
+        pixels = latents if self.pipeline.vae is None else vae.decode(self.pipeline, latents)
+        return self.pipeline.image_processor.postprocess(pixels[: len(rows)], output_type="pil")
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of an image in pixels => of its latents."""
@@ -126,6 +123,14 @@ class Sampler:
     def _new_scheduler(self):
         """A scheduler without the state of an earlier pass."""
         return new_scheduler(self.pipeline.scheduler, self.scheduler)
+
+
+def check_drawn(pipeline, latents: torch.Tensor, scheduler: str) -> None:
+    """Raise NotFinite, which names the UNet, where it came to latents that are not finite in the dtype in which it
+    computes."""
+    dtype = pipeline.unet.dtype
+    advice = {} if dtype == torch.float32 else {"advice": "Draw with --dtype float32."}
+    finite(latents.to(dtype), f"The output of the UNet of {pipeline.name_or_path}, with {scheduler},", **advice)
 
 
 def new_scheduler(of_checkpoint, name: str):

@@ -13,6 +13,7 @@ from salun_sd.checkpoint.configs import UNET, multiple
 from salun_sd.core import mask
 from salun_sd.core.diffusion import Condition, Schedule, predict
 from salun_sd.core.saliency import sum_dtype
+from salun_sd.draw.vae import take_in_tiles
 from salun_sd.methods.batches import Rows
 from salun_sd.methods.loop import Method, Retain, Term, losses_of, watching
 from salun_sd.methods.salun import SalUn, forget_loss
@@ -59,29 +60,32 @@ class Drawing(Work):
     """The pipeline draws images in batches, unless they are given, and its encoders encode them one at a time."""
 
     vae: dict | None = None  # its config; None: it draws pixels
-    weights: int = 0  # number of weights in the pipeline's parts beside the UNet
+    vae_dtype: torch.dtype = torch.float32
+    others: int = 0  # bytes of the pipeline's parts beside the UNet
     drawn: int = 0  # side in pixels of the images that are drawn; 0: none are
     step = "images"
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
-        return {"weights": 4 * (self.weights + count * (self.drawn > 0))}
+        return {"weights": self.others + count * self.dtype.itemsize * (self.drawn > 0)}
 
     def activations(self, unet: nn.Module, device: torch.device) -> int:
         from diffusers import AutoencoderKL
 
         with torch.device("meta"):
-            vae = AutoencoderKL.from_config(self.vae) if self.vae else None
-            images = torch.empty(1, 3, self.resolution, self.resolution)
+            vae = AutoencoderKL.from_config(self.vae).to(self.vae_dtype) if self.vae else None
+            images = torch.empty(1, 3, self.resolution, self.resolution, dtype=self.vae_dtype)
         x_t, t, condition = _inputs(unet, replace(self, resolution=self.drawn), 2 * self.batch)
 
         def run_pass() -> None:
             with torch.no_grad():
                 if vae:
+                    take_in_tiles(vae, self.resolution)
                     vae.encode(images)
                 if self.drawn:
                     predict(unet, x_t, t, condition)
                 if vae and self.drawn:
-                    vae.decode(x_t[: self.batch])
+                    take_in_tiles(vae, self.drawn)
+                    vae.decode(x_t[: self.batch].to(self.vae_dtype))
 
         return peak_of([unet, vae] if vae else [unet], run_pass, lambda p: 0)
 
@@ -141,13 +145,13 @@ class Erasing(Work):
         return self.retain is not None and self.method.join is not None
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
-        salient, others = mask.keep_count(self.density, count), self.strips.weights if self.strips else 0
+        salient = mask.keep_count(self.density, count)
         return {
             "weights": count * self.dtype.itemsize,
             "salient weights and their moments": 12 * salient,
             "the mask": -(-count // 8),
             "gradients that are held": 4 * salient * (2 if self.joins else self.parts > 1 or self.clips),
-            "the parts that draw strips": (4 if self.precision.widens else self.dtype.itemsize) * others,
+            "the parts that draw strips": self.strips.others if self.strips else 0,
         }
 
     def activations(self, unet: nn.Module, device: torch.device) -> int:

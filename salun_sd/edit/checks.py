@@ -127,12 +127,6 @@ def check_choice(option: str, value: str, choices: Collection[str]) -> None:
         raise UsageError(f"--{option} is {value!r}: give one of {', '.join(choices)}.")
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Raise UsageError for a --dtype that the UNet cannot be held in. None: it was not given."""
-    if dtype is not None:
-        check_choice("dtype", dtype, ("float32", "bfloat16"))
-
-
 def checked_size(model: Checkpoint, size: int | None) -> int:
     """Side of the training images in pixels: --size, or the model's own. Raises UsageError where the UNet cannot halve
     it as often as it must."""

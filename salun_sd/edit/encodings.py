@@ -22,6 +22,7 @@ from salun_sd.edit.datasets import Item
 from salun_sd.errors import SalunError, some
 from salun_sd.runtime import cache, ranks
 from salun_sd.runtime.bar import Bar
+from salun_sd.runtime.device import dtype_mark, dtype_name
 from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import new_file
 
@@ -31,22 +32,22 @@ logger = logging.getLogger(__name__)
 class LoadedBase:
     """A checkpoint that draws and encodes its training images. Parts are loaded when they are needed.
 
-    size: side of the training images in pixels.
+    size: side of the training images in pixels. dtype: to draw and encode in.
     """
 
-    def __init__(self, model: Checkpoint, size: int):
-        self.model, self.size = model, size
+    def __init__(self, model: Checkpoint, size: int, dtype: torch.dtype = torch.float32):
+        self.model, self.size, self.dtype = model, size, dtype
         self._pipeline = None
 
     def pipeline(self):
         """The whole pipeline, to draw with."""
         if self._pipeline is None:
-            self._pipeline = load_pipeline(self.model)
+            self._pipeline = load_pipeline(self.model, dtype=self.dtype)
         return self._pipeline
 
     def encoders(self):
         """The VAE, the tokenizers and the text encoders; with the UNet only where it is loaded already."""
-        return self._pipeline or load_pipeline(self.model, unet=False)
+        return self._pipeline or load_pipeline(self.model, unet=False, dtype=self.dtype)
 
 
 def encode(base: LoadedBase, items: list[Item], texts: Iterable[str]) -> tuple[Examples, dict[str, int]]:
@@ -78,8 +79,9 @@ def _kept(
     settings, is not made again, and no text is encoded twice. The file is mapped into memory, not read.
     """
     needed = list(dict.fromkeys([*texts, *captions]))
-    key = f"{base.model.identity} {base.size} {settings}"
-    about = f"{len(captions)} {what} at {base.size} pixels, by {called(base.model)}"
+    dtype = dtype_name(base.dtype)
+    key = f"{base.model.identity} {base.size}{dtype_mark(dtype)} {settings}"
+    about = f"{len(captions)} {what} at {base.size} pixels, by {called(base.model)} in {dtype}"
     with cache.held("encoded", hashlib.sha256(key.encode()).hexdigest()[:16], about) as folder:
         file = folder / "encoded.safetensors"
         known, encoded = _read(file)

@@ -15,7 +15,6 @@ from salun_sd.core.saliency import GradientSum, sum_dtype
 from salun_sd.edit import maskfile, supports
 from salun_sd.edit.budget import Masking
 from salun_sd.edit.checks import (
-    check_dtype,
     check_kept,
     check_replaceable,
     checked_size,
@@ -31,7 +30,7 @@ from salun_sd.edit.training_data import LoadedBase, check_texts, encode, forget_
 from salun_sd.methods import salun
 from salun_sd.runtime import memory, ranks
 from salun_sd.runtime.bar import Bar
-from salun_sd.runtime.device import dtype_name
+from salun_sd.runtime.device import check_dtype, dtype_name
 from salun_sd.runtime.files import new_file
 from salun_sd.runtime.ranges import check_numbers
 from salun_sd.runtime.texts import check_given
@@ -82,14 +81,14 @@ def mask(
     if dry_run:
         settings = {"model": base.name, "concepts": [text for c in concepts for text in c.prompts()],
                     "densities": densities, "saliency_guidance": saliency_guidance, "batch_size": batch_size,
-                    "seed": seed, "size": size, "dtype": dtype_name(compute.precision.dtype)}  # fmt: skip
+                    "seed": seed, "size": size, **compute.dtypes()}  # fmt: skip
         return compute.forecast(steps, settings, {"masks": len(densities) * compute.mask_bytes()})
     for path in filter(Path.exists, paths):
         logger.info(f"{path} exists; the new mask replaces it.")
     planned = compute.planned_bytes(steps)
 
     # collect
-    loaded = LoadedBase(base, size)
+    loaded = LoadedBase(base, size, compute.drawn_in.dtype)
     items = [item for of_concept in forget_items(loaded, concepts, images, samples) for item in of_concept]
     examples, row = encode(loaded, items, [""])
     empty = examples.rows([row[""]])

@@ -7,15 +7,14 @@ from typing import NamedTuple
 import torch
 
 from salun_sd.checkpoint import tensors
-from salun_sd.checkpoint.load import alphas_cumprod, check, load_part
+from salun_sd.checkpoint.load import alphas_cumprod, check, held_in, load_part
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.diffusion import Schedule
 from salun_sd.draw import rehearsal
 from salun_sd.draw.sample import images_per_pass
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Drawing, Work
-from salun_sd.edit.checks import check_dtype
-from salun_sd.runtime.device import Precision, default_device, dtype_name
+from salun_sd.runtime.device import Precision, check_dtype, default_device, dtype_mark, dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +37,33 @@ def schedule_of(model: Checkpoint) -> Schedule:
 
 
 class Compute(NamedTuple):
-    """How the UNet computes: it changes the result only by rounding."""
+    """How the model computes: it changes the result only by rounding."""
 
     model: Checkpoint
-    precision: Precision
+    precision: Precision  # of the UNet, to train
+    drawn_in: Precision  # of the pipeline, to draw and encode
     checkpointing: bool  # activations are recomputed in the backward pass
     weights: int  # of the UNet
 
     @classmethod
     def of(cls, model: Checkpoint, dtype: str | None, checkpointing: bool | None) -> "Compute":
-        """As the options say or, where they are None, as it suits the device and the model. Logs the dtype and why.
+        """As the options say or, where they are None, as it suits the device and the model. Logs the dtypes and why.
 
         Raises SalunError where the model's parts do not fit one another.
         """
         check_dtype(dtype)
         check(model)
-        precision = Precision.of(dtype, default_device())
-        logger.info(f"The UNet is held in {dtype_name(precision.dtype)}: {precision.reason}.")
+        precision, drawn_in = Precision.of(dtype, default_device()), Precision.to_draw(dtype, default_device())
+        logger.info(f"Images are drawn and encoded in {dtype_name(drawn_in.dtype)}: {drawn_in.reason}.")
+        logger.info(f"The UNet is held in {dtype_name(precision.dtype)} to train: {precision.reason}.")
         weights = sum(t.shape.numel() for t in model.unet.values())
-        return cls(model, precision, weights >= LARGE if checkpointing is None else checkpointing, weights)
+        return cls(model, precision, drawn_in, weights >= LARGE if checkpointing is None else checkpointing, weights)
+
+    def dtypes(self) -> dict[str, str]:
+        """The dtypes as settings: that of the training, and that of the images where it is not float32, which was the
+        only one once."""
+        drawn_in = dtype_name(self.drawn_in.dtype)
+        return {"dtype": dtype_name(self.precision.dtype)} | ({"drawn_in": drawn_in} if dtype_mark(drawn_in) else {})
 
     def unet(self) -> torch.nn.Module:
         unet = load_part(self.model, self.model.denoiser, self.precision.dtype)
@@ -79,17 +86,18 @@ class Compute(NamedTuple):
                 "the state, while it runs": self.mask_bytes() + 12 * kept}  # fmt: skip
 
     def drawing(self, resolution: int, draws: bool) -> Drawing:
-        """The step that encodes images, and draws them where `draws`; in float32. Raises UsageError where the model's
-        own scheduler cannot draw it."""
+        """The step that encodes images, and draws them where `draws`. Raises UsageError where the model's own scheduler
+        cannot draw it."""
         if draws:
             rehearsal.check(self.model, self.model.scheduler, self.model.sampling[0])
-        latents = self.model.image_size // self.model.pixels_per_latent
-        parts = [self.model.parts[part] for part in self.model.family.parts[1:]]
+        model, dtype = self.model, self.drawn_in.dtype
+        latents = model.image_size // model.pixels_per_latent
+        sizes = {part: sum(t.shape.numel() for t in model.parts[part].values()) for part in model.family.parts[1:]}
         return Drawing(
-            resolution, images_per_pass(latents, latents), Precision(torch.float32, False, ""),
-            pixels=self.model.pixels_per_latent, vae=self.model.vae_settings,
-            weights=sum(t.shape.numel() for part in parts for t in part.values()),
-            drawn=self.model.image_size if draws else 0,
+            resolution, images_per_pass(latents, latents), self.drawn_in, pixels=model.pixels_per_latent,
+            vae=model.vae_settings, vae_dtype=held_in(model, "vae", dtype) if model.vae_settings else dtype,
+            others=sum(size * held_in(model, part, dtype).itemsize for part, size in sizes.items()),
+            drawn=model.image_size if draws else 0,
         )  # fmt: skip
 
     def forecast(self, steps: Sequence[Work], settings: dict, disk: dict[str, int]) -> Forecast:

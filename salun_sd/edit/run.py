@@ -18,7 +18,6 @@ from salun_sd.edit import closed_form, maskfile, patch
 from salun_sd.edit.budget import Erasing, Masking, Work
 from salun_sd.edit.checks import (
     check_batch,
-    check_dtype,
     check_format,
     check_method,
     check_retain,
@@ -42,7 +41,7 @@ from salun_sd.edit.training import strip_writer, train
 from salun_sd.edit.training_data import Data, LoadedBase, Sources, collect, sources_in_words
 from salun_sd.methods.names import TITLES
 from salun_sd.runtime import memory, ranks
-from salun_sd.runtime.device import dtype_name
+from salun_sd.runtime.device import check_dtype
 from salun_sd.runtime.ranges import RANGES, check_numbers
 from salun_sd.runtime.texts import check_given
 
@@ -173,7 +172,7 @@ def _prepared(o: SimpleNamespace) -> Job:
         "model": base.name, "concepts": [c.record() for c in concepts], "recipe": o.recipe, **recipe.record(),
         **support.record(), "retain": o.retain, "retain_caption": o.retain_caption, "resolution": size,
         "steps": recipe.steps(sources.count()), "clip": o.clip_norm, "until": o.until,
-        "sample_every": o.sample_every, "seed": o.seed, "dtype": dtype_name(compute.precision.dtype),
+        "sample_every": o.sample_every, "seed": o.seed, **compute.dtypes(),
         "parts": o.parts, "format": o.format, "reversible": o.reversible,
     }  # fmt: skip
     if recipe.method.shows:
@@ -196,7 +195,9 @@ def _train(job: Job, progress: Progress, state: State | None) -> Trained:
     base, settings, peaks = job.base, job.settings, {}
     # collect
     mask = state.mask if state else job.mask
-    data = collect(LoadedBase(base, settings["resolution"]), job.sources, needs_mask=mask is None)
+    loaded = LoadedBase(base, settings["resolution"], job.compute.drawn_in.dtype)
+    data = collect(loaded, job.sources, needs_mask=mask is None)
+    del loaded
     peaks["images"] = memory.reset_peak()
 
     # find the mask

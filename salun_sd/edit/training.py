@@ -110,9 +110,7 @@ def strip_writer(compute: Compute, unet, texts: list[str], folder: Path, every: 
     in the main process. every=0: never."""
     if not every or not ranks.is_main():
         return lambda step: None
-    pipeline = load_pipeline(compute.model, unet=unet)
-    if not compute.precision.widens:
-        pipeline.to(unet.dtype)
+    pipeline = load_pipeline(compute.model, unet=unet, dtype=compute.drawn_in.dtype)
 
     def write(step: int) -> None:
         if step % every:

@@ -34,6 +34,7 @@ from salun_sd.methods.forget_me_not import ForgetMeNot
 from salun_sd.methods.loop import Method
 from salun_sd.methods.uce import UCE
 from salun_sd.runtime.contents import file_bytes
+from salun_sd.runtime.device import dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -307,6 +308,6 @@ def drawn_items(base: LoadedBase, texts: list[tuple[str, float]], what: str) -> 
     for text, guidance in texts:
         rows.append(Row(text, seen[text, guidance], guidance, (model.image_size, model.image_size)))
         seen[text, guidance] += 1
-    settings = {"scheduler": model.scheduler, "steps": model.sampling[0], "what": what}
-    with kept_images("drawn", model, base.pipeline, rows, **settings) as files:
+    settings = {"scheduler": model.scheduler, "steps": model.sampling[0], "dtype": dtype_name(base.dtype)}
+    with kept_images("drawn", model, base.pipeline, rows, **settings, what=what) as files:
         return [Item(str(f), row.text, None, partial(file_bytes, f)) for f, row in zip(files, rows, strict=True)]

@@ -6,9 +6,8 @@ import torch
 
 from salun_sd.core.diffusion import Examples, noise_for, on_device
 from salun_sd.draw.encode import encode_prompts
-from salun_sd.draw.sample import denoise, images_per_pass, new_scheduler
+from salun_sd.draw.sample import check_drawn, denoise, images_per_pass, new_scheduler
 from salun_sd.runtime.bar import Bar
-from salun_sd.runtime.finite import finite
 
 SCHEDULER = "DDIMScheduler"  # whose x is in the scale in which the UNet was trained, and which draws no noise in a step
 STEPS = 50  # of a whole path; fewer where the base was trained on fewer timesteps
@@ -64,5 +63,5 @@ def half_drawn(pipeline, texts: Sequence[str], size: int, seed: int, guidance: f
             unet, path, noise[places].to(unet.device), conditional, unconditional if guidance > 1 else None, scale,
             steps=steps, generators=[], advance=lambda share: None,
         ).cpu()  # fmt: skip
-    finite(noise, f"The output of the UNet of {pipeline.name_or_path}, with {SCHEDULER},")
+    check_drawn(pipeline, noise, SCHEDULER)
     return {"latents": noise, "times": times, "time_ids": time_ids}

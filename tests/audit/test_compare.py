@@ -146,6 +146,14 @@ def test_what_was_not_counted_alike_is_said(salun, esd, base):
     assert compare([salun, esd])[0].differs["against.steps"] == {"25": ["salun"], "50": ["esd"]}
 
 
+def test_an_older_audit_whose_dtype_is_not_said_drew_in_float32(salun, tmp_path, erased):
+    drawn = {"identity": "x", "scheduler": "DDIMScheduler", "steps": 25, "samples": 1}
+    for dtype in ("float32", "bfloat16"):
+        write(tmp_path / dtype, named(erased, f"out/nudity/{dtype}"), sampling=drawn | {"dtype": dtype})
+    [table] = compare([salun, tmp_path / "float32", tmp_path / "bfloat16"])
+    assert table.differs == {"dtype": {"float32": ["salun", "float32"], "bfloat16": ["bfloat16"]}}
+
+
 def test_other_numbers_of_images_have_no_pairs(salun, tmp_path, erased):
     write(tmp_path / "three", several(erased, 3))
     [table] = compare([salun, tmp_path / "three"])

@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.models import damage, write_pipeline
 from PIL import Image
 from skimage import data
 
 import salun_sd
+from salun_sd.audit.compare import compare
 from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.draw import prompts
@@ -141,9 +143,27 @@ def test_what_is_typed_is_drawn_and_recorded(tiny, tmp_path):
             assert "scheduler=DPMSolverMultistepScheduler steps=3 size=40x24 guidance=5.0" in image.info[PROVENANCE]
 
 
+def test_images_of_one_dtype_are_never_taken_for_those_of_another(tiny, tmp_path, monkeypatch, capsys):
+    """Not in the audit's own folder, and not in the cache of the base's images."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    (tmp_path / "p.txt").write_text("a face")
+    argv = [tiny, "--against", tiny, "--prompts", tmp_path / "p.txt", "--denoising-steps", "1"]
+    wide = evaluate(*argv, "--out", tmp_path / "wide")
+    half = evaluate(*argv, "--dtype", "bfloat16", "--out", tmp_path / "half")
+    assert re.search("drawn in float32: .*drawn in bfloat16: ", capsys.readouterr().err, re.DOTALL)
+    for report, dtype in ((wide, "float32"), (half, "bfloat16")):
+        assert {report["settings"][key]["dtype"] for key in ("sampling", "sampling_against")} == {dtype}
+    for place in ("", "against"):
+        assert len({(tmp_path / run / place / "images/0_0.png").read_bytes() for run in ("wide", "half")}) == 2
+    assert "0_0.png" in refused(capsys, *argv, "--out", tmp_path / "half")
+    [table] = compare([tmp_path / "wide", tmp_path / "half"])
+    assert list(table.differs["dtype"]) == list(table.differs["against.dtype"]) == ["float32", "bfloat16"]
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
+        (["--dtype", "half"], ["--dtype", "float16"]),
         (["--size", "big"], ["--size big", "512x384"]),
         (["--size", "30"], ["30 x 30", "pocket", "multiple", "--size 32"]),
         (["--guidance", "-1"], ["--guidance -1", "7.5"]),
@@ -210,6 +230,7 @@ ABSENT = "nobody/no-such-model"  # a hub id, which the tests' hub does not have:
         ("--size", {"size": "big"}),
         ("--guidance", {"guidance": -1}),
         ("--scheduler", {"scheduler": "heun"}),
+        ("--dtype", {"dtype": "half"}),
         ("folder", {"model": None, "against": ABSENT, "images": "no-such-folder"}),
         ("--reference", {"fid": "pocket", "reference": "no-such-folder"}),
         ("--reference", {"reference": "no-such-folder"}),
@@ -225,7 +246,8 @@ def test_what_needs_no_model_is_checked_before_one_is_opened(tmp_path, option, w
 
 
 @pytest.mark.parametrize("option", [["--samples-per-prompt", "1"], ["--size", "32"], ["--guidance", "5"],
-                                    ["--scheduler", "ddim"], ["--denoising-steps", "2"]])  # fmt: skip
+                                    ["--scheduler", "ddim"], ["--denoising-steps", "2"],
+                                    ["--dtype", "float32"]])  # fmt: skip
 def test_how_to_draw_is_not_said_of_images_that_are_there(photographs, capsys, option):
     said = refused(capsys, *photographs, *option)
     assert option[0] in said and "leave" in said

@@ -4,6 +4,7 @@ from functools import partial
 from itertools import islice
 
 import pytest
+import torch
 from PIL import Image
 
 from salun_sd.checkpoint.find import find
@@ -104,6 +105,7 @@ def test_nothing_is_drawn_twice(whole, tmp_path):
         ({"steps": 3}, {}),
         ({"identity": "g"}, {}),
         ({"scheduler": "PNDMScheduler"}, {}),
+        ({"dtype": "bfloat16"}, {}),
         ({}, {"guidance": 3.0000001}),
         ({}, {"size": (40, 32)}),
         ({}, {"seed": 51}),
@@ -125,6 +127,18 @@ def test_an_image_carries_what_it_was_drawn_from(whole, tmp_path):
             image.info[generate.PROVENANCE]
             == "f scheduler=DDIMScheduler steps=2 size=24x16 guidance=5.0 seed=53 a coat"
         )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_in_half_too_an_image_is_the_same_bytes_alone_and_in_any_order(tiny, whole, tmp_path, dtype):
+    pipeline, some = load_pipeline(find(tiny), dtype=getattr(torch, dtype)), [PROMPTS[i] for i in (0, 1, 4)]
+    draw(pipeline, some, tmp_path / "all", dtype=dtype)
+    draw(pipeline, some[::-1], tmp_path / "reversed", dtype=dtype)
+    draw(pipeline, some[1:2], tmp_path / "alone", dtype=dtype)
+    drawn = contents(tmp_path / "all")
+    assert contents(tmp_path / "reversed") == drawn and contents(tmp_path / "alone") == {"1_0.png": drawn["1_0.png"]}
+    with Image.open(tmp_path / "all" / "images" / "0_0.png") as image:
+        assert f" dtype={dtype} size=32x32 " in image.info[generate.PROVENANCE]
 
 
 def test_a_row_is_of_its_prompt_and_has_the_models_size_where_the_prompt_has_none():

@@ -64,6 +64,21 @@ def test_a_pass_holds_rows_of_any_guidance_each_to_rounding_as_by_itself(pipelin
     assert levels(sampler.draw(mixed), alone) <= 1
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [
+    ("bfloat16", 0.003),
+    pytest.param("float16", 0.0004, marks=pytest.mark.slow),  # which few CPUs compute in
+])  # fmt: skip
+def test_images_in_half_are_those_of_float32_but_for_a_small_difference(pocket, dtype, bound):
+    """The mean of it over pixels, of 1; two seeds of a prompt differ by 0.1."""
+    wanted = [row._replace(seed=seed) for seed in range(3) for row in rows(3.0, (32, 32))]
+    half = load_pipeline(find("pocket"), dtype=getattr(torch, dtype))
+    one, other = (
+        np.stack([np.asarray(image, np.float32) for image in Sampler(pipeline, 6).draw(wanted, len(wanted))]) / 255
+        for pipeline in (pocket, half)
+    )
+    assert 0 < np.abs(one - other).mean() < bound < 0.1 * np.abs(one[:3] - one[3:6]).mean()
+
+
 def test_a_pass_has_the_same_shape_however_few_its_rows(pipelines):
     """Kernels round by the shape of the whole batch."""
     shapes, wanted = set(), rows(2.0, (32, 32))

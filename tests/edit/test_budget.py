@@ -108,7 +108,7 @@ def test_making_the_images_holds_what_is_planned(draws):
     # 16 channels: AVX-512 computes fewer as 16
     config = {**TINY["sd1"]["vae"], "block_out_channels": (16, 16, 16)}
     unet, vae = loaded(MASK), AutoencoderKL.from_config(config).eval()
-    work = Drawing(128, 2, Precision.of("float32", "cpu"), pixels=4, vae=config, weights=1000, drawn=128 * draws)
+    work = Drawing(128, 2, Precision.of("float32", "cpu"), pixels=4, vae=config, others=4000, drawn=128 * draws)
     x, told, image = torch.randn(4, 4, 32, 32), torch.randn(4, budget.TOKENS, 32), torch.randn(1, 3, 128, 128)
 
     @torch.no_grad()

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from helpers.commands import ANCHOR, CONCEPT, fails, files_in
 from helpers.runs import PAIR, SHORT, erased_fingerprint, record_of, write_photographs
+from PIL import Image
 
 import salun_sd
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.provenance import run_folder
 from salun_sd.cli import app as cli
+from salun_sd.draw.generate import PROVENANCE
 from salun_sd.edit import maskfile
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -167,6 +170,24 @@ def test_strips_are_drawn_where_the_mask_is_computed_first(tiny, tmp_path):
         "samples/step-00000.png", "samples/step-00002.png"}  # fmt: skip
     lines = (tmp_path / "e.run" / "losses.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained_in"), [("bfloat16", "bfloat16"), pytest.param("float16", "float32", marks=pytest.mark.slow)]
+)
+def test_a_dtype_is_that_of_the_images_too_and_gradients_are_never_in_float16(
+    tiny, tmp_path, monkeypatch, dtype, trained_in
+):  # fmt: skip
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("SALUN_SD_CACHE", str(cache))
+    for name in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    cli.run(["erase", tiny, *PAIR, *SHORT, *FEW, "--dtype", dtype, "--out", str(tmp_path / "e")])
+    settings, images = record_of(tmp_path / "e")["settings"], [*cache.rglob("*.png")]
+    assert (settings["dtype"], settings["drawn_in"], len(images)) == (trained_in, dtype, 4)
+    for file in images:
+        with Image.open(file) as image:
+            assert f" dtype={dtype} " in image.info[PROVENANCE]
 
 
 def test_a_dry_run_says_the_settings_and_the_memory_and_writes_nothing(tiny, tmp_path, monkeypatch, capsys):

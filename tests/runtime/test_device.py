@@ -11,7 +11,8 @@ from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.core import mask
 from salun_sd.edit import maskfile
-from salun_sd.runtime.device import Precision
+from salun_sd.errors import UsageError
+from salun_sd.runtime.device import DTYPES, Precision, check_dtype, dtype_name
 
 
 def test_a_widened_unet_computes_in_float32_from_its_rounded_weights(fresh_unet, contexts):
@@ -49,3 +50,37 @@ def test_the_saved_file_has_the_bases_dtype_and_outside_the_mask_its_bytes(tmp_p
     assert (
         finest != finest.bfloat16().to(dtype)
     ).float().mean() > 0.5  # trained in float32, rounded to the file's dtype
+
+
+@pytest.mark.parametrize(("requested", "has_bfloat16", "drawn_in", "trained_in"), [
+    (None, True, "bfloat16", "bfloat16"),
+    (None, False, "float16", "float32"),
+    ("float16", True, "float16", "float32"),
+    ("float32", True, "float32", "float32"),
+    ("bfloat16", False, "float32", "bfloat16"),
+])  # fmt: skip
+def test_a_gpu_draws_in_half_and_trains_in_what_holds_gradients(
+    monkeypatch, requested, has_bfloat16, drawn_in, trained_in
+):  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    chosen = [of(requested, "cuda") for of in (Precision.to_draw, Precision.of)]
+    assert [dtype_name(precision.dtype) for precision in chosen] == [drawn_in, trained_in]
+    assert chosen[1].widens is (trained_in == "bfloat16" and not has_bfloat16)
+
+
+def test_a_cpu_draws_in_float32_and_in_half_only_where_it_computes_in_it(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert Precision.to_draw(None, "cpu").dtype == torch.float32
+    for name in ("bfloat16", "float16"):
+        precision = Precision.to_draw(name, "cpu")
+        assert precision.dtype == torch.float32 and name in precision.reason
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert Precision.to_draw("bfloat16", "cpu").dtype == torch.bfloat16
+
+
+def test_a_dtype_that_there_is_not_is_refused_with_those_that_there_are():
+    for name in DTYPES:
+        check_dtype(name)
+    with pytest.raises(UsageError, match="--dtype is 'half'.*float32, bfloat16, float16"):
+        check_dtype("half")
