@@ -202,3 +202,16 @@ def _numbers(counts: Sequence[int], what: str) -> str:
         if n
     ]
     return f" {' and '.join(each)} {what.format('is' if sum(counts) == 1 else 'are')}." if each else ""
+
+
+def numbers(report: dict) -> dict[str, float]:
+    """The metrics of a report and of its base as plain numbers, each with the ends of its interval: "ua", "ua/low",
+    "ua/high", "against/ua" and so on; without those that were not measured."""
+    found = {}
+    for prefix, side in (("", report), ("against/", report["against"] or {})):
+        for name, metric in {**side.get("metrics", {}), **side.get("quality", {})}.items():
+            if metric:
+                found[prefix + name] = metric["rate"] if "rate" in metric else metric["value"]
+                ends = metric.get("ci95") or ()
+                found |= {f"{prefix}{name}/{end}": x for end, x in zip(("low", "high"), ends, strict=False)}
+    return found

@@ -18,6 +18,7 @@ from salun_sd.report import gate
 from salun_sd.runtime.device import default_device
 from salun_sd.runtime.files import HIDDEN, check_place
 from salun_sd.runtime.texts import check_given
+from salun_sd.runtime.tracker import FOLDER as TRACKED
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ BEGINNINGS = {  # of the files of an audit
     "manifest.jsonl": r'\{"file": "',
     "detections.jsonl": r'\{"file": "',
 }
-WRITES = {"images", "against", *BEGINNINGS}
+WRITES = {"images", "against", TRACKED, *BEGINNINGS}
 
 
 def check_values(**options: object) -> None:

@@ -15,7 +15,7 @@ from salun_sd.audit.collected import collected, line_of
 from salun_sd.audit.detect import detector_digest, load_detector
 from salun_sd.audit.examine import examine
 from salun_sd.audit.features import extractor
-from salun_sd.audit.report import Run, assemble, blank_files, headline_metrics, images_of
+from salun_sd.audit.report import Run, assemble, blank_files, headline_metrics, images_of, numbers
 from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import opened
@@ -28,7 +28,7 @@ from salun_sd.draw.prompts import CLASSES
 from salun_sd.draw.sample import scheduler_class
 from salun_sd.errors import UsageError, some
 from salun_sd.report import gate
-from salun_sd.runtime import ranks, seals
+from salun_sd.runtime import ranks, seals, tracker
 from salun_sd.runtime.cache import folder as cache_folder
 from salun_sd.runtime.device import Precision, check_dtype, default_device, dtype_name
 from salun_sd.runtime.escape import line
@@ -47,7 +47,8 @@ def evaluate(
     denoising_steps: int | None = None, scheduler: str | None = None, guidance: float | None = None,
     size: str | int | None = None, dtype: str | None = None, samples_per_prompt: int | None = None,
     no_images: bool = False, record: bool = False, fail_if: str | Sequence[str] = (), confident: bool = False,
-    config: str | None = None, revision: str | None = None, variant: str | None = None,
+    track: str | Sequence[str] | None = None, config: str | None = None, revision: str | None = None,
+    variant: str | None = None,
 ) -> dict:  # fmt: skip
     """Audit a checkpoint or a folder of images on a prompt set. Writes the audit into `out`; returns what report.json
     holds.
@@ -56,6 +57,7 @@ def evaluate(
     holds. Running it again draws, detects and classifies only what is missing. Raises UsageError for arguments that are
     wrong or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
     """
+    trackers = tracker.check(track)
     # check: whatever can fail without drawing fails here, and what needs no model before one is opened
     check_values(
         model=model, prompts=prompts, out=out, where=where, limit=limit, against=against, images=images,
@@ -99,6 +101,7 @@ def evaluate(
     settings = request.settings(judge, where, limit, guidance, size) | {"detector_sha256": detector_digest(detector)}
 
     # look at each model
+    tracked = tracker.started(trackers, out, {"images": samples * len(request.rows)})
     settings["sampling"] = None
     if audited:
         manifest, settings["sampling"] = _draw(audited, request, samples, out, **sampling)
@@ -120,6 +123,8 @@ def evaluate(
         _write(report, run, run_of_base, out, pictures=not no_images)
         if record:
             provenance.add_audit(audited.path, headline_metrics(report) | {"sampling": settings["sampling"]})
+    with tracked:
+        tracked.log(tracked.last + 1, numbers(report))
     return report
 
 

@@ -18,8 +18,8 @@ from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks
 
 app = typer.Typer(
-    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "color": False},
     help="Erase a concept from a Stable Diffusion checkpoint with SalUn, and measure the result.",
 )  # fmt: skip
 
@@ -147,6 +147,7 @@ def erase(
     parts: Annotated[int, o.PARTS] = 1,
     format: Annotated[Literal["diffusers", "single-file", "patch"], o.FORMAT] = "diffusers",
     reversible: Annotated[bool, o.REVERSIBLE] = False,
+    track: Annotated[list[str] | None, o.TRACK] = None,
     dry_run: Annotated[bool, o.DRY_RUN] = False,
     config: Annotated[str | None, o.CONFIG] = None,
     revision: Annotated[str | None, o.REVISION] = None,
@@ -180,8 +181,8 @@ def erase(
         retain_weight=retain_weight, lr=lr, clip_norm=clip_norm, steps=steps, batch_size=batch_size,
         anchor_from=anchor_from, retain_target=retain_target, probe_every=probe_every, until=until,
         sample_every=sample_every, save_every=save_every, seed=seed, dtype=dtype, checkpointing=checkpointing,
-        parts=parts, format=format, reversible=reversible, dry_run=dry_run, config=config, revision=revision,
-        variant=variant, command=shlex.join(["salun-sd", *ctx.obj]),
+        parts=parts, format=format, reversible=reversible, track=track, dry_run=dry_run, config=config,
+        revision=revision, variant=variant, command=shlex.join(["salun-sd", *ctx.obj]),
     )  # fmt: skip
     if isinstance(record, Forecast):
         tables.show_plan(record)
@@ -261,6 +262,7 @@ def evaluate(
     record: Annotated[bool, o.RECORD] = False,
     fail_if: Annotated[list[str] | None, o.FAIL_IF] = None,
     confident: Annotated[bool, o.CONFIDENT] = False,
+    track: Annotated[list[str] | None, o.TRACK] = None,
     config: Annotated[str | None, o.CONFIG] = None,
     revision: Annotated[str | None, o.REVISION] = None,
     variant: Annotated[str | None, o.VARIANT] = None,
@@ -278,7 +280,7 @@ def evaluate(
         concept_class=concept_class or (), classifier=classifier, detector_model=detector_model, clip=clip, fid=fid,
         reference=reference, denoising_steps=denoising_steps, scheduler=scheduler, guidance=guidance, size=size,
         dtype=dtype, samples_per_prompt=samples_per_prompt, no_images=no_images, record=record, fail_if=fail_if or (),
-        confident=confident, config=config, revision=revision, variant=variant,
+        confident=confident, track=track, config=config, revision=revision, variant=variant,
     )  # fmt: skip
     tables.show_audit(report)
     print_lines(f"{out / 'report.html'}")

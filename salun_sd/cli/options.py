@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from salun_sd.errors import UsageError
 from salun_sd.methods.names import SUMMARIES
+from salun_sd.runtime import tracker
 from salun_sd.runtime.ranges import RANGES
 from salun_sd.runtime.texts import check_given
 
@@ -157,6 +158,13 @@ GRADIENT_BATCH = Option(
     min=RANGES["batch_size"].low, help="Images per backward pass. It changes memory use, and the mask only by rounding."
 )
 MASK_OUT = Option(help="Mask file (.safetensors) to write. With several densities, -DENSITY is added to its name.")
+
+# erase and evaluate
+TRACK = Option(
+    metavar="<str>",
+    help=f"Send the numbers of the run to {' or '.join(tracker.NAMES)}. May be repeated.",
+    callback=tracker.check,
+)
 
 # erase
 ERASE_OUT = Option(help="New folder for the erased checkpoint, or a .safetensors file for the other --format values.")

@@ -26,6 +26,8 @@ from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import HIDDEN, is_full, new_file, remove_stale, write_atomic
+from salun_sd.runtime.tracker import FOLDER as TRACKED
+from salun_sd.runtime.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,14 @@ PREDICTIONS = "predictions"  # of the base, a file of each process
 MASK, RUN, CURVE = "mask.safetensors", "run.json", "probe.svg"
 KEPT = (MASK, RUN, "salun.json", "README.md")  # what stays beside a result
 OURS = re.compile(  # in the folder
-    "|".join([r"samples/step-\d+\.png", rf"{PREDICTIONS}.*\.bin", *map(re.escape, (LOCK, STATE, LOSSES, CURVE, *KEPT))])
+    "|".join(
+        [
+            r"samples/step-\d+\.png",
+            rf"{TRACKED}/.*",
+            rf"{PREDICTIONS}.*\.bin",
+            *map(re.escape, (LOCK, STATE, LOSSES, CURVE, *KEPT)),
+        ]
+    )
 )
 HEADER = {"run": dict, "steps": int, "mask": dict, "shapes": dict}  # of a state
 
@@ -59,6 +68,7 @@ class Progress:
         self.out, self.run, self.minutes = out, json.loads(json.dumps(run)), minutes
         self.folder, self.saved_at = provenance.run_folder(out), time.monotonic()
         self.probe: dict | None = None  # what the probe measured last, for the record
+        self.tracker = Tracker(self.folder)
 
     @contextmanager
     def held(self) -> Iterator[State | None]:
@@ -88,7 +98,8 @@ class Progress:
                 raise UsageError(f"{self.folder} is of a run whose {self.out.name} is gone: choose another --out, or "
                                  "remove it.")  # fmt: skip
             if state is None:  # what is there may be of another run, which saved no state
-                shutil.rmtree(self.folder / "samples", ignore_errors=True)
+                for name in ("samples", TRACKED):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
                 (self.folder / CURVE).unlink(missing_ok=True)
                 self.remove_predictions()
             try:

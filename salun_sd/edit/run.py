@@ -40,7 +40,7 @@ from salun_sd.edit.supports import support_of
 from salun_sd.edit.training import strip_writer, train
 from salun_sd.edit.training_data import Data, LoadedBase, Sources, collect, sources_in_words
 from salun_sd.methods.names import TITLES
-from salun_sd.runtime import memory, ranks
+from salun_sd.runtime import memory, ranks, tracker
 from salun_sd.runtime.device import check_dtype
 from salun_sd.runtime.ranges import RANGES, check_numbers
 from salun_sd.runtime.texts import check_given
@@ -62,8 +62,8 @@ def erase(
     retain_target: str | None = None, probe_every: int | None = None, until: float | None = None,
     sample_every: int = 0, save_every: float = 10, seed: int = 0, dtype: str | None = None,
     checkpointing: bool | None = None, parts: int = 1, format: str = "diffusers", reversible: bool = False,
-    dry_run: bool = False, config: str | None = None, revision: str | None = None, variant: str | None = None,
-    command: str = "salun_sd.erase()",
+    track: str | Sequence[str] | None = None, dry_run: bool = False, config: str | None = None,
+    revision: str | None = None, variant: str | None = None, command: str = "salun_sd.erase()",
 ) -> dict | Forecast:  # fmt: skip
     """Erase concepts from a checkpoint, and write the result. Parameters are those of `salun-sd erase`; `command` is
     what the record names as the maker. None: the method's or the recipe's value. `setting` is --setting, as a table
@@ -74,7 +74,7 @@ def erase(
     and writes nothing. Raises UsageError for arguments that are wrong or cannot go together, SalunError for anything
     else that fails, each with a sentence for a person.
     """
-    started, job = time.monotonic(), _prepared(SimpleNamespace(**locals()))
+    started, trackers, job = time.monotonic(), tracker.check(track), _prepared(SimpleNamespace(**locals()))
     if dry_run:
         return job.forecast()
     progress = Progress(job.out, {"settings": job.settings, "inputs": job.inputs}, save_every)
@@ -82,7 +82,7 @@ def erase(
         progress.clean_up()
         return record
     planned = job.compute.planned_bytes(job.steps_to_plan())
-    with progress.held() as state:
+    with progress.held() as state, tracker.started(trackers, progress.folder, job.settings) as progress.tracker:
         result = _train(job, progress, state)
         gc.collect()  # the UNet's hooks and layers refer to each other
         return _deliver(job, result, progress, command, started, planned)

@@ -20,7 +20,7 @@ from salun_sd.edit.resume import Progress, State, note_interrupts
 from salun_sd.edit.watch import Watch
 from salun_sd.errors import SalunError, first_line
 from salun_sd.methods.loop import Erasure, erase
-from salun_sd.runtime import ranks, seals
+from salun_sd.runtime import memory, ranks, seals
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.finite import NotFinite
 
@@ -54,6 +54,7 @@ def train(
         watch.at(adam.steps)  # it may have been over then
     else:
         write_strip(0)
+        progress.tracker.log(0, {}, {"samples": strip_of(progress.folder / "samples", 0)})
     loop = () if watch.is_over else erase(unet, adam, erasure, of_base=of_base, name=model.name)
     first_loss = math.inf  # to forget, before a weight has moved
     with (
@@ -69,6 +70,8 @@ def train(
             if row["step"] == 1:
                 first_loss = abs(row.get("forget", math.inf))
             write_strip(row["step"])
+            strip = strip_of(progress.folder / "samples", row["step"])
+            progress.tracker.log(row["step"], _tracked(row, measured), {"samples": strip})
             progress.save_or_stop(mask, adam, interrupts)
             if watch.is_over:
                 break
@@ -83,6 +86,13 @@ def train(
             first_loss = math.inf
         _warn_of_no_erasure(model, values, mask, first_loss, predictions.DTYPE if erasure.method.asks else unet.dtype)
     return values
+
+
+def _tracked(row: Mapping, measured: Mapping) -> dict[str, float | None]:
+    """What a tracker is sent of a step. A concept has a number there: its prompt stays here."""
+    losses = {f"loss/{term}".removesuffix("/loss"): value for term, value in row.items() if term != "step"}
+    moved = {f"moved/{n}": share for n, share in enumerate(measured.get("moved", {}).values(), 1)}
+    return losses | moved | {"drift": measured.get("drift"), "memory/peak_gib": memory.peak() / 2**30}
 
 
 def _warn_of_no_erasure(
@@ -116,13 +126,18 @@ def strip_writer(compute: Compute, unet, texts: list[str], folder: Path, every: 
         if step % every:
             return
         try:
-            _write_strip(pipeline, compute.model, texts, folder / f"step-{step:05d}.png")
+            _write_strip(pipeline, compute.model, texts, strip_of(folder, step))
         except NotFinite as e:
             if not step:  # the weights are still the base's
                 raise
             raise SalunError(f"After step {step} no sample can be drawn: lower --lr. {first_line(e)}.") from e
 
     return write
+
+
+def strip_of(folder: Path, step: int) -> Path:
+    """The sample images after a step."""
+    return folder / f"step-{step:05d}.png"
 
 
 def _write_strip(pipeline, model: Checkpoint, texts: list[str], file: Path) -> None:
