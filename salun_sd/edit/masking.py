@@ -24,9 +24,11 @@ from salun_sd.edit.checks import (
     plain,
 )
 from salun_sd.edit.concepts import Concept, concepts_of, text_of
+from salun_sd.edit.encodings import LoadedBase, encode
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.resources import Compute, Forecast, schedule_of
-from salun_sd.edit.training_data import LoadedBase, check_texts, encode, forget_items
+from salun_sd.edit.sources import check_texts
+from salun_sd.edit.training_data import forget_items
 from salun_sd.methods import salun
 from salun_sd.runtime import memory, ranks
 from salun_sd.runtime.bar import Bar

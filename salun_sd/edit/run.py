@@ -29,6 +29,7 @@ from salun_sd.edit.checks import (
 )
 from salun_sd.edit.concepts import RENAMED, Concept, concepts_of, text_of
 from salun_sd.edit.deliver import deliver, finished, proof
+from salun_sd.edit.encodings import LoadedBase
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.masking import make_masks, run_record
 from salun_sd.edit.patch import Patch
@@ -36,9 +37,10 @@ from salun_sd.edit.predictions import size_of
 from salun_sd.edit.recipes import Recipe, recipe_of
 from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.edit.resume import Progress, State
+from salun_sd.edit.sources import Sources, sources_in_words
 from salun_sd.edit.supports import support_of
 from salun_sd.edit.training import strip_writer, train
-from salun_sd.edit.training_data import Data, LoadedBase, Sources, collect, sources_in_words
+from salun_sd.edit.training_data import Data, collect
 from salun_sd.methods.names import TITLES
 from salun_sd.runtime import memory, ranks, tracker
 from salun_sd.runtime.device import check_dtype

@@ -8,8 +8,8 @@ from salun_sd.checkpoint.find import find
 from salun_sd.draw.encode import encode_prompts
 from salun_sd.edit import closed_form, patch
 from salun_sd.edit.concepts import Concept
+from salun_sd.edit.encodings import LoadedBase
 from salun_sd.edit.supports import support_of
-from salun_sd.edit.training_data import LoadedBase
 from salun_sd.errors import UsageError
 from salun_sd.methods.uce import UCE
 

@@ -18,7 +18,7 @@ from salun_sd.edit.retain_prompts import (
     shares,
     telling_words,
 )
-from salun_sd.edit.training_data import sources_in_words
+from salun_sd.edit.sources import sources_in_words
 from salun_sd.errors import UsageError
 from salun_sd.methods.salun import SalUn
 from salun_sd.runtime.ranges import WHOLE

@@ -20,7 +20,8 @@ from salun_sd.edit import datasets, encodings
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
 from salun_sd.edit.recipes import recipe_of
-from salun_sd.edit.training_data import Sources, check_texts, collect, sources_in_words
+from salun_sd.edit.sources import Sources, check_texts, sources_in_words
+from salun_sd.edit.training_data import collect
 from salun_sd.errors import UsageError
 from salun_sd.methods.ablation import Ablation
 from salun_sd.methods.ascent import Ascent

@@ -13,7 +13,8 @@ from salun_sd.core.diffusion import noise_for
 from salun_sd.edit import encodings
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.encodings import LoadedBase
-from salun_sd.edit.training_data import Sources, collect
+from salun_sd.edit.sources import Sources
+from salun_sd.edit.training_data import collect
 from salun_sd.edit.trajectories import STEPS, half_drawn
 from salun_sd.methods.esd import ESD
 
