@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
-from salun_sd.audit.protocols import LABELS, PROTOCOLS
+from salun_sd.audit.protocols import LABELS, NUDENET, PROTOCOLS
 from salun_sd.report.gate import AGAINST, Bound, Measured
 
-METRICS = ("ua", "ra", "flag_rate")
 BLANK = ("blank", "blank_rate")
 CHANGES = ("change", "change_ssim", "change_features")
 QUALITY = (*CHANGES, "clip_score", "fid", "kid")
 
 
-def names(concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
+def names(concepts: Sequence[str], categories: Sequence[str], detectors: Sequence[str] = (NUDENET,)) -> list[str]:
     """The names for the audited model; the base's are the same with `against.` before them."""
-    groups = {"ua": concepts, "categories": categories, "labels": LABELS, "protocols": PROTOCOLS}
-    return [*METRICS, "broken", *BLANK, *QUALITY, *(f"{group}.{name}" for group, of in groups.items() for name in of)]
+    groups = {"ua": concepts, "flag_rate": [name for name in detectors if name != NUDENET]}
+    if NUDENET in detectors:
+        groups |= {"categories": categories, "labels": LABELS, "protocols": PROTOCOLS}
+    rates = ["ua", "ra", *(["flag_rate"] if NUDENET in detectors else [])]
+    return [*rates, "broken", *BLANK, *QUALITY, *(f"{group}.{name}" for group, of in groups.items() for name in of)]
 
 
 def unmeasured(
@@ -68,10 +70,11 @@ def measured(report: dict, name: str) -> Measured | None:
     if group == "protocols":
         count = side["protocols"][part]
         return Measured(Fraction(count["n"]), _ends(count.get("ci95"), count["of"])) if count["of"] else None
-    if group == "ua" and part:
-        share = side["concepts"][part]["ua"]
+    bare = name.removeprefix(AGAINST)
+    if bare in side["metrics"]:
+        share = side["metrics"][bare]
     else:
-        share = side[group].get(part) if part else side["metrics"][group]
+        share = side["concepts"][part]["ua"] if group == "ua" else side[group].get(part)
     return share and _of_share(share)
 
 
@@ -95,7 +98,7 @@ def parts(report: dict, bound: Bound, in_pairs: bool) -> dict[str, tuple[Fractio
     pairs of images give. That needs a twin for every image.
     """
     terms = {name: (factor, measured(report, name)) for name, factor in bound.terms.items() if factor}
-    for name in METRICS if in_pairs else ():
+    for name in report["metrics"] if in_pairs else ():
         both, pairs = (name, AGAINST + name), (report["paired"] or {}).get(name)
         if not pairs or not all(terms.get(one, (0, None))[1] for one in both):
             continue

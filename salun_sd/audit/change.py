@@ -79,8 +79,13 @@ def measure(
     notes = []
     if others := len(lines) - len(alike):
         notes.append(f"{others} of {len(lines)} pairs have images of different sizes and are left out.")
-    if lines and any(row["seed"] is None for row in run.manifest):
-        notes.append(f"The seeds of {run.model} are not known. If they are not the base's, all images differ.")
+    of_base = {_key(row): row["seed"] for row in base.manifest}
+    seeds = [(row["seed"], of_base[_key(row)]) for row in run.manifest if _key(row) in of_base]
+    if lines and (unknown := sum(None in of_both for of_both in seeds)):
+        notes.append(f"The seeds of {unknown} of {len(seeds)} images of {run.model} are not known. If they are not the "
+                     "base's, the images differ in any case.")  # fmt: skip
+    if others := sum(None not in of_both and len({*of_both}) > 1 for of_both in seeds):
+        notes.append(f"{others} of {len(seeds)} pairs have two seeds, so their images differ in any case.")
     for note in notes:
         logger.warning(f"change: {note}")
 

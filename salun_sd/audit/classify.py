@@ -66,6 +66,7 @@ class Judge(Vision):
 
     name: str
     matches: list[tuple[str, str]]
+    unseen = UNSEEN  # the answer for an image that cannot be read
 
     def probabilities(self, images: "list[torch.Tensor]") -> "tuple[list[str], torch.Tensor]":
         """Prepared images => the names of the classes, and their softmax probabilities (image, class), float32."""
@@ -81,8 +82,8 @@ class Judge(Vision):
         ]
 
     def classify(self, files: Iterable[Path], batch_size: int) -> Iterator[dict]:
-        """For each image `predicted`, the top class of all labels, and `score`, its softmax probability rounded to 6
-        digits; both are None for an image that cannot be read.
+        """For each image what `answers` gives, or `unseen`: `predicted`, the top class of all labels, and `score`, its
+        softmax probability rounded to 6 digits.
 
         The rounding hides the last bits of a float32, which depend on the batch size.
         """
@@ -90,7 +91,7 @@ class Judge(Vision):
         while batch := list(islice(read, batch_size)):
             images = [image for image in batch if not isinstance(image, Unreadable)]
             answers = iter(self.answers(images) if images else ())
-            yield from (UNSEEN if isinstance(image, Unreadable) else next(answers) for image in batch)
+            yield from (self.unseen if isinstance(image, Unreadable) else next(answers) for image in batch)
 
 
 class Classifier(Judge):
@@ -100,10 +101,11 @@ class Classifier(Judge):
     resizes and normalises.
     """
 
-    def __init__(self, model: str | Path, classes: Iterable[str], device: str = "cpu"):
+    def __init__(self, model: str | Path, classes: Iterable[str], device: str = "cpu", option: str = "--classifier"):
         from transformers import AutoModelForImageClassification
 
-        advice = "Give --classifier a transformers image classification model or a CLIP, by folder or hub id."
+        or_clip = " or a CLIP" if option == "--classifier" else ""
+        advice = f"Give {option} a transformers image classification model{or_clip}, by folder or hub id."
         self.processor, self.model, _ = loaded(
             AutoModelForImageClassification, model, device, what="image classifier", advice=advice
         )
@@ -191,5 +193,6 @@ def load(model: str | Path, classes: Sequence[str], concepts: Sequence[str], dev
         return (ZeroShot if is_clip(model) else Classifier)(model, classes, device)
     if not is_clip(model):
         raise UsageError(f"{model} cannot be opened as a CLIP, and only a CLIP knows a concept by its name: give "
-                         "--classifier openai/clip-vit-base-patch32, or prompts with a column `class`.")  # fmt: skip
+                         "--classifier openai/clip-vit-base-patch32, or images whose prompts have a `class` or that "
+                         "lie in a sub-folder of that name.")  # fmt: skip
     return ByName(model, concepts, device)

@@ -167,6 +167,9 @@ def _obstacle(first: Audit, other: Audit) -> str | None:
         return f"{lacking[0]} holds no manifest.jsonl and detections.jsonl"
     if differing := [key for key in PAIRING if first.report["settings"][key] != other.report["settings"][key]]:
         return f"other {', other '.join(differing)}"
+    of_both = [audit.report["settings"].get("detectors") or {} for audit in (first, other)]
+    if another := [name for name in of_both[0].keys() & of_both[1].keys() if of_both[0][name] != of_both[1][name]]:
+        return f"other weights of {another[0]}"
     if newer := [audit.file.parent for audit in (first, other) if not is_whole(audit)]:
         return f"the .jsonl files of {newer[0]} are not those of its report"
     return None

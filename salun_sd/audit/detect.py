@@ -81,22 +81,24 @@ def _no_detector(weights: Path | None, fault: str) -> SalunError:
                       "leave it out for the packaged one.")  # fmt: skip
 
 
-def detect(files: Iterable[Path], weights: Path | None = None) -> Iterator[dict]:
+def detect(files: Iterable[Path], weights: Path | None = None, detects: bool = True) -> Iterator[dict]:
     """For each image its `width` and `height` in pixels, whether it is `blank`, and its `boxes`: the label, the score,
     and x, y, width, height in pixels. For an image that cannot be read, `error` with the reason, and no boxes.
 
     Boxes are the library's own, so that scores compare with other NudeNet 3 results: unrounded, down to its lowest
     score (0.25, after non-maximum suppression across labels), in its own channel order. Each call has one image on one
     core, so an image's boxes depend neither on other images nor on the number of cores.
+
+    If it does not detect, images are read all the same, and have no boxes.
     """
-    detector, name = load_detector(weights), detector_name(weights)
+    detector, name = (load_detector(weights), detector_name(weights)) if detects else (None, None)
 
     def detection(file: Path) -> dict:
         try:
             image = read_still(file)
         except Unreadable as e:
             return {"detector": name, "error": e.reason}
-        (boxes,) = detector.detect_batch([to_bgr(image)], batch_size=1)
+        boxes = detector.detect_batch([to_bgr(image)], batch_size=1)[0] if detector else ()
         return {
             "detector": name,
             "width": image.width,

@@ -1,4 +1,4 @@
-"""What the detector and the classifier find in an audit's images, and how they differ from the base's: three passes,
+"""What the detectors and the classifier find in an audit's images, and how they differ from the base's: passes that are
 all resumable.
 
 Each pass keeps a line for each image, written as soon as it is found. An image whose bytes (their SHA-256) have a line
@@ -7,13 +7,15 @@ of the same model, or beside the same image of the base, is not looked at again.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from salun_sd.audit.change import between
 from salun_sd.audit.classify import UNSEEN, Judge
-from salun_sd.audit.detect import detect, detector_name
+from salun_sd.audit.detect import detect
+from salun_sd.audit.detectors import Detectors, Flagger
 from salun_sd.audit.measure import by_image
 from salun_sd.audit.report import Run
 from salun_sd.audit.vision import BATCH
@@ -27,6 +29,7 @@ from salun_sd.runtime.files import write_atomic
 logger = logging.getLogger(__name__)
 
 BOXES = ("width", "height", "blank", "boxes")  # what a line of detections.jsonl has of the detector
+ONE_COLOUR = "it is one colour, so it shows nothing"
 CLASSES = (*UNSEEN, "concepts")  # and of the classifier, the last only where it is asked for concepts by name
 
 
@@ -39,24 +42,34 @@ class Image(NamedTuple):
 
 
 def examine(
-    model: str, manifest: list[dict], judge: Judge | None, detector: Path | None, out: Path, base: Run | None = None
+    model: str, manifest: list[dict], judge: Judge | None, detectors: Detectors, out: Path, base: Run | None = None
 ) -> Run:  # fmt: skip
     """Detect and classify the images of a manifest, and compare them with the base's; write manifest.jsonl and
     detections.jsonl into `out`.
 
     `model` names what drew the images. Several processes share each pass, and all return the same. A line of the
-    detections has `error` where the image cannot be read, or where its line of the manifest has it, and `change` where
-    both the image and the base's of the same case and k can be read. Raises SalunError if no image can be read.
+    detections has `error` where the image is broken: it cannot be read, it is one colour, or its line of the manifest
+    says so. It has `change` where neither the image nor the base's of the same case and k is broken. Raises SalunError
+    if all images are.
     """
     out.mkdir(parents=True, exist_ok=True)
     images = [_image(line, out) for line in manifest]
-    boxes = _detected(images, detector, out)
+    found = _detected(images, detectors, out)
+    boxes = [one | ({"error": ONE_COLOUR} if one.get("blank") else {}) for one in found]
     classes = _classified(images, judge, out)
+    flags = [_flagged(images, flagger, out) for flagger in detectors.flaggers]
     changes = _changed(images, _twins(manifest, boxes, base), out)
-    by = {"detector": detector_name(detector), "classifier": judge and judge.digest}
+    by = {"detector": detectors.name, "classifier": judge and judge.digest}
+
+    def answers(n: int) -> dict:
+        if "error" in boxes[n]:
+            return boxes[n] | UNSEEN
+        of_all = {name: flag for of_one in flags for name, flag in of_one[n]["flags"].items()}
+        return boxes[n] | classes[n] | ({"flags": of_all} if flags else {})
+
     detections = [
         {"file": line["file"], "case": line["case"], "k": line["k"], "sha256": images[n].sha256}
-        | by | boxes[n] | classes[n] | changes[n]
+        | by | answers(n) | changes[n]
         for n, line in enumerate(manifest)
     ]  # fmt: skip
     if ranks.is_main():
@@ -65,7 +78,7 @@ def examine(
         _write(out, manifest, detections)
     if all("error" in line for line in detections):
         name, why = Path(detections[0]["file"]).name, detections[0]["error"]
-        raise SalunError(f"None of the {len(detections)} images of {model} could be read; {name}: {why}.")
+        raise SalunError(f"All {len(detections)} images of {model} are broken; {name}: {why}.")
     return Run(model, out, manifest, detections)
 
 
@@ -84,31 +97,47 @@ def _digest(file: Path) -> str | None:
     return whole.hexdigest()
 
 
-def _detected(images: list[Image], detector: Path | None, out: Path) -> list[dict]:
-    """The first pass: BOXES of each image, or its `error`."""
-    by = {"detector": detector_name(detector)}
-    known = _known(images, by, BOXES, out)
+def _detected(images: list[Image], detectors: Detectors, out: Path) -> list[dict]:
+    """The first pass: BOXES of each image, none if NudeNet does not look; or its `error`."""
+    by = {"detector": detectors.name}
+    known = _known(images, partial(_of_model, by, BOXES), out)
     known |= {n: {"error": image.error} for n, image in enumerate(images) if image.error}
     mine = [n for n in ranks.share(len(images), BATCH, known) if n not in known]
-    boxes = detect([images[n].file for n in mine], detector) if mine else ()
+    boxes = detect([images[n].file for n in mine], detectors.weights, detectors.detects) if mine else ()
     results = Bar(zip(mine, boxes, strict=True), total=len(mine), desc="detect", unit="image", disable=not mine)
     return _completed(known, results, images, by, out)
 
 
 def _classified(images: list[Image], judge: Judge | None, out: Path) -> list[dict]:
-    """The second pass: CLASSES of each image; UNSEEN if the image cannot be read or there is no judge.
+    """The second pass: CLASSES of each image; UNSEEN if the image cannot be read or there is no judge."""
+    if judge is None:
+        return [UNSEEN] * len(images)
+    by = {"classifier": judge.digest}
+    return _asked(images, judge, _known(images, partial(_of_model, by, CLASSES), out), by, out, "classify")
+
+
+def _flagged(images: list[Image], flagger: Flagger, out: Path) -> list[dict]:
+    """A pass of a detector beside NudeNet: its `flags` of each image."""
+
+    def kept(line: dict) -> dict | None:
+        flag = (line.get("flags") or {}).get(flagger.name, {})
+        return {"flags": {flagger.name: flag}} if flag.get("by") == flagger.digest else None
+
+    return _asked(images, flagger, _known(images, kept, out), {}, out, f"detect by {Path(flagger.name).name}")
+
+
+def _asked(
+    images: list[Image], judge: Judge, known: dict[int, dict], by: dict, out: Path, desc: str
+) -> list[dict]:  # fmt: skip
+    """The answer of a judge for each image; `unseen` if the image cannot be read.
 
     A block of images goes through the judge whole even if only one of them is new: a model rounds an image differently
     in another batch.
     """
-    if judge is None:
-        return [UNSEEN] * len(images)
-    by = {"classifier": judge.digest}
-    known = _known(images, by, CLASSES, out)
-    known |= {n: UNSEEN for n, image in enumerate(images) if image.error}
+    known = known | {n: judge.unseen for n, image in enumerate(images) if image.error}
     mine = ranks.share(len(images), BATCH, known)
-    classes = judge.classify([images[n].file for n in mine], BATCH)
-    results = Bar(zip(mine, classes, strict=True), total=len(mine), desc="classify", unit="image", disable=not mine)
+    answers = judge.classify([images[n].file for n in mine], BATCH)
+    results = Bar(zip(mine, answers, strict=True), total=len(mine), desc=desc, unit="image", disable=not mine)
     return _completed(known, ((n, result) for n, result in results if n not in known), images, by, out)
 
 
@@ -128,7 +157,7 @@ def _changed(images: list[Image], twins: list[Image | None], out: Path) -> list[
         return [{}] * len(images)
     known = {
         n: result
-        for n, result in _known(images, {}, ("change",), out).items()
+        for n, result in _known(images, partial(_of_model, {}, ("change",)), out).items()
         if twins[n] and result["change"]["against"] == twins[n].sha256
     }
     known |= {n: {} for n, twin in enumerate(twins) if twin is None}
@@ -143,19 +172,24 @@ def _change(pair: tuple[Image, Image]) -> dict:
     return {"change": {"against": twin.sha256} | between(image.file, twin.file)}
 
 
-def _known(images: list[Image], by: dict, keys: tuple[str, ...], out: Path) -> dict[int, dict]:
-    """Position of an image => its result of an earlier run into `out`: the `keys` of a line by the same model.
+def _known(images: list[Image], kept: Callable[[dict], dict | None], out: Path) -> dict[int, dict]:
+    """Position of an image => its result of an earlier run into `out`: what is `kept` of a line, None for nothing."""
+    of_sha256 = {}
+    for line in _lines(out):
+        if line.get("sha256") and (result := kept(line)) is not None:
+            of_sha256[line["sha256"]] = result
+    ranks.wait()  # no process writes a line before all have read the same ones
+    return {n: of_sha256[image.sha256] for n, image in enumerate(images) if image.sha256 in of_sha256}
+
+
+def _of_model(by: dict, keys: tuple[str, ...], line: dict) -> dict | None:
+    """The `keys` of a line by the same model.
 
     A line that lacks some is of an image that could not be read, or of an earlier version. The first is not kept,
     either: the machine may have been the reason.
     """
-    of_sha256 = {}
-    for line in _lines(out):
-        result = {key: line[key] for key in keys if line.get(key) is not None}
-        if result.keys() >= {*keys} - {"concepts"} and line.get("sha256") and by.items() <= line.items():
-            of_sha256[line["sha256"]] = result
-    ranks.wait()  # no process writes a line before all have read the same ones
-    return {n: of_sha256[image.sha256] for n, image in enumerate(images) if image.sha256 in of_sha256}
+    result = {key: line[key] for key in keys if line.get(key) is not None}
+    return result if result.keys() >= {*keys} - {"concepts"} and by.items() <= line.items() else None
 
 
 def _lines(out: Path) -> Iterator[dict]:

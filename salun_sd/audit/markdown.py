@@ -1,12 +1,12 @@
 """report.md: an audit in Markdown, for a pull request. Pure."""
 
-from salun_sd.audit.report import blank_files, headline, settings_of
+from salun_sd.audit.report import headline, settings_of
 from salun_sd.report.gate import reasons
 from salun_sd.report.markdown import table
 from salun_sd.report.words import in_words, plain, rate
 from salun_sd.runtime.escape import code
 
-NAMED = 20  # most files that are listed as unreadable, or as blank
+NAMED = 20  # most files that are listed as broken, or without a partner
 
 
 def page(report: dict) -> str:
@@ -16,6 +16,7 @@ def page(report: dict) -> str:
         headline(report, code) + "\n",
         *_metrics(report),
         *_pairs(report),
+        *_agreement(report),
         *_gate(report),
         *_became(report),
         *_shares(report, "classes", "Seen as what was asked for, by class", "class"),
@@ -23,8 +24,8 @@ def page(report: dict) -> str:
         *_labels(report),
         *_protocols(report),
         *_quality(report),
+        *_unpaired(report),
         *_broken(report),
-        *_blank(report),
         *_settings(report),
     ]
     return "\n".join(parts)
@@ -38,7 +39,8 @@ def _sides(report: dict) -> dict[str, dict]:
 
 def _metrics(report: dict) -> list[str]:
     sides = _sides(report)
-    rows = [[name, *(rate(side["metrics"][name]) for side in sides.values())] for name in report["metrics"]]
+    metrics = {name: code(name) if "." in name else name for name in report["metrics"]}
+    rows = [[metrics[name], *(rate(side["metrics"].get(name)) for side in sides.values())] for name in metrics]
     for name in report["concepts"] if len(report["concepts"]) > 1 else ():
         rows.append([f"ua of {code(name)}", *(rate(side["concepts"][name]["ua"]) for side in sides.values())])
     return [table(["metric", *sides], rows)]
@@ -50,9 +52,23 @@ def _pairs(report: dict) -> list[str]:
         if pairs:
             counts = [str(pairs[kind]) for kind in ("both", "only_base", "only_model", "neither")]
             difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(pairs["difference"], *pairs["ci95"])
-            rows.append([name, *counts, difference, f"{pairs['p']:.3g}"])
+            shown = code(name) if "." in name else name
+            rows.append([shown, *counts, difference, f"{pairs['p']:.3g}"])
     head = ["metric", "both", "base only", "model only", "neither", "difference", "p"]
     return ["## Image by image, compared with the base\n", table(head, rows)] if rows else []
+
+
+def _agreement(report: dict) -> list[str]:
+    rows = []
+    for name, side in _sides(report).items():
+        for table_of in side.get("agreement", ()):
+            counts = [str(table_of[kind]) for kind in ("both", "only_first", "only_second", "neither")]
+            value, ends = table_of["kappa"], table_of["ci95"]
+            interval = " [{:.3f}, {:.3f}]".format(*ends) if ends else ""
+            kappa = "none: both say the same of all" if value is None else f"{value:.3f}{interval}"
+            rows.append([f"{code(table_of['first'])}, {code(table_of['second'])}", name, *counts, kappa])
+    head = ["detectors", "model", "both flag", "first only", "second only", "neither", "Cohen's kappa"]
+    return ["## Where the detectors agree\n", table(head, rows)] if rows else []
 
 
 def _became(report: dict) -> list[str]:
@@ -90,7 +106,7 @@ def _protocols(report: dict) -> list[str]:
         [code(name), count["unit"], *(str(side["protocols"][name]["n"]) for side in sides.values())]
         for name, count in report["protocols"].items()
     ]
-    return ["## Counts of each paper's protocol\n", table(["protocol", "unit", *sides], rows)]
+    return ["## Counts of each paper's protocol\n", table(["protocol", "unit", *sides], rows)] if rows else []
 
 
 def _quality(report: dict) -> list[str]:
@@ -103,9 +119,20 @@ def _quality(report: dict) -> list[str]:
     notes = [f"{code(metric['name'])}: {metric['note']}\n" for metric in measured.values() if metric.get("note")]
     references = {metric["reference"] for metric in measured.values() if "reference" in metric}
     if "change" in measured:
-        notes.append("Change is from the base's images of the same seeds: 0 is none, and 1 for SSIM.\n")
+        which = "paths" if report.get("unpaired") else "seeds"
+        notes.append(f"Change is from the base's images of the same {which}: 0 is none, and 1 for SSIM.\n")
     notes += [f"FID and KID compare with {code(reference)}.\n" for reference in references]
     return ["## Quality\n", table(["metric", *sides], rows), *notes] if rows else []
+
+
+def _unpaired(report: dict) -> list[str]:
+    parts, alone = [], report.get("unpaired") or {}
+    for name, files in zip(_sides(report), map(alone.get, ("against", "model")), strict=False):
+        if files:
+            more = f", the first {NAMED}" if len(files) > NAMED else ""
+            parts += [f"## Images without a partner\n\n{len(files)} of {name}{more}, in no count:\n"]
+            parts += [table(["file"], [[code(file)] for file in files[:NAMED]])]
+    return parts
 
 
 def _broken(report: dict) -> list[str]:
@@ -114,18 +141,8 @@ def _broken(report: dict) -> list[str]:
         broken = [[code(file), code(reason)] for file, reason in side["broken"].items()]
         if broken:
             more = f", the first {NAMED}" if len(broken) > NAMED else ""
-            parts += [f"## Images that could not be read\n\n{len(broken)} of {name}{more}:\n"]
+            parts += [f"## Broken images\n\n{len(broken)} of {name}{more}:\n"]
             parts += [table(["file", "reason"], broken[:NAMED])]
-    return parts
-
-
-def _blank(report: dict) -> list[str]:
-    parts = []
-    for name, side in _sides(report).items():
-        if files := blank_files(side):
-            more = f", the first {NAMED}" if len(files) > NAMED else ""
-            parts += [f"## Images of one colour\n\n{rate(side['blank'])} of {name}{more}:\n"]
-            parts += [table(["file"], [[code(file)] for file in files[:NAMED]])]
     return parts
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from salun_sd.audit.measure import Key, by_image, most_first
-from salun_sd.audit.report import NO_QUALITY, Run, blank_files, headline, is_by_name
+from salun_sd.audit.measure import FLAG_RATE, Key, by_image, most_first
+from salun_sd.audit.report import NO_QUALITY, Run, headline, is_by_name
 from salun_sd.draw.images import read_image
 from salun_sd.report.gate import reasons
 from salun_sd.report.html import template, thumbnail, ticks
@@ -19,7 +19,7 @@ from salun_sd.report.words import named, plain
 # Four groups of 30 pairs take at most 3.9 MB in base64, so the page stays under 5 MB.
 SHOWN = 30  # most images of a group
 PROMPT = 1000  # most characters of a prompt
-BROKEN = 100  # most files that are listed as unreadable, or as blank
+BROKEN = 100  # most files that are listed as broken, or without a partner
 SEED = 0  # of the random draws of images
 BINS = 20  # of scores from 0 to 1: every protocol's threshold is an edge
 FIRST = 5  # the bin of NudeNet's lowest score, 0.25
@@ -51,6 +51,13 @@ def top(detection: dict, labels: Sequence[str]) -> float:
     return next(iter(boxes(detection, labels).values()), 0.0)
 
 
+def scores_of(detection: dict, labels: Sequence[str]) -> dict[str, float]:
+    """`boxes` of an image, and by the names of other detectors what they score it, if that is as high as NudeNet's
+    lowest score; the highest first."""
+    flags = {name: flag["score"] for name, flag in detection.get("flags", {}).items() if flag["score"] >= FIRST / BINS}
+    return dict(sorted((boxes(detection, labels) | flags).items(), key=lambda item: (-item[1], item[0])))
+
+
 def chosen(
     lines: dict[Key, tuple[dict, dict]], concepts: Sequence[str], labels: Sequence[str], count: int = SHOWN
 ) -> dict[str, Sample]:
@@ -58,11 +65,12 @@ def chosen(
 
     `lines` has the manifest's line and the detections' line of each readable image.
 
-    worst: the highest scores of a flagged label, also below the threshold. still: images of the concepts that are seen
-    as what their prompt asks for, the classifier's surest first; if concepts were asked by name, all images are of the
-    concepts. of_concepts, others: random draws of the images that are left, in the order of `lines`.
+    worst: the highest scores of a flagged label, or of another detector, also below the threshold. still: images of the
+    concepts that are seen as what their prompt asks for, the classifier's surest first; if concepts were asked by name,
+    all images are of the concepts. of_concepts, others: random draws of the images that are left, in the order of
+    `lines`.
     """
-    scores = {key: top(detection, labels) for key, (_, detection) in lines.items()}
+    scores = {key: max(scores_of(found, labels).values(), default=0.0) for key, (_, found) in lines.items()}
     of_concepts = [key for key, (row, line) in lines.items() if row["class"] in concepts or "concepts" in line]
     asked = {key: concepts if lines[key][0]["class"] is None else [lines[key][0]["class"]] for key in of_concepts}
     still = [key for key in of_concepts if lines[key][1]["predicted"] in asked[key]]
@@ -104,11 +112,11 @@ def picture(folder: Path, row: dict, detection: dict, settings: dict, images: bo
     """What the page shows of one image: its prompt, the class seen, the boxes that make it blurred, and, with `images`,
     its thumbnail."""
     seen = {"predicted": detection["predicted"], "error": detection.get("error")}
-    seen["boxes"] = boxes(detection, settings["labels"])
-    prompt = row["prompt"] if len(row["prompt"]) <= PROMPT else row["prompt"][:PROMPT] + "…"
-    which = f"case {row['case']}" + (f", image {row['k']}" if row["k"] else "")
+    seen["boxes"] = scores_of(detection, settings["labels"])
+    prompt = row["prompt"] if len(row["prompt"] or "") <= PROMPT else row["prompt"][:PROMPT] + "…"
+    which = row.get("name") or f"case {row['case']}" + (f", image {row['k']}" if row["k"] else "")
     which += f", seed {row['seed']}" if row["seed"] is not None else ""
-    shot = row | seen | {"prompt": prompt, "which": which, "src": None}
+    shot = row | seen | {"prompt": prompt or "", "which": which, "src": None}
     return shot | thumbnail(read_image(folder / row["file"])) if images and not shot["error"] else shot
 
 
@@ -149,14 +157,19 @@ def in_tables(report: dict) -> dict:
     labels, settings = label_counts(report), report["settings"]
     return {
         "by_name": is_by_name(report),
+        "detectors": {name: name.partition(".")[2] for name in report["metrics"] if name.startswith(f"{FLAG_RATE}.")},
         "sides": list(sides_of(report).items()),
         "labels": labels,
         "most": max((n for counts in labels.values() for _, n in counts), default=1),
         "marks": marks(settings),
         "quality": qualities(report),
         "gate": [(entry, reasons(entry)) for entry in report.get("gate") or ()],
+        "unpaired": [
+            (name, file)
+            for name, side in zip(sides_of(report), ("against", "model"), strict=False)
+            for file in (report.get("unpaired") or {}).get(side, ())
+        ],
         "broken": [(name, *file) for name, side in sides_of(report).items() for file in side["broken"].items()],
-        "blank": [(name, file) for name, side in sides_of(report).items() for file in blank_files(side)],
         "most_broken": BROKEN,
         "settings_in_words": list(flat({name: settings[name] for name in settings if name != "protocols"})),
     }

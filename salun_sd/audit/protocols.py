@@ -7,7 +7,8 @@ steps and NudeNet versions differ, too.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# NudeNet 3's labels, in its order.
+NUDENET = "nudenet"  # as a detector is called
+# Its labels in version 3, in its order.
 LABELS = (
     "FEMALE_GENITALIA_COVERED",
     "FACE_FEMALE",

@@ -96,10 +96,12 @@ def _key(line: dict) -> Key:
 
 
 def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
-    """The mean of max(cos(image, prompt), 0) and its 95 % interval, a bootstrap over prompts; None without images.
+    """The mean of max(cos(image, prompt), 0) of the images whose prompt is known, and its 95 % interval, a bootstrap
+    over prompts; None without such images.
 
     Hessel et al. 2021 (arXiv 2104.08718) multiply by 2.5. Others publish the cosine, as here, or 100 times it.
     """
+    images = [(file, row) for file, row in images if row["prompt"] is not None]
     if not images:
         return None
     share = ranks.share(len(images), BATCH)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from salun_sd import __version__
 from salun_sd.audit.bounds import QUALITY
-from salun_sd.audit.measure import measure, outcomes, pair, paired, share
-from salun_sd.audit.protocols import DEFAULT_LABELS, PROTOCOLS, THRESHOLD
+from salun_sd.audit.measure import FLAG_RATE, measure, outcomes, pair, paired, protocols_of, share
+from salun_sd.audit.protocols import DEFAULT_LABELS, THRESHOLD
 from salun_sd.errors import SalunError
 from salun_sd.report.gate import AGAINST
 from salun_sd.report.words import in_words, named, quoted, rate
 
-SCHEMA = 6  # of report.json
-READ = (5, SCHEMA)  # those that can be compared; 5 has no change
+SCHEMA = 7  # of report.json
+READ = (5, 6, SCHEMA)  # those that can be compared; 5 has no change, and before 7 images of one colour counted
 NO_QUALITY = dict.fromkeys(QUALITY)
 
 
@@ -28,7 +28,7 @@ class Run:
     detections: list[dict]
 
     def broken(self) -> dict[str, str]:
-        """Each file that could not be read, and the reason."""
+        """Each file that cannot be read or shows nothing, and the reason."""
         return {line["file"]: line["error"] for line in self.detections if "error" in line}
 
     def readable(self) -> "Run":
@@ -41,8 +41,8 @@ class Run:
         return replace(self, manifest=manifest, detections=detections)
 
     def blank(self) -> dict | None:
-        """The share of the readable images that are one colour, with their `files`; None without images."""
-        lines = self.readable().detections
+        """The share of images that are one colour, of all that can be read, with their `files`; None without images."""
+        lines = [line for line in self.detections if "blank" in line]
         images = share({(line["case"], line["k"]): line["blank"] for line in lines})
         return images and images | {"files": [line["file"] for line in lines if line["blank"]]}
 
@@ -57,12 +57,15 @@ def settings_of(report: dict) -> dict[str, object]:
     )  # fmt: skip
     sampling = (model or {}) | {AGAINST + key: value for key, value in (base or {}).items()}
     layer = {key: value for key, value in sampling.items() if not key.endswith("identity")}
-    return layer | {k: v for k, v in settings.items() if k not in ("sampling", "sampling_against", "protocols")}
+    of_detectors = settings.get("detectors") or {}
+    detectors = {f"{name} {key}": value for name, of_one in of_detectors.items() for key, value in of_one.items()}
+    of_layers = ("sampling", "sampling_against", "detectors", "protocols")
+    return layer | {key: value for key, value in settings.items() if key not in of_layers} | detectors
 
 
 def images_of(side: dict) -> int:
-    """The number of readable images of a model, whose part of the report is `side`."""
-    return (side["metrics"]["flag_rate"] or {"of": 0})["of"]
+    """The number of images of a model that are not broken; `side` is its part of the report."""
+    return side.get("images", (side["metrics"][FLAG_RATE] or {"of": 0})["of"])  # the latter of schemas before 7
 
 
 def is_by_name(report: dict) -> bool:
@@ -71,10 +74,11 @@ def is_by_name(report: dict) -> bool:
 
 
 def check_same_prompts(run: Run, base: Run) -> None:
-    """Raise SalunError if the two runs have other cases, prompts or classes, and so cannot be compared."""
+    """Raise SalunError if the two runs have other cases, prompts or classes, and so cannot be compared. Images that are
+    paired by their path may have other prompts in their metadata."""
     for row, twin in pair(run.manifest, base.manifest, (run.model, base.model)):
         for field in ("prompt", "class"):
-            if row[field] != twin[field]:
+            if row[field] != twin[field] and not (field == "prompt" and "name" in row):
                 raise SalunError(
                     f"The {field} of case {row['case']}, image {row['k']} is {row[field]!r} for {run.model} and "
                     f"{twin[field]!r} for {base.model}. Evaluate both with the same --prompts."
@@ -82,8 +86,8 @@ def check_same_prompts(run: Run, base: Run) -> None:
 
 
 def one_detector(runs: Iterable[Run]) -> str | None:
-    """The detector of all runs; None without images. Raises SalunError if there are several, whose counts cannot be
-    compared."""
+    """The detector of all runs; None without images, or if NudeNet did not look. Raises SalunError if there are
+    several, whose counts cannot be compared."""
     names = list(dict.fromkeys(line["detector"] for run in runs for line in run.detections))
     if len(names) > 1:
         raise SalunError(f"The images were detected by both {names[0]} and {names[1]}. Evaluate into a fresh --out.")
@@ -97,7 +101,7 @@ def in_pairs(run: Run, base: Run, concepts: Sequence[str], labels: Sequence[str]
         outcomes(pair(side.manifest, side.detections, (side.model, side.model)), concepts, labels, threshold)
         for side in (base.readable(), run.readable())
     )
-    return {name: paired(before[name], after[name]) for name in after}
+    return {name: paired(before.get(name, {}), after[name]) for name in after}
 
 
 def assemble(
@@ -126,7 +130,7 @@ def assemble(
 
     flagging = {"concepts": list(concepts), "labels": list(labels), "threshold": threshold}
     detector = one_detector([run, base] if base else [run])
-    protocols = {name: protocol._asdict() for name, protocol in PROTOCOLS.items()}
+    protocols = {name: protocol._asdict() for name, protocol in protocols_of(run.detections).items()}
     return {
         "schema": SCHEMA,
         "salun_sd": __version__,
@@ -160,8 +164,7 @@ def headline_metrics(report: dict) -> dict:
 
 
 def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
-    """The main numbers in a sentence, and how many images could not be read or show nothing. `shown` formats the names
-    of concepts."""
+    """The main numbers in a sentence, and how many images are broken. `shown` formats the names of concepts."""
     metrics, base = report["metrics"], (report["against"] or {}).get("metrics", {})
     concepts = [name for name, metric in report["concepts"].items() if metric["ua"]]
     names, several = named(concepts, shown), len(concepts) > 1
@@ -179,14 +182,17 @@ def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
     if metrics["ra"]:
         others = "other images" if metrics["ua"] else "images"
         clauses.append(clause("ra", f"{others} show what was asked for"))
-    flagged = [side["flag_rate"]["n"] for side in (metrics, base) if side.get("flag_rate")]
-    if metrics["flag_rate"] and (any(flagged) or not clauses):
-        threshold = report["settings"]["threshold"]
-        clauses.append(clause("flag_rate", f"images are flagged by the detector at a score of {threshold} or more"))
-    sentence = "; ".join(clauses) + "." if clauses else "There are no images to report on."
+    rates = [name for name in metrics if name.startswith(FLAG_RATE) and metrics[name]]
+    flagged = [side[name]["n"] for side in (metrics, base) for name in rates if side.get(name)]
+    for name in rates if any(flagged) or not clauses else ():
+        other = name.partition(".")[2]
+        threshold = THRESHOLD if other else report["settings"]["threshold"]
+        whose = shown(other) if other else "the detector" if len(rates) == 1 else "NudeNet"
+        clauses.append(clause(name, f"images are flagged by {whose} at a score of {threshold} or more"))
+    nothing = "No rate was measured." if images_of(report) else "There are no images to report on."
+    sentence = "; ".join(clauses) + "." if clauses else nothing
     sides = [report, *filter(None, [report["against"]])]
-    sentence += _numbers([len(s["broken"]) for s in sides], "could not be read and {} excluded from every count")
-    return sentence + _numbers([len(blank_files(s)) for s in sides], "{} one colour, with nothing to see")
+    return sentence + _broken([len(side["broken"]) for side in sides])
 
 
 def blank_files(side: dict) -> list[str]:
@@ -194,14 +200,15 @@ def blank_files(side: dict) -> list[str]:
     return side["blank"]["files"] if side["blank"] else []
 
 
-def _numbers(counts: Sequence[int], what: str) -> str:
-    """The sentence on what some images of the model, and of its base, are; empty without any."""
+def _broken(counts: Sequence[int]) -> str:
+    """The sentence on how many images of the model, and of its base, are broken; empty without any."""
     each = [
         f"{n} {'image' if n == 1 else 'images'}{whose}"
         for n, whose in zip(counts, ("", " of the base"), strict=False)
         if n
     ]
-    return f" {' and '.join(each)} {what.format('is' if sum(counts) == 1 else 'are')}." if each else ""
+    be = "is" if sum(counts) == 1 else "are"
+    return f" {' and '.join(each)} {be} broken and excluded from every count." if each else ""
 
 
 def numbers(report: dict) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from salun_sd.audit import bounds, classify
+from salun_sd.audit import bounds, classify, collected
 from salun_sd.audit.classify import Judge
 from salun_sd.audit.saved import begins
 from salun_sd.checkpoint.model import POCKET, Checkpoint
@@ -46,24 +46,43 @@ def check_values(**options: object) -> None:
 
 
 def check_options(
-    model: object, against: object, images: Path | None, out: Path, *, drawing: Sequence[object], samples: int | None,
-    confident: bool, fail_if: Sequence[str],
+    model: object, against: object, images: Path | None, out: Path, *, prompts: str | None, filters: Sequence[object],
+    recursive: bool, drawing: Sequence[object], samples: int | None, confident: bool, fail_if: Sequence[str],
 ) -> None:  # fmt: skip
-    """Raise UsageError if options of `evaluate` cannot go together, or `out` holds anything but an audit. `drawing` has
-    the options of drawing."""
+    """Raise UsageError if options of `evaluate` cannot go together, or `out` holds anything but an audit. `filters` has
+    the options that choose prompts, `drawing` those of drawing."""
     if confident and not fail_if:
         raise UsageError("--confident needs --fail-if: give both.")
     if (model is None) == (images is None):
         raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
-    if images and not against and any(option is not None for option in drawing):
+    if images and not (against and prompts) and any(option is not None for option in drawing):
         raise UsageError("--denoising-steps, --scheduler, --guidance, --size and --dtype are for images that are "
                          "drawn: leave them out.")  # fmt: skip
+    if prompts is None:
+        _check_without_prompts(against, images, filters)
+    elif recursive:
+        raise UsageError("--recursive is for --images of any names: leave it out, or --prompts.")
     if images and samples is not None:
         raise UsageError("--samples-per-prompt is for a MODEL, and --images has a number of its own: leave it out.")
     if out.exists() and (not out.is_dir() or not _is_audit(out)):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
     if images and (out / "images").is_dir():
         raise UsageError(f"{out} holds the audit of a model, with the images that it drew: choose another --out.")
+
+
+def _check_without_prompts(against: object, images: Path | None, filters: Sequence[object]) -> None:
+    if not images:
+        raise UsageError("A MODEL draws from prompts: give --prompts, such as --prompts everyday.")
+    if any(filters):
+        raise UsageError("--where and --limit choose rows of --prompts: give it, too, or leave them out.")
+    if against is not None and not (isinstance(against, str | Path) and _is_image_folder(Path(against))):
+        raise UsageError(f"--against {against} is no folder of images, and a checkpoint draws from prompts: give a "
+                         "folder, or --prompts, too.")  # fmt: skip
+
+
+def _is_image_folder(path: Path) -> bool:
+    """Whether a path is a folder, and not that of a checkpoint."""
+    return path.is_dir() and not (path / "model_index.json").exists()
 
 
 def _is_audit(folder: Path) -> bool:
@@ -87,10 +106,10 @@ class Request(NamedTuple):
     """The prompts of an audit, and what is judged on their images."""
 
     name: str  # of the prompt set, with its filters in words
-    prompts: list[Prompt]  # with their own guidance and size
-    rows: list[Prompt]  # the same with --guidance and --size, as they are drawn
-    classes: list[str]  # of the prompts
-    categories: list[str]  # of the prompts
+    digest: str  # SHA-256 of what two audits share if their images can be compared one by one
+    rows: list[Prompt]  # with --guidance and --size, as they are drawn; or one for each image that is there
+    classes: list[str]  # of the rows
+    categories: list[str]  # of the rows
     concepts: Sequence[str] = ()  # what should be gone
     classifier: str | Path | None = None  # a folder or hub id
 
@@ -111,7 +130,14 @@ class Request(NamedTuple):
         first = f", the first {limit}" if limit else ""
         classes = list(dict.fromkeys(p.label for p in rows if p.label))
         categories = list(dict.fromkeys(category for p in rows for category in p.categories))
-        return cls(f"{name}{filtered}{first}", originals, rows, classes, categories)
+        return cls(f"{name}{filtered}{first}", prompts.digest(originals), rows, classes, categories)
+
+    @classmethod
+    def of_images(cls, manifest: list[dict]) -> "Request":
+        """A row for each image of a folder, whose lines `collected.gathered` gave, with nothing to judge yet."""
+        rows = [Prompt(line["case"], line["prompt"] or "", line["seed"] or 0, 0, line["class"]) for line in manifest]
+        classes = list(dict.fromkeys(p.label for p in rows if p.label))
+        return cls(f"{len(rows):,} image files", collected.digest(manifest), rows, classes, [])
 
     def judging(self, concepts: Sequence[str], classifier: str | None, record: dict | None) -> "Request":
         """The same prompts, with what is judged; `record` is the audited checkpoint's. Raises UsageError for classes
@@ -124,7 +150,7 @@ class Request(NamedTuple):
         return 0 if self.concepts and not self.classes else sum(p.label not in self.concepts for p in self.rows)
 
     def bounds(
-        self, texts: Sequence[str], *, against: bool, clip: bool, fid: bool, reference: bool
+        self, texts: Sequence[str], *, detectors: Sequence[str], against: bool, clip: bool, fid: bool, reference: bool
     ) -> list[gate.Bound]:  # fmt: skip
         """The bounds of --fail-if. Raises UsageError for a text that is not a bound, or needs what is not measured."""
         absent = bounds.unmeasured(
@@ -132,7 +158,7 @@ class Request(NamedTuple):
             has_concepts=bool(self.concepts), has_others=any(name not in self.concepts for name in self.classes),
             has_kept=any(p.label not in self.concepts for p in self.rows),
         )  # fmt: skip
-        return [gate.parse(text, bounds.names(self.concepts, self.categories), absent) for text in texts]
+        return [gate.parse(text, bounds.names(self.concepts, self.categories, detectors), absent) for text in texts]
 
     def judge(self) -> Judge | None:
         """The classifier, loaded; None without one. Its label for each class is logged, but not the pocket judge's,
@@ -150,7 +176,7 @@ class Request(NamedTuple):
     ) -> dict:  # fmt: skip
         """The report's `settings` that are known before anything is drawn."""
         name = judge and ("pocket judge" if self.classifier == JUDGE else judge.name)
-        return {"prompts_sha256": prompts.digest(self.prompts), "where": list(where), "limit": limit,
+        return {"prompts_sha256": self.digest, "where": list(where), "limit": limit,
                 "guidance": guidance, "size": size, "classifier": name,
                 "classifier_sha256": judge and judge.digest}  # fmt: skip
 
@@ -160,7 +186,7 @@ def _concepts(given: Sequence[str], classes: list[str], record: dict | None) -> 
     classes, whatever is given."""
     given = [unicodedata.normalize("NFC", c) for c in given]
     if classes and (unknown := [c for c in given if c not in classes]):
-        raise UsageError(f"--concept-class {unknown[0]} is not a class of these prompts: their classes are "
+        raise UsageError(f"--concept-class {unknown[0]} is not a class of these prompts or folders: the classes are "
                          f"{', '.join(classes)}.")  # fmt: skip
     if given or not classes:
         return list(dict.fromkeys(given))
@@ -178,12 +204,14 @@ def _classifier(given: str | None, classes: list[str], concepts: list[str]) -> s
     """The given classifier; without one, the pocket judge if it knows every class of the prompts."""
     if given:
         if not classes and not concepts:
-            raise UsageError("--classifier has nothing to judge: these prompts have no column `class`. Add "
-                             "--concept-class, and a CLIP as --classifier looks for it in every image.")  # fmt: skip
+            raise UsageError("--classifier has nothing to judge: there are no classes, of a column `class` or of "
+                             "sub-folders with --recursive. Add --concept-class, and a CLIP as --classifier looks for "
+                             "it in every image.")  # fmt: skip
         return JUDGE if given == "pocket" else given
     if concepts and not classes:
-        raise UsageError(f"--concept-class {concepts[0]} needs a --classifier, because these prompts have no classes: "
-                         "give a CLIP, such as openai/clip-vit-base-patch32.")  # fmt: skip
+        raise UsageError(f"--concept-class {concepts[0]} needs a --classifier, because it is no class of a column "
+                         "`class` or of sub-folders with --recursive: give a CLIP, such as "
+                         "openai/clip-vit-base-patch32.")  # fmt: skip
     known = json.loads((JUDGE / "config.json").read_text())["label2id"]
     if classes and set(classes) <= set(known):
         return JUDGE

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from salun_sd.audit import bounds, markdown, page, quality
+from salun_sd.audit import bounds, detectors, markdown, page, quality
 from salun_sd.audit.clip import Clip
-from salun_sd.audit.collected import collected, line_of
-from salun_sd.audit.detect import detector_digest, load_detector
+from salun_sd.audit.collected import Pairs, collected, gathered, line_of, matched, tools, with_classes
+from salun_sd.audit.detect import load_detector
 from salun_sd.audit.examine import examine
 from salun_sd.audit.features import extractor
-from salun_sd.audit.report import Run, assemble, blank_files, headline_metrics, images_of, numbers
+from salun_sd.audit.report import Run, assemble, headline_metrics, images_of, numbers
 from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import opened
@@ -40,9 +40,10 @@ MOST_IMAGES = 1_000_000
 
 
 def evaluate(
-    model: str | Path | Checkpoint | None = None, *, prompts: str, out: str | Path, where: Sequence[str] = (),
-    limit: int | None = None, against: str | Path | Checkpoint | None = None, images: str | Path | None = None,
-    concept_class: str | Sequence[str] = (), classifier: str | None = None, detector_model: str | Path | None = None,
+    model: str | Path | Checkpoint | None = None, *, prompts: str | None = None, out: str | Path,
+    where: Sequence[str] = (), limit: int | None = None, against: str | Path | Checkpoint | None = None,
+    images: str | Path | None = None, recursive: bool = False, concept_class: str | Sequence[str] = (),
+    classifier: str | None = None, detector: str | Sequence[str] = (), detector_model: str | Path | None = None,
     clip: str | None = None, fid: str | None = None, reference: str | Path | None = None,
     denoising_steps: int | None = None, scheduler: str | None = None, guidance: float | None = None,
     size: str | int | None = None, dtype: str | None = None, samples_per_prompt: int | None = None,
@@ -50,7 +51,7 @@ def evaluate(
     track: str | Sequence[str] | None = None, config: str | None = None, revision: str | None = None,
     variant: str | None = None,
 ) -> dict:  # fmt: skip
-    """Audit a checkpoint or a folder of images on a prompt set. Writes the audit into `out`; returns what report.json
+    """Audit a checkpoint on a prompt set, or a folder of images. Writes the audit into `out`; returns what report.json
     holds.
 
     The parameters are the options of `salun-sd evaluate`. The report's `gate` says whether each bound of `fail_if`
@@ -61,29 +62,36 @@ def evaluate(
     # check: whatever can fail without drawing fails here, and what needs no model before one is opened
     check_values(
         model=model, prompts=prompts, out=out, where=where, limit=limit, against=against, images=images,
-        concept_class=concept_class, classifier=classifier, detector_model=detector_model, clip=clip, fid=fid,
+        concept_class=concept_class, classifier=classifier, detector=detector, detector_model=detector_model, clip=clip,
+        fid=fid,
         reference=reference, denoising_steps=denoising_steps, size=size, samples_per_prompt=samples_per_prompt,
         fail_if=fail_if, config=config, revision=revision, variant=variant,
     )  # fmt: skip
-    out, images, reference, detector = Path(out), _path(images), _path(reference), _path(detector_model)
+    out, images, reference, weights = Path(out), _path(images), _path(reference), _path(detector_model)
     where, fail_if, concept_class = _texts(where), _texts(fail_if), _texts(concept_class)
     size = None if size is None else str(size)
     check_dtype(dtype)
-    check_options(model, against, images, out, drawing=(denoising_steps, scheduler, guidance, size, dtype),
-                  samples=samples_per_prompt, confident=confident, fail_if=fail_if)  # fmt: skip
+    names = detectors.checked(_texts(detector), weights)
+    check_options(model, against, images, out, prompts=prompts, filters=(where, limit), recursive=recursive,
+                  drawing=(denoising_steps, scheduler, guidance, size, dtype), samples=samples_per_prompt,
+                  confident=confident, fail_if=fail_if)  # fmt: skip
     check_place(out / "report.json", out / "images" / "0_0.png")
-    models = cache(partial(_models, model, against, config, revision, variant))
-    class_model = (models()[0] or models()[1]) if prompts == CLASSES else None
-    request = Request.of(prompts, where, limit, guidance, size, class_model)
+    quality.check_options(fid, reference, has_base=against is not None)
+    if weights:
+        load_detector(weights)
+    models = cache(partial(_models, model, against if prompts else None, config, revision, variant))
     sampling = {"steps": denoising_steps, "scheduler": None if scheduler is None else scheduler_class(scheduler)}
-    manifest = collected(images, request.rows, out, subset=bool(where or limit)) if images else None
+    if prompts is None:
+        manifest, twins, unpaired = _gather(images, _path(against), out, recursive, concept_class, classifier, clip)
+        request = Request.of_images(manifest)
+    else:
+        class_model = (models()[0] or models()[1]) if prompts == CLASSES else None
+        request, twins, unpaired = Request.of(prompts, where, limit, guidance, size, class_model), None, None
+        manifest = collected(images, request.rows, out, subset=bool(where or limit)) if images else None
     samples = len(manifest) // len(request.rows) if images else samples_per_prompt or 1
     if samples * len(request.rows) > MOST_IMAGES:
         raise UsageError(f"{samples * len(request.rows):,} images are too many for one audit, which holds "
                          f"{MOST_IMAGES:,}: lower --samples-per-prompt, or give --limit.")  # fmt: skip
-    quality.check_options(fid, reference, has_base=against is not None)
-    if detector:
-        load_detector(detector)
     audited, base, erasure = models()
     if record:
         check_record(audited, erasure)
@@ -92,29 +100,34 @@ def evaluate(
     if audited or base:
         sampling["dtype"] = _dtype_to_draw_in(dtype)
     quality.check_others(clip, fid, samples * request.others())
-    parsed = request.bounds(fail_if, against=base is not None, clip=bool(clip), fid=bool(fid),
+    if not (names or request.classifier or clip or fid or against):
+        raise UsageError("--detector none leaves nothing to measure: add --classifier, --clip or --against.")
+    parsed = request.bounds(fail_if, detectors=names, against=against is not None, clip=bool(clip), fid=bool(fid),
                             reference=reference is not None)  # fmt: skip
     judge = request.judge()
     measures = quality.Measures(
         clip and Clip(clip, default_device()), fid and extractor(fid, JUDGE, default_device()), reference
     )
-    settings = request.settings(judge, where, limit, guidance, size) | {"detector_sha256": detector_digest(detector)}
+    looking = detectors.load(names, weights, default_device())
+    settings = request.settings(judge, where, limit, guidance, size) | looking.settings()
 
     # look at each model
     tracked = tracker.started(trackers, out, {"images": samples * len(request.rows)})
-    settings["sampling"] = None
+    settings |= {"sampling": None, "metadata": None if prompts else tools(manifest)}
     if audited:
         manifest, settings["sampling"] = _draw(audited, request, samples, out, **sampling)
     run_of_base = None
     if base:
         drawn, settings["sampling_against"] = _draw(base, request, samples, out / "against", keep=True, **sampling)
-        run_of_base = examine(base.name, drawn, judge, detector, out / "against")
-    run = examine(audited.name if audited else str(images), manifest, judge, detector, out, run_of_base)
+        run_of_base = examine(base.name, drawn, judge, looking, out / "against")
+    elif twins:
+        run_of_base = examine(str(against), twins, judge, looking, out / "against")
+    run = examine(audited.name if audited else str(images), manifest, judge, looking, out, run_of_base)
 
     # assemble
     qualities = quality.measure(measures, run, run_of_base, request.concepts)
     report = assemble(run, run_of_base, prompts=request.name, settings=settings, concepts=request.concepts,
-                      quality=qualities)  # fmt: skip
+                      quality=qualities) | {"unpaired": unpaired}  # fmt: skip
     report["gate"] = [gate.judge(b, bounds.parts(report, b, in_pairs=confident), confident) for b in parsed] or None
     _warn(report)
 
@@ -134,6 +147,22 @@ def _path(value: str | Path | None) -> Path | None:
 
 def _texts(value: str | Sequence[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
+
+
+def _gather(
+    images: Path, against: Path | None, out: Path, recursive: bool, concepts: list[str], classifier: str | None,
+    clip: str | None,
+) -> Pairs:  # fmt: skip
+    """The lines of a folder of images and, with `against`, of the other one. Raises UsageError where there are none,
+    or no prompts for `clip`."""
+    lines = gathered(images, out, recursive)
+    if clip and all(line["prompt"] is None for line in lines):
+        raise UsageError(f"--clip compares images with their prompts, and no image of {images} has one in its "
+                         "metadata: give --prompts, or leave it out.")  # fmt: skip
+    lines = with_classes(lines, concepts, classifier)
+    if against is None:
+        return Pairs(lines, None, None)
+    return matched(lines, gathered(against, out / "against", recursive), (images, against))
 
 
 def _models(
@@ -213,16 +242,16 @@ def _draw(
 def _warn(report: dict) -> None:
     """Log, each once, the lines of a report that a person should see at once."""
     lines = []
+    for key, files in (report["unpaired"] or {}).items():
+        if files:
+            whose = report[key]["model"] if key == "against" else report["model"]
+            lines.append(f"{whose}: images without a partner of the same path, in no count: {len(files)} "
+                         f"({some(files)}).")  # fmt: skip
     for side in filter(None, (report, report["against"])):
         if broken := [f"{Path(file).name} ({why})" for file, why in side["broken"].items()]:
             total = len(broken) + images_of(side)
-            lines.append(f"{side['model']}: {len(broken)} of {total} images could not be read and are excluded from "
-                         f"every count: {some(broken)}.")  # fmt: skip
-        if blank := [Path(file).name for file in blank_files(side)]:
-            lines.append(
-                f"{side['model']}: {len(blank)} of {images_of(side)} images are one colour: they show "
-                f"nothing, and count as any other image. They are {some(blank)}; see --fail-if 'blank > 0'."
-            )
+            lines.append(f"{side['model']}: {len(broken)} of {total} images are broken and excluded from every count: "
+                         f"{some(broken)}.")  # fmt: skip
         if (score := side["quality"]["clip_score"]) and score["truncated"]:
             lines.append(f"{score['truncated']} prompts are longer than CLIP reads: only their beginning is compared.")
         if (fid := side["quality"]["fid"]) and fid["note"]:

@@ -81,7 +81,8 @@ def contradictions(side: dict) -> Iterator[str]:
         keys = value.keys() if isinstance(value, dict) else ()
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key} is {value}"
-        if {"n", "of"}.issubset(keys) and not (0 <= value["n"] and 0 <= value["of"] <= images):
+        most = images + len(side["broken"]) if key == "blank" else images
+        if {"n", "of"}.issubset(keys) and not (0 <= value["n"] and 0 <= value["of"] <= most):
             yield f"{key} has {value['n']} of {value['of']}, and there are {images} images"
         if {"n", "of", "rate", "ci95"}.issubset(keys) and not _is_share(**value):
             yield f"{key} is {value['n']} of {value['of']}, with a rate of {value['rate']} in {value['ci95']}"
@@ -121,9 +122,16 @@ def cells(side: dict) -> dict[tuple[int, str], object]:
         {f"{OF_CONCEPT}{name}": metrics["ua"] for name, metrics in side["concepts"].items()},
         {f"{name}, {count['unit']}": count["n"] for name, count in side["protocols"].items()},
         {metric["name"]: metric for metric in side["quality"].values() if metric},
+        {f"kappa of {table['first']} and {table['second']}": _kappa(table) for table in side.get("agreement", ())},
         {"images": images_of(side), "broken": len(side["broken"]), "blank": len(blank_files(side))},
     )
     return {(place, name): value for place, group in enumerate(groups) for name, value in group.items()}
+
+
+def _kappa(table: dict) -> dict | None:
+    """The kappa of two detectors, as a metric of quality is."""
+    images = sum(table[kind] for kind in ("both", "only_first", "only_second", "neither"))
+    return None if table["kappa"] is None else {"value": table["kappa"], "ci95": table["ci95"], "images": images}
 
 
 def settings(report: dict) -> dict[str, object]:

@@ -239,16 +239,18 @@ def push(
 
 @app.command(cls=Command, epilog=example("evaluate erased --prompts pocket", "--against pocket --out audit"))
 def evaluate(
-    prompts: Annotated[str, o.PROMPTS],
     out: Annotated[Path, o.AUDIT_OUT],
     model: Annotated[str | None, o.MODEL] = None,
+    prompts: Annotated[str | None, o.PROMPTS] = None,
     where: Annotated[list[str] | None, o.WHERE] = None,
     limit: Annotated[int | None, o.LIMIT] = None,
     against: Annotated[str | None, o.AGAINST] = None,
     images: Annotated[Path | None, o.IMAGES] = None,
+    recursive: Annotated[bool, o.RECURSIVE] = False,
     concept_class: Annotated[list[str] | None, o.CONCEPT_CLASS] = None,
     classifier: Annotated[str | None, o.CLASSIFIER] = None,
-    detector_model: Annotated[Path | None, o.DETECTOR] = None,
+    detector: Annotated[list[str] | None, o.DETECTOR] = None,
+    detector_model: Annotated[Path | None, o.DETECTOR_MODEL] = None,
     clip: Annotated[str | None, o.CLIP] = None,
     fid: Annotated[str | None, o.FID] = None,
     reference: Annotated[Path | None, o.REFERENCE] = None,
@@ -267,7 +269,7 @@ def evaluate(
     revision: Annotated[str | None, o.REVISION] = None,
     variant: Annotated[str | None, o.VARIANT] = None,
 ) -> None:
-    """Draw a prompt set, judge the images and write an audit.
+    """Draw a prompt set, or take your images; write an audit.
 
     NudeNet looks for nudity; a classifier names the class of each image. The audit is report.html, report.md and
     report.json.
@@ -277,10 +279,11 @@ def evaluate(
 
     report = audit.evaluate(
         model, prompts=prompts, out=out, where=where or (), limit=limit, against=against, images=images,
-        concept_class=concept_class or (), classifier=classifier, detector_model=detector_model, clip=clip, fid=fid,
-        reference=reference, denoising_steps=denoising_steps, scheduler=scheduler, guidance=guidance, size=size,
-        dtype=dtype, samples_per_prompt=samples_per_prompt, no_images=no_images, record=record, fail_if=fail_if or (),
-        confident=confident, track=track, config=config, revision=revision, variant=variant,
+        recursive=recursive, concept_class=concept_class or (), classifier=classifier, detector=detector or (),
+        detector_model=detector_model, clip=clip, fid=fid, reference=reference, denoising_steps=denoising_steps,
+        scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, samples_per_prompt=samples_per_prompt,
+        no_images=no_images, record=record, fail_if=fail_if or (), confident=confident, track=track, config=config,
+        revision=revision, variant=variant,
     )  # fmt: skip
     tables.show_audit(report)
     print_lines(f"{out / 'report.html'}")

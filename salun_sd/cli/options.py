@@ -253,7 +253,7 @@ LIST = Option("--dry-run", help="Print the files and their sizes, and send nothi
 # evaluate
 PROMPTS = Option(
     help="Prompt set: a built-in one by name, a .csv file, or a .txt file with one prompt per line; `classes`: all "
-    "that a class-conditional MODEL draws."
+    "that a class-conditional MODEL draws. Without it, --images of any names are audited."
 )
 AUDIT_OUT = Option(help="Folder for the audit. The same command resumes an interrupted audit.")
 WHERE = Option(
@@ -264,9 +264,16 @@ WHERE = Option(
 LIMIT = Option(min=1, help="Only the first N rows, after --where.")
 AGAINST = Option(
     help="Base checkpoint to compare with, drawn from the same seeds. The change of the images that should stay is "
-    "measured, too."
+    "measured, too. For --images without --prompts: a folder with images of the same paths."
 )
-IMAGES = Option(help="Audit the images <case>_<k>.png of this folder instead of a MODEL.")
+IMAGES = Option(
+    help="Audit the images of this folder instead of a MODEL: with --prompts those named <case>_<k>.png, else all."
+)
+RECURSIVE = Option(
+    "--recursive",
+    help="With --images and without --prompts: also those in sub-folders. If --concept-class is the name of one, or "
+    "there is only a --classifier, a sub-folder is the class that its images ask for.",
+)
 CONCEPT_CLASS = Option(
     metavar="<str>",
     help="Class that should be gone. For prompts without classes: any name; --classifier must then be a CLIP. May be "
@@ -276,7 +283,12 @@ CLASSIFIER = Option(
     help="Image classifier for the prompts' classes, or a CLIP for any class or --concept-class: a folder or hub id. "
     "Default: `pocket`, the bundled judge, where it knows the classes."
 )
-DETECTOR = Option(help="Another model file of NudeNet 3, such as 640m.onnx. Default: the packaged 320n.onnx.")
+DETECTOR = Option(
+    metavar="<str>",
+    help="What flags images: `nudenet`, an image classifier with labels such as nsfw or porn (a folder or hub id), or "
+    "`none`. May be repeated: each has its own rate, and their agreement is measured. Default: nudenet.",
+)
+DETECTOR_MODEL = Option(help="Another model file of NudeNet 3, such as 640m.onnx. Default: the packaged 320n.onnx.")
 CLIP = Option(help="CLIP for the CLIP score of images and their prompts: a folder or hub id.")
 FID = Option(
     help="Features for FID and KID, to the base's images or --reference, and for the change from the base: "

@@ -1,5 +1,6 @@
 """The images of a folder, and what else is in it."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Container
@@ -16,7 +17,25 @@ ADVICE = dict.fromkeys((".heic", ".heif", ".hif"), HEIC) | {".avif": "AVIF needs
 
 def visible(folder: Path) -> list[Path]:
     """Everything in a folder, sorted, but hidden files and those that systems put there: "._a.png", "Thumbs.db"."""
-    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name.lower() not in SYSTEM_FILES)
+    return sorted(p for p in folder.iterdir() if _is_visible(p.name))
+
+
+def _is_visible(name: str) -> bool:
+    return name[0] != "." and name.lower() not in SYSTEM_FILES
+
+
+def folders_below(folder: Path) -> list[Path]:
+    """A folder and all folders in it, sorted, but hidden ones. Links to folders are not followed, so no folder comes
+    twice, and none holds itself. Raises OSError for a folder that cannot be opened."""
+
+    def fail(e: OSError) -> None:
+        raise e
+
+    places = []
+    for place, names, _ in os.walk(folder, onerror=fail):
+        names[:] = filter(_is_visible, names)
+        places.append(Path(place))
+    return sorted(places)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -54,4 +73,5 @@ def _reason_of_folder(folder: Path) -> str | None:
     except OSError:
         return "folder that cannot be opened"
     kind = "kohya's folder, repeats_name" if re.fullmatch(r"\d+_.+", folder.name) else "folder of images"
+    kind = f"link to a {kind}" if folder.is_symlink() else kind
     return f"{kind}: give it in place of {folder.parent}"

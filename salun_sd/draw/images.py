@@ -34,6 +34,8 @@ PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 PNG_PIXELS = {b"tRNS", b"acTL", b"fcTL", b"fdAT"}  # the chunks of pixels, beside the critical ones
 PNG_NOTES = {b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tIME"}  # not of the picture
 PNG_UPRIGHT = (b"eXIf", b"tEXtRaw profile type exif\0", b"zTXtRaw profile type exif\0", b"iTXtXML:com.adobe.xmp\0\0")
+PNG_TEXTS = {b"IHDR", b"tEXt", b"zTXt", b"iTXt", b"eXIf", PNG_END}  # what a PNG says, without its pixels
+MOST_NOTE = 2**22  # bytes of a chunk of text, or of a block of EXIF
 HEIC = "HEIC needs pip install 'salun-sd[heif]'"
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -78,6 +80,27 @@ def read_still(file: Path) -> Image.Image:
                 raise ValueError(f"it holds {frames} frames, of which one alone would be looked at")
             return _to_rgb(opened)
     except Exception as e:
+        raise Unreadable(file, _reason(e)) from e
+
+
+def read_notes(file: Path) -> tuple[dict[str, str], Image.Exif]:
+    """The texts of an image file by their keywords, and its EXIF tags. No pixel is decoded.
+
+    Damaged chunks of a PNG, and what has more than MOST_NOTE bytes, count as absent. Raises Unreadable, also where a
+    compressed text has more than the 1 MiB that Pillow unpacks.
+    """
+    try:
+        content = content_of(file)
+        if content.startswith(PNG):
+            chunks = [c for kind, c, is_whole in _chunks(content) if kind in PNG_TEXTS and is_whole]
+            content = b"".join([PNG, *(c for c in chunks if len(c) <= MOST_NOTE)])
+        with Image.open(io.BytesIO(content), formats=formats()) as opened:
+            texts = {key: str(value) for key, value in opened.info.items() if isinstance(value, str)}
+            exif, block = Image.Exif(), opened.info.get("exif") or b""
+        exif.load(block if len(block) <= MOST_NOTE else b"")
+        exif.get_ifd(ExifTags.IFD.Exif)  # read here, where an error is named
+        return texts, exif
+    except Exception as e:  # as many types as there are kinds of damage
         raise Unreadable(file, _reason(e)) from e
 
 

@@ -31,13 +31,47 @@ def cluster_interval(clusters: Sequence[tuple[float, int]], seed: int = 0, draws
     kind: a multinomial draw says how often each kind is taken. The table (draws, kinds) is made in blocks of at most
     BLOCK numbers. The order of the prompts does not matter.
     """
-    kinds, times = np.unique(np.asarray(clusters), axis=0, return_counts=True)  # (kinds, 2), (kinds,)
+    sums, images = _drawn(clusters, seed, draws).T
+    low, high = np.quantile(sums / images, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _drawn(clusters: Sequence[tuple[float, ...]], seed: int, draws: int) -> np.ndarray:
+    """The sums over the prompts of each draw of a bootstrap, [draws, numbers of a cluster]."""
+    kinds, times = np.unique(np.asarray(clusters), axis=0, return_counts=True)  # (kinds, numbers), (kinds,)
     rng, block = np.random.default_rng(seed), max(1, BLOCK // len(kinds))
     sizes = [min(block, draws - start) for start in range(0, draws, block)]
     drawn = [rng.multinomial(len(clusters), times / len(clusters), size=size) @ kinds for size in sizes]
-    sums, images = np.concatenate(drawn).T
-    low, high = np.quantile(sums / images, [0.025, 0.975])
-    return float(low), float(high)
+    return np.concatenate(drawn)
+
+
+def kappa(
+    clusters: Sequence[tuple[int, int, int, int]], seed: int = 0, draws: int = 2000
+) -> tuple[float | None, tuple[float, float] | None]:  # fmt: skip
+    """Cohen's kappa of two yes-or-no judges (Cohen 1960, Educational and Psychological Measurement 20:37), and its 95 %
+    percentile bootstrap interval over prompts; a cluster is a prompt's numbers of images that both judges say yes to,
+    only the first, only the second, and neither.
+
+    Kappa is None where both judges say the same of every image: chance would agree as well. Draws in which they do are
+    left out of the interval. It is None for a single prompt, and where one judge says the same of every image: then
+    kappa is 0 whatever the other one says.
+    """
+    both, first, second, neither = counts = np.asarray(clusters).sum(axis=0)
+    of_all = _kappas(counts[None])
+    if not len(of_all):
+        return None, None
+    if len(clusters) == 1 or 0 in (both + first, second + neither, both + second, first + neither):
+        return float(of_all[0]), None
+    low, high = np.quantile(_kappas(_drawn(clusters, seed, draws)), [0.025, 0.975])
+    return float(of_all[0]), (float(low), float(high))
+
+
+def _kappas(counts: np.ndarray) -> np.ndarray:
+    """The kappa of each 2 x 2 table [n, 4] that has one."""
+    both, first, second, neither = (counts / counts.sum(axis=1, keepdims=True)).T
+    by_chance = (both + first) * (both + second) + (neither + first) * (neither + second)
+    has_one = by_chance < 1
+    return (both + neither - by_chance)[has_one] / (1 - by_chance)[has_one]
 
 
 def effective_size(clusters: Sequence[tuple[int, int]]) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from helpers.audits import judged, several, torn, without_classifier
+from helpers.audits import blanked, judged, several, torn, without_classifier
 
 from salun_sd.audit.bounds import CHANGES, names, unmeasured
 from salun_sd.audit.report import assemble
@@ -155,8 +155,7 @@ def test_quality_and_broken_images_can_be_bound(report):
 
 def test_images_of_one_colour_can_be_bound_by_number_and_by_rate(base, erased):
     """One of seven, and none of the base's; the upper end of none of seven is 0.35433."""
-    blank = [found | {"blank": found["case"] == 3} for found in erased.detections]
-    made = assemble(dataclasses.replace(erased, detections=blank), base, prompts="p", settings={})
+    made = assemble(blanked(erased, 3), base, prompts="p", settings={})
     assert judged(made, "blank > 1")["holds"] and not judged(made, "blank > 0", confident=True)["holds"]
     assert judged(made, "blank_rate > 0.142858")["holds"] and not judged(made, "blank_rate > 0.142857")["holds"]
     assert judged(made, "against.blank > 0", confident=True)["holds"]  # a number has no interval

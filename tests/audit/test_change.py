@@ -13,6 +13,7 @@ from skimage.metrics import structural_similarity
 
 from salun_sd.audit import change
 from salun_sd.audit.change import between, ssim
+from salun_sd.audit.detectors import Detectors
 from salun_sd.audit.examine import examine
 from salun_sd.audit.measure import kept
 from salun_sd.audit.report import NO_QUALITY, Run, assemble
@@ -89,8 +90,8 @@ def looked(tmp_path):
             saved(noisy(skimage.data.astronaut()[: 40 + n, :40], 9), tmp_path / name / f"{n}.png")
 
     def look() -> tuple[list[dict], Run, Run]:
-        base = examine("base", manifest_of(tmp_path, "../b"), None, None, tmp_path / "base")
-        run = examine("m", manifest_of(tmp_path, "../a"), None, None, tmp_path / "run", base)
+        base = examine("base", manifest_of(tmp_path, "../b"), None, Detectors(), tmp_path / "base")
+        run = examine("m", manifest_of(tmp_path, "../a"), None, Detectors(), tmp_path / "run", base)
         assert not any("change" in found for found in base.detections)
         return [found.get("change") for found in run.detections], run, base
 
@@ -127,10 +128,11 @@ ANUS, FACE = box("ANUS_EXPOSED", 0.5), box("FACE_FEMALE", 0.9)
 @pytest.mark.parametrize(("label", "found", "is_kept"), [
     ("sneaker", {}, False), ("bag", {}, True), ("bag", {"boxes": [ANUS]}, True),
     (None, {}, True), (None, {"boxes": [FACE]}, True), (None, {"boxes": [ANUS]}, False),
+    (None, {"flags": {"y": {"score": 0.5}}}, False), (None, {"flags": {"y": {"score": 0.49}}}, True),
     (None, {"concepts": {"a hat": 0.6}}, False), (None, {"concepts": {"a hat": 0.5}}, True),
 ])  # fmt: skip
 def test_the_prompts_class_decides_what_is_left_alone_or_else_the_bases_image(label, found, is_kept):
-    row, detection = {"case": 3, "k": 1, "class": label}, {"case": 3, "k": 1, "boxes": []} | found
+    row, detection = {"case": 3, "k": 1, "class": label}, {"case": 3, "k": 1, "detector": "x", "boxes": []} | found
     assert kept([(row, detection)], ["sneaker", "a hat"]) == ({(3, 1)} if is_kept else set())
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.models import write_clip
+from helpers.models import write_classifier, write_clip
 from PIL import Image
 
 from salun_sd.audit import classify
@@ -59,20 +59,8 @@ def test_a_class_the_classifier_does_not_know_is_named():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A random classifier of five ImageNet-like labels, 16 x 16 pixels, stored in half precision."""
-    import torch
-    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
-
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    config.id2label = dict(enumerate(IMAGENET))
-    config.label2id = {label: i for i, label in enumerate(IMAGENET)}
-    folder = tmp_path_factory.mktemp("tiny")
-    model = ResNetForImageClassification(config)
-    model.classifier[-1].weight.data.mul_(50)  # far from uniform, so that images differ in class
-    model.half().save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    """A random classifier of five ImageNet-like labels."""
+    return write_classifier(tmp_path_factory.mktemp("tiny"), IMAGENET)
 
 
 def test_classifies_as_the_model_does(tiny, photographs):

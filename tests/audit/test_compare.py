@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from helpers.audits import EVIL, line, make_run, read_table, several
+from helpers.audits import EVIL, blanked, line, make_run, read_table, several
 
 from salun_sd.audit.compare import compare
 from salun_sd.audit.forms import as_csv, as_json, as_markdown, lines, sentences
@@ -77,10 +77,9 @@ def test_a_report_of_the_version_before_has_a_column_without_the_change(salun, e
 
 
 def test_images_of_one_colour_have_a_row_of_their_own(salun, tmp_path, erased, base):
-    blank = [line(found, blank=found["case"] < 2) for found in erased.detections]
-    other = write(tmp_path / "other", dataclasses.replace(named(erased, "other"), detections=blank), base)
+    other = write(tmp_path / "other", blanked(named(erased, "other"), 0, 1), base)
     [table] = compare([salun, other])
-    assert table.rows["blank"] == [0, 2, 0] and table.rows["images"] == [7, 7, 7]
+    assert table.rows["blank"] == table.rows["broken"] == [0, 2, 0] and table.rows["images"] == [7, 5, 7]
 
 
 def test_lines_of_a_newer_run_are_not_paired_under_the_report_of_an_older_one(salun, esd, erased):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from salun_sd.audit.classify import Judge
 from salun_sd.audit.detect import detector_name
+from salun_sd.audit.detectors import Detectors
 from salun_sd.audit.examine import examine
 from salun_sd.audit.vision import BATCH
 from salun_sd.errors import SalunError
@@ -52,7 +53,7 @@ def kill(manifest: list[dict], after: int, out: Path) -> Path:
     """Begin a run, and leave what kill -9 leaves after so many answers of the classifier; the only file there is."""
     judge = Ending(after, partial := out / ".detections.0.partial")
     with pytest.raises(KeyboardInterrupt):
-        examine("m", manifest, judge, None, out)
+        examine("m", manifest, judge, Detectors(), out)
     partial.write_bytes(judge.left)
     assert list(out.iterdir()) == [partial]
     return partial
@@ -87,7 +88,7 @@ def faces(tmp_path_factory) -> list[dict]:
 def whole(faces, tmp_path_factory) -> dict[str, bytes]:
     """Name => bytes of the files that a run writes which nothing disturbs."""
     out = tmp_path_factory.mktemp("whole")
-    examine("m", faces, Neighbours(), None, out)
+    examine("m", faces, Neighbours(), Detectors(), out)
     return contents(out)
 
 
@@ -113,11 +114,11 @@ def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(faces, whole, tmp
     text = kill(faces, 0, tmp_path).read_text()
     for after in (1, 1):
         kill(faces, after, tmp_path)
-    examine("m", faces, Neighbours(), None, tmp_path)
+    examine("m", faces, Neighbours(), Detectors(), tmp_path)
     assert contents(tmp_path) == whole
     (tmp_path / "detections.jsonl").unlink()
     (tmp_path / ".detections.0.partial").write_text(text[: text.index("FACE", text.index("FACE") + 1)])
-    examine("m", faces, Neighbours(), None, tmp_path)
+    examine("m", faces, Neighbours(), Detectors(), tmp_path)
     assert contents(tmp_path) == whole
 
 
@@ -126,7 +127,7 @@ def test_what_a_killed_run_wrote_down_is_not_looked_at_again(faces, tmp_path):
     partial = kill(faces, 2, tmp_path)
     partial.write_text(partial.read_text().removeprefix('{"sha256": "0123\n'))
     written(partial, [line | ({"boxes": [BOX]} if "boxes" in line else {"score": 0.25}) for line in lines_of(partial)])
-    run = examine("m", faces, Neighbours(), None, tmp_path)
+    run = examine("m", faces, Neighbours(), Detectors(), tmp_path)
     assert [line["boxes"] for line in run.detections] == [[BOX]] * 3
     assert [line["score"] for line in run.detections] == [0.25, 0.25, 0.5]
 
@@ -138,7 +139,7 @@ def test_boxes_hang_on_the_detector_alone_and_classes_on_the_classifier_alone(fa
     marks = {"boxes": [BOX], "predicted": "coat"}
     for other, kept in (("classifier", "boxes"), ("detector", "predicted")):
         written(file, [line | marks | {other: "another"} for line in plain])
-        examine("m", faces, Neighbours(), None, tmp_path)
+        examine("m", faces, Neighbours(), Detectors(), tmp_path)
         assert lines_of(file) == [line | {kept: marks[kept]} for line in plain]
 
 
@@ -150,7 +151,7 @@ def test_an_image_that_could_not_be_read_is_looked_at_again(faces, whole, tmp_pa
         del failed[key]
     failed |= {"error": "Too many open files", "predicted": None, "score": None}
     written(tmp_path / "detections.jsonl", [failed, *others])
-    examine("m", faces, Neighbours(), None, tmp_path)
+    examine("m", faces, Neighbours(), Detectors(), tmp_path)
     assert contents(tmp_path) == whole
 
 
@@ -159,14 +160,14 @@ def test_a_line_that_does_not_say_whether_its_image_is_blank_is_not_kept(faces, 
     lines = [line | {"boxes": [BOX]} for line in lines_of(tmp_path / "detections.jsonl")]
     del lines[1]["blank"]
     written(tmp_path / "detections.jsonl", lines)
-    boxes = [line["boxes"] for line in examine("m", faces, Neighbours(), None, tmp_path).detections]
+    boxes = [line["boxes"] for line in examine("m", faces, Neighbours(), Detectors(), tmp_path).detections]
     assert boxes[0] == boxes[2] == [BOX] != boxes[1]
 
 
 def test_a_line_that_was_altered_is_not_used_and_its_image_looked_at_again(faces, whole, tmp_path, caplog):
     text = whole["detections.jsonl"].decode()
     (tmp_path / "detections.jsonl").write_text(text.replace("FACE_FEMALE", "FACE_FEMALF", 1))
-    examine("m", faces, Neighbours(), None, tmp_path)
+    examine("m", faces, Neighbours(), Detectors(), tmp_path)
     assert contents(tmp_path) == whole and str(tmp_path / "detections.jsonl") in caplog.text
 
 
@@ -176,7 +177,7 @@ def test_another_image_of_the_same_name_is_looked_at(faces, whole, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "detections.jsonl").write_bytes(whole["detections.jsonl"])
     changed = [faces[0], faces[1] | {"file": str(other)}, faces[2]]
-    first, second, third = examine("m", changed, None, None, tmp_path / "out").detections
+    first, second, third = examine("m", changed, None, Detectors(), tmp_path / "out").detections
     assert first["boxes"] and third["boxes"] and second["boxes"] == [] and second["width"] == 40
     assert {line["predicted"] for line in (first, second, third)} == {None}  # without a judge nothing is taken over
 
@@ -186,9 +187,11 @@ def seen(tmp_path) -> tuple[list[dict], Path]:
     """The manifest of three blocks of small images, the last of 6; and a folder where all were detected before."""
     (tmp_path / "small").mkdir()
     for n in range(2 * BATCH + 6):
-        Image.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / "small" / f"{n:02}.png")
+        image = Image.new("RGB", (4, 4), (n, 0, 0))
+        image.putpixel((1, 1), (255, 255, 255))
+        image.save(tmp_path / "small" / f"{n:02}.png")
     manifest = manifest_of(sorted((tmp_path / "small").iterdir()))
-    boxes = {"detector": detector_name(), "width": 4, "height": 4, "blank": True, "boxes": [BOX]}
+    boxes = {"detector": detector_name(), "width": 4, "height": 4, "blank": False, "boxes": [BOX]}
     (tmp_path / "out").mkdir()
     digests = [hashlib.sha256(Path(line["file"]).read_bytes()).hexdigest() for line in manifest]
     written(tmp_path / "out" / "detections.jsonl", [boxes | {"sha256": digest} for digest in digests])
@@ -198,23 +201,23 @@ def seen(tmp_path) -> tuple[list[dict], Path]:
 def test_the_judge_is_asked_of_whole_blocks_of_the_manifest_and_of_no_others(seen):
     """A model rounds an image another way in another batch, so a block with one new image goes through it whole."""
     manifest, out = seen
-    run, judge = examine("m", manifest, Neighbours(), None, out), Neighbours()
+    run, judge = examine("m", manifest, Neighbours(), Detectors(), out), Neighbours()
     blocks = [list(range(start, min(start + BATCH, len(manifest)))) for start in range(0, len(manifest), BATCH)]
     assert [line["concepts"] for line in run.detections] == [{str(block): 0.5} for block in blocks for _ in block]
     known = [line for line in run.detections if line["case"] not in (5, 2 * BATCH + 1)]
     keys = ("sha256", "detector", "width", "height", "blank", "boxes")
     boxes = [{key: line[key] for key in keys} for line in run.detections]
     written(out / "detections.jsonl", [*boxes, *known])
-    assert examine("m", manifest, judge, None, out).detections == run.detections
+    assert examine("m", manifest, judge, Detectors(), out).detections == run.detections
     assert judge.asked == blocks[0] + blocks[2]
     judge.asked.clear()
-    assert examine("m", manifest, judge, None, out).detections == run.detections and not judge.asked
+    assert examine("m", manifest, judge, Detectors(), out).detections == run.detections and not judge.asked
 
 
 def test_a_line_of_the_manifest_with_an_error_is_not_looked_at_and_changes_no_batch(seen):
     manifest, out = seen
     manifest[3]["error"] = "two files are this image"
-    found = examine("m", manifest, Neighbours(), None, out).detections
+    found = examine("m", manifest, Neighbours(), Detectors(), out).detections
     assert found[3] == {"file": manifest[3]["file"], "case": 3, "k": 0, "sha256": None, "detector": detector_name(),
                         "classifier": Neighbours.digest, "error": manifest[3]["error"], "predicted": None,
                         "score": None}  # fmt: skip
@@ -225,7 +228,7 @@ def test_of_images_of_which_none_can_be_read_nothing_is_reported(tmp_path):
     files = [tmp_path / "0.png", tmp_path / "gone.png"]
     files[0].write_bytes(b"")
     with pytest.raises(SalunError, match="2 images.*0.png"):
-        examine("m", manifest_of(files), Neighbours(), None, tmp_path / "out")
+        examine("m", manifest_of(files), Neighbours(), Detectors(), tmp_path / "out")
     lines = lines_of(tmp_path / "out" / "detections.jsonl")
     assert all(line["error"] and line["predicted"] is None and "boxes" not in line for line in lines)
     assert lines[0]["sha256"] and lines[1]["sha256"] is None

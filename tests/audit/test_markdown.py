@@ -1,8 +1,9 @@
 import dataclasses
 import re
 
-from helpers.audits import EVIL, categorised, judged, line, read_table, without_classifier
+from helpers.audits import EVIL, blanked, categorised, judged, line, read_table, without_classifier
 
+from salun_sd.audit.examine import ONE_COLOUR
 from salun_sd.audit.markdown import page
 from salun_sd.audit.report import NO_QUALITY, assemble, headline
 from salun_sd.runtime.escape import code
@@ -74,13 +75,17 @@ def test_page_has_quality_and_broken_files_where_a_report_has(base, erased):
     assert "20" in count
 
 
-def test_page_names_images_of_one_colour_with_their_share(base, erased):
-    blank = [line(found, blank=True, file=f"{EVIL}{found['case']}") for found in base.detections]
-    got = page(assemble(erased, dataclasses.replace(base, detections=blank), prompts="p", settings={}))
+def test_page_names_images_of_one_colour(base, erased):
+    *_, named, _ = tables(page(assemble(erased, blanked(base, 2), prompts="p", settings={})))
+    assert named[2:] == [["`images/2_0.png`", f"`{ONE_COLOUR}`"]]
+
+
+def test_page_names_images_without_a_partner(base, erased):
+    alone = {"model": [], "against": [EVIL + str(n) for n in range(30)]}
+    got = page(assemble(erased, base, prompts="p", settings={}) | {"unpaired": alone})
     *_, named, _ = tables(got)
-    assert named[0] == ["file"] and len(named) == 2 + 7
-    [count] = [row for row in got.splitlines() if "7 / 7" in row and row.endswith(":")]
-    assert "`pocket`" in count and "## Images of one colour" not in page(assemble(erased, prompts="p", settings={}))
+    [count] = [row for row in got.splitlines() if "30 of base" in row]
+    assert named[0] == ["file"] and len(named) == 2 + 20 and "`pocket`" in count
 
 
 def test_what_people_wrote_is_shown_as_text(erased):

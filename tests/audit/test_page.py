@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.audits import ERASED, box, categorised, judged, line, make_run, several, torn, without_classifier
+from helpers.audits import ERASED, blanked, box, categorised, judged, line, make_run, several, torn, without_classifier
 from helpers.browser import CHROMIUM, Browser
 from PIL import Image
 from skimage.data import astronaut
 
+from salun_sd.audit.examine import ONE_COLOUR
 from salun_sd.audit.measure import measure
 from salun_sd.audit.page import SHOWN, chosen, histogram, html, label_counts, marks
 from salun_sd.audit.protocols import DEFAULT_LABELS, PROTOCOLS
@@ -388,11 +389,8 @@ def test_page_names_what_could_not_be_read_and_shows_none_of_it(base, erased):
 
 
 def test_page_names_images_of_one_colour(base, erased):
-    blank = [line(found, blank=found["case"] == 2) for found in base.detections]
-    runs = erased, dataclasses.replace(base, detections=blank)
-    page = html(assemble(*runs, prompts="p", settings={}), *runs)
-    assert "base: images/2_0.png" in text(section(page, "blank"))
-    assert 'id="blank"' not in html(assemble(erased, base, prompts="p", settings={}), erased, base)
+    page = page_of(erased, blanked(base, 2))
+    assert ["base: images/2_0.png", ONE_COLOUR] in rows(page) and f"broken: {ONE_COLOUR}" in text(page)
 
 
 def test_page_lists_the_first_hundred_unreadable_files(erased):

@@ -52,7 +52,7 @@ def run_of(folder: Path, texts: list[str], samples: int = 1, name: str = "m") ->
          "class": texts[n // samples % len(texts)].split()[-1], "seed": n}
         for n, file in enumerate(sorted(folder.iterdir()))
     ]  # fmt: skip
-    found = {"change": {"pixels": 0.25, "ssim": 0.5}}
+    found = {"detector": None, "change": {"pixels": 0.25, "ssim": 0.5}}
     return Run(name, folder, manifest, [{key: row[key] for key in ("file", "case", "k")} | found for row in manifest])
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from helpers.audits import DETECTOR, categorised, line, several, torn, without_classifier
+from helpers.audits import DETECTOR, blanked, categorised, line, several, torn, without_classifier
 
 from salun_sd.audit.measure import measure
 from salun_sd.audit.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS
@@ -32,7 +32,7 @@ def test_exact_report_with_a_base(base, erased):
     got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concepts=["sneaker"])
     assert json.dumps(got, indent=1) == json.dumps(
         {
-            "schema": 6,
+            "schema": 7,
             "salun_sd": version("salun-sd"),
             "model": "out/erased",
             "prompts": "pocket",
@@ -44,11 +44,13 @@ def test_exact_report_with_a_base(base, erased):
                 "detector": DETECTOR,
                 "protocols": {name: protocol._asdict() for name, protocol in PROTOCOLS.items()},
             },
+            "images": 7,
             "metrics": {
                 "ua": share(3, 3, 1.0, 0.438503, 1.0),
                 "ra": share(2, 4, 0.5, 0.150039, 0.849961),
                 "flag_rate": none,
             },
+            "agreement": [],
             "concepts": {"sneaker": {"ua": share(3, 3, 1.0, 0.438503, 1.0)}},
             "labels": {"FACE_FEMALE": one} | {label: none for label in sorted(LABELS) if label != "FACE_FEMALE"},
             "classes": {
@@ -72,11 +74,13 @@ def test_exact_report_with_a_base(base, erased):
             "blank": none | {"files": []},
             "against": {
                 "model": "pocket",
+                "images": 7,
                 "metrics": {
                     "ua": share(1, 3, 0.333333, 0.061492, 0.79234),
                     "ra": share(4, 4, 1.0, 0.510109, 1.0),
                     "flag_rate": two,
                 },
+                "agreement": [],
                 "concepts": {"sneaker": {"ua": share(1, 3, 0.333333, 0.061492, 0.79234)}},
                 "labels": {label: one for label in shown} | {label: none for label in sorted({*LABELS} - {*shown})},
                 "classes": {
@@ -268,22 +272,17 @@ def test_an_image_that_cannot_be_read_is_neither_safe_nor_flagged(base, erased):
     assert assemble(torn(erased), torn(base), prompts="p", settings={}, concepts=["sneaker"]) == whole
 
 
-def test_images_of_one_colour_are_counted_apart_and_in_every_rate(base, erased):
+def test_images_of_one_colour_are_counted_apart_and_in_no_rate(base, erased):
     """Case 6 can be read in the base alone, so that its blank image there is one of seven."""
-
-    def marked(run: Run) -> Run:
-        detections = [line(found, blank=found["case"] in (0, 6)) for found in run.detections]
-        return dataclasses.replace(run, detections=detections)
-
-    got = assemble(torn(marked(erased), 6), marked(base), prompts="p", settings={}, concepts=["sneaker"])
+    runs = torn(blanked(erased, 0), 6), blanked(base, 0, 6)
+    got = assemble(*runs, prompts="p", settings={}, concepts=["sneaker"])
     assert got["blank"]["files"] == ["images/0_0.png"] and counts(got["blank"]) == (1, 6)
     assert got["against"]["blank"]["files"] == ["images/0_0.png", "images/6_0.png"]
     assert counts(got["against"]["blank"]) == (2, 7) and len(got["blank"]["ci95"]) == 2
-    unmarked = assemble(torn(erased, 6), base, prompts="p", settings={}, concepts=["sneaker"])
-    assert got["metrics"] == unmarked["metrics"] and got["paired"] == unmarked["paired"]
-    assert "one colour" not in headline(unmarked)
-    assert "1 image and 2 images of the base are one colour" in headline(got)
-    assert "1 image is one colour" in headline(got | {"against": None})
+    broken = assemble(torn(erased, 0, 6), torn(base, 0, 6), prompts="p", settings={}, concepts=["sneaker"])
+    assert got["metrics"] == broken["metrics"] and got["paired"] == broken["paired"]
+    assert got["broken"].keys() == broken["broken"].keys() and counts(got["metrics"]["ua"]) == (2, 2)
+    assert "2 images and 2 images of the base are broken" in headline(got) == headline(broken)
 
 
 def test_all_images_may_be_torn(base, erased):

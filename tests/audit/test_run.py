@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -302,14 +301,17 @@ def test_a_model_that_draws_no_numbers_fails_its_audit_and_leaves_no_image(
 
 def test_images_of_one_colour_are_named_and_a_gate_can_ask_for_them(photographs, tmp_path, capsys):
     report = evaluate(*photographs)
-    assert report["blank"]["n"] == 0 and "one colour" not in capsys.readouterr().err
+    assert report["blank"]["n"] == 0 and "broken" not in capsys.readouterr().err
     Image.new("RGB", (30, 30)).save(tmp_path / "photographs" / "1_0.png")
     said = refused(capsys, "--fail-if", "blank > 0", *photographs, code=3)
     [line] = [line for line in said.splitlines() if "one colour" in line]
     assert "1 of 3" in line and "1_0.png" in line and "0_0.png" not in line
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
-    assert (report["blank"]["n"], report["blank"]["of"], report["metrics"]["flag_rate"]["of"]) == (1, 3, 3)
-    assert [Path(file).name for file in report["blank"]["files"]] == ["1_0.png"]
+    assert (report["blank"]["n"], report["blank"]["of"], report["metrics"]["flag_rate"]["of"]) == (1, 3, 2)
+    assert report["blank"]["files"] == list(report["broken"]) and report["blank"]["files"][0].endswith("1_0.png")
+    for i in (0, 2):
+        Image.new("RGB", (30, 30), "white").save(tmp_path / "photographs" / f"{i}_0.png")
+    assert "0_0.png" in refused(capsys, *photographs, code=1)
 
 
 def test_prompts_that_the_model_does_not_read_to_their_end_are_counted(tiny, tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from salun_sd.audit.bounds import names, parts
+from salun_sd.audit.examine import ONE_COLOUR
 from salun_sd.audit.report import Run
 from salun_sd.report import gate
 
@@ -72,6 +73,13 @@ def torn(run: Run, *cases: int) -> Run:
         {key: detection[key] for key in keep} | fault if detection["case"] in cases else detection
         for detection in run.detections
     ]
+    return dataclasses.replace(run, detections=detections)
+
+
+def blanked(run: Run, *cases: int) -> Run:
+    """The run, where the images of these cases are one colour."""
+    fault = {"blank": True, "error": ONE_COLOUR, "predicted": None, "score": None}
+    detections = [found | fault if found["case"] in cases else found for found in run.detections]
     return dataclasses.replace(run, detections=detections)
 
 

@@ -16,6 +16,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
 )
 
 from salun_sd.checkpoint import layout
@@ -251,6 +254,19 @@ def damage(folder: Path, part: str, name: str, value: float) -> None:
     for key in [key for key in tensors if key.endswith(name)]:
         tensors[key].fill_(value)
     save_file(tensors, file, {"format": "pt"})
+
+
+def write_classifier(folder: Path, labels: list[str], seed: int = 0) -> Path:
+    """A tiny random image classifier of images of 16 x 16, in half precision."""
+    torch.manual_seed(seed)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    model = ResNetForImageClassification(config)
+    model.classifier[-1].weight.data.mul_(50)  # far from uniform, so that images differ in class
+    model.half().save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
 
 
 def write_clip(folder: Path, seed: int = 0) -> Path:

@@ -12,6 +12,7 @@ from salun_sd.report.stats import (
     difference_interval,
     effective_size,
     interval,
+    kappa,
     mcnemar,
     wilson,
 )
@@ -207,3 +208,32 @@ def test_pairs_that_agree_say_more_than_two_separate_rates():
 def test_intervals_of_several_images_a_prompt_say_so():
     assert interval([(1, 2), (0, 1), (2, 2)])[0] == "wilson with effective size"
     assert difference_interval([(1, 1, 0, 0), (0, 0, 2, 0), (2, 0, 0, 1)])[0] == "newcombe with effective size"
+
+
+def test_kappa_is_scikit_learns_and_its_interval_that_of_large_samples():
+    """Fleiss, Cohen and Everitt 1969: for one image per prompt, the standard error of a kappa from many."""
+    from sklearn.metrics import cohen_kappa_score
+
+    both, first, second, neither = counts = (90, 30, 50, 430)
+    clusters = [kind for kind, n in zip(np.eye(4, dtype=int).tolist(), counts, strict=True) for _ in range(n)]
+    judges = np.repeat([(1, 1), (1, 0), (0, 1), (0, 0)], counts, axis=0).T
+    value, ends = kappa(clusters)
+    assert value == pytest.approx(cohen_kappa_score(*judges), abs=1e-12)
+    n = sum(counts)
+    a, b, agree = (both + first) / n, (both + second) / n, (both + neither) / n
+    chance = a * b + (1 - a) * (1 - b)
+    cells = {(1, 1): both, (1, 0): first, (0, 1): second, (0, 0): neither}
+    row, column = {1: a, 0: 1 - a}, {1: b, 0: 1 - b}
+    inside = sum(cells[i, i] / n * ((1 - chance) - (row[i] + column[i]) * (1 - agree)) ** 2 for i in (0, 1))
+    outside = (1 - agree) ** 2 * sum(cells[i, j] / n * (column[i] + row[j]) ** 2 for i, j in ((0, 1), (1, 0)))
+    error = ((inside + outside - (agree * chance - 2 * chance + agree) ** 2) / n) ** 0.5 / (1 - chance) ** 2
+    assert ends == pytest.approx((value - 1.96 * error, value + 1.96 * error), abs=0.2 * error)
+    assert kappa(clusters[::-1]) == (value, ends)
+    wide = kappa([tuple(10 * n for n in cluster) for cluster in clusters[::10]])[1]  # ten alike images per prompt
+    assert wide[1] - wide[0] > 2.5 * (ends[1] - ends[0])
+
+
+def test_judges_who_say_the_same_of_all_have_no_kappa():
+    assert kappa([(0, 0, 0, 1)] * 9) == kappa([(1, 0, 0, 0)] * 9) == (None, None)
+    assert kappa([(1, 0, 0, 0)] * 5 + [(0, 0, 0, 1)] * 5)[0] == 1 and kappa([(2, 1, 1, 2)])[1] is None
+    assert kappa([(0, 0, 1, 0)] * 3 + [(0, 0, 0, 1)] * 3) == (0, None)
