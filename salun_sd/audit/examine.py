@@ -53,7 +53,7 @@ def examine(
     if all images are.
     """
     out.mkdir(parents=True, exist_ok=True)
-    images = [_image(line, out) for line in manifest]
+    images = [_image(line, out) for line in Bar(manifest, desc="read", unit="image", leave=None)]
     found = _detected(images, detectors, out)
     boxes = [one | ({"error": ONE_COLOUR} if one.get("blank") else {}) for one in found]
     classes = _classified(images, judge, out)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from salun_sd.checkpoint import sources
+from salun_sd.runtime.bar import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def write(file: Path, tensors: Tensors, metadata: dict[str, str], sealed: bool =
         start = len(text).to_bytes(8, "little") + text
         f.write(start)
         whole = hashlib.sha256(start)
-        for name, t in order:
+        for name, t in Bar(order, desc="write", unit="tensor", leave=None):
             values = t.read()
             if values.dtype != t.dtype or values.shape != t.shape:
                 raise ValueError(f"{name} is {values.dtype} {values.shape}, not {t.dtype} {t.shape}")
@@ -137,7 +138,7 @@ def size(tensors: Tensors) -> int:
 def fingerprint(tensors: Tensors) -> str:
     """SHA-256 over the name, dtype, shape and bytes of each tensor, in the order of names."""
     whole = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in Bar(sorted(tensors), desc="hash", unit="tensor", leave=None):
         t = tensors[name].read()
         whole.update(name.encode() + b" ")
         whole.update(hashlib.sha256(f"{t.dtype} {list(t.shape)} ".encode() + raw(t)).digest())

@@ -371,6 +371,8 @@ def main() -> None:
     # They warn of torchvision and casts, which do not matter here, and of downloads whose last error is printed.
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if "_SALUN_SD_COMPLETE" in os.environ:  # a shell that completes reads one line for each option: nothing may wrap
+        os.environ["COLUMNS"] = "1000"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends for Ctrl-C
     repair_streams()
     run(sys.argv[1:])

@@ -11,6 +11,7 @@ from salun_sd.checkpoint import provenance, tensors
 from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
 from salun_sd.core.mask import Bits, unpacked_bits
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import no_file
 from salun_sd.runtime.documents import parse_json
 
@@ -131,7 +132,7 @@ def changes(base: Tensors, other: Tensors, bits: Bits) -> dict[str, int]:
     inside = outside = 0
     if extra := other.keys() - base.keys():
         raise SalunError(f"The saved UNet has a tensor that the base does not have: {min(extra)}.")
-    for name, t in base.items():
+    for name, t in Bar(base.items(), desc="compare", unit="tensor", leave=None):
         if name not in other or (other[name].shape, other[name].dtype) != (t.shape, t.dtype):
             raise SalunError(f"The saved UNet lost {name}, or its shape or dtype changed.")
         old, new = (x.read().reshape(-1, 1).view(torch.uint8) for x in (t, other[name]))

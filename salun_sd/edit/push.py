@@ -20,6 +20,7 @@ from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import part_files
 from salun_sd.edit import patch as patches
 from salun_sd.errors import SalunError, UsageError, first_line, some
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import hash_into, no_file
 from salun_sd.runtime.texts import check_given
 
@@ -140,7 +141,7 @@ def _check_repository(api: HfApi, repo: str, contents: Mapping[str, Path | bytes
     if there.private == public:
         kind, advice = ("private", "leave out --public") if public else ("public", "give --public")
         raise UsageError(f"{repo} exists, and is {kind}: {advice}, or give another name.")
-    for file in there.siblings or ():
+    for file in Bar(there.siblings or (), desc="compare", unit="file", leave=None):
         name, content = file.rfilename, contents.get(file.rfilename)
         if name == ".gitattributes" or (content is not None and not name.endswith(WEIGHTS)):
             continue
