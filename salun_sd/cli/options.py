@@ -247,7 +247,7 @@ REVERT = Option("--revert", help="MODEL is the erased one: restore the base. Nee
 # push
 PUSHED = Argument(help="What `erase` or `apply` wrote: a folder, a single file or a patch.", show_default=False)
 REPO = Argument(help="Repository of the hub, as org/name. It is made where there is none.", show_default=False)
-PUBLIC = Option("--public", help="Everybody may read the repository. Default: only you and those whom you let.")
+PUBLIC = Option("--public", help="Make a repository that everybody may read. Default: a private one.")
 LIST = Option("--dry-run", help="Print the files and their sizes, and send nothing.")
 
 # evaluate

@@ -10,6 +10,7 @@ import warnings
 from typing import TextIO
 
 from salun_sd.runtime import bar, escape, ranks
+from salun_sd.runtime.bar import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,11 @@ class ToStderr(logging.Handler):
         event = {"event": kind, "time": round(record.created, 3), "text": text} | getattr(record, "fields", {})
         if self.quiet and event["event"] not in ("error", "result"):
             return
-        if self.as_json:
-            print_lines(json.dumps(event), stream, wraps=False)
-        elif text:
-            print_lines(text, stream)
+        with Bar.external_write_mode(stream):  # a bar that is drawn moves down
+            if self.as_json:
+                print_lines(json.dumps(event), stream, wraps=False)
+            elif text:
+                print_lines(text, stream)
 
 
 def listen(*, quiet: bool = False, as_json: bool = False) -> None:

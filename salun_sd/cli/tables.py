@@ -77,9 +77,9 @@ def show_erased(record: dict, out, is_new: bool) -> None:
 
 def show_pushed(pushed) -> None:
     """The files that were sent, or would be, and the address."""
-    table = Table("file", "size", box=None)
+    table = Table("file", "bytes", box=None)
     for name, size in pushed.files.items():
-        table.add_row(name, megabytes(size))
+        table.add_row(name, f"{size:,}")
     show(table)
     total = megabytes(sum(pushed.files.values()))
     print_lines(f"{pushed.url or 'Nothing was sent'}: {len(pushed.files)} files, {total}")

@@ -239,7 +239,7 @@ def note_interrupts() -> Iterator[list]:
 
     def note(number, frame):
         noted.append(number)
-        logger.warning("\nFinishing this step, to save it; Ctrl-C again to stop at once.")
+        logger.warning("Finishing this step, to save it; Ctrl-C again to stop at once.")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -59,7 +59,7 @@ def train(
     first_loss = math.inf  # to forget, before a weight has moved
     with (
         progress.losses(adam.steps) as losses, note_interrupts() as interrupts,
-        Bar(loop, total=settings["steps"], initial=adam.steps, desc="erase") as bar,
+        Bar(loop, total=settings["steps"], initial=adam.steps, desc="erase", unit="step") as bar,
     ):  # fmt: skip
         for row in bar:
             measured = watch.at(row["step"])

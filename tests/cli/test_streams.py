@@ -10,7 +10,11 @@ from helpers.commands import CONCEPT
 from salun_sd.cli import app as cli
 from salun_sd.cli import streams
 
-DRY = ["mask", "pocket", "--concept", CONCEPT, "--dry-run"]
+
+@pytest.fixture
+def dry(tiny) -> list[str]:
+    """A command that logs, and prints a result."""
+    return ["mask", tiny, "--concept", CONCEPT, "--dry-run"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,23 +44,23 @@ def settings_in(shown: str) -> str:
     return shown.partition("memory,")[0]
 
 
-def test_quiet_leaves_the_result_and_stands_anywhere(capsys):
-    plain = said(DRY, capsys)
+def test_quiet_leaves_the_result_and_stands_anywhere(dry, capsys):
+    plain = said(dry, capsys)
     assert plain.err and plain.out
-    for argv in (["--quiet", *DRY], [*DRY, "--quiet"], [*DRY[:2], "--quiet", *DRY[2:]]):
+    for argv in (["--quiet", *dry], [*dry, "--quiet"], [*dry[:2], "--quiet", *dry[2:]]):
         out, err = said(argv, capsys)
         assert err == "" and settings_in(out) == settings_in(plain.out)
-    assert said(DRY, capsys).err == plain.err  # it holds for one command
+    assert said(dry, capsys).err == plain.err  # it holds for one command
 
 
-def test_events_are_objects_and_the_result_is_the_last(capsys):
-    plain = said(DRY, capsys)
-    found = events([*DRY, "--json"], capsys)
+def test_events_are_objects_and_the_result_is_the_last(dry, capsys):
+    plain = said(dry, capsys)
+    found = events([*dry, "--json"], capsys)
     assert [e["event"] for e in found][0] == "start" and found[-1]["event"] == "result"
     assert [e["text"] for e in found if e["event"] == "info"] == plain.err.splitlines()
     assert found[-1]["command"] == "mask" and found[-1]["out"] == "mask.safetensors"
     assert all({"event", "time", "text"} <= e.keys() for e in found)
-    assert [e["event"] for e in events(["--quiet", *DRY, "--json"], capsys)] == ["result"]
+    assert [e["event"] for e in events(["--quiet", *dry, "--json"], capsys)] == ["result"]
 
 
 @pytest.mark.parametrize("argv", [["mask", "nowhere", "--concept", "x"], ["mask", "pocket", "--nowhere"], ["nowhere"],
