@@ -11,12 +11,6 @@ from salun_sd.cli import app as cli
 from salun_sd.cli import streams
 
 
-@pytest.fixture
-def dry(tiny) -> list[str]:
-    """A command that logs, and prints a result."""
-    return ["mask", tiny, "--concept", CONCEPT, "--dry-run"]
-
-
 @pytest.fixture(autouse=True)
 def afterwards():
     yield
@@ -44,23 +38,24 @@ def settings_in(shown: str) -> str:
     return shown.partition("memory,")[0]
 
 
-def test_quiet_leaves_the_result_and_stands_anywhere(dry, capsys):
-    plain = said(dry, capsys)
-    assert plain.err and plain.out
-    for argv in (["--quiet", *dry], [*dry, "--quiet"], [*dry[:2], "--quiet", *dry[2:]]):
-        out, err = said(argv, capsys)
-        assert err == "" and settings_in(out) == settings_in(plain.out)
-    assert said(dry, capsys).err == plain.err  # it holds for one command
-
-
-def test_events_are_objects_and_the_result_is_the_last(dry, capsys):
-    plain = said(dry, capsys)
+def test_a_run_says_the_same_to_a_person_and_to_a_program_and_quiet_leaves_the_result(tiny, capsys):
+    dry = ["mask", tiny, "--concept", CONCEPT, "--dry-run"]
+    plain, (out, err) = said(dry, capsys), said([*dry[:2], "--quiet", *dry[2:]], capsys)
+    assert plain.err and err == "" and settings_in(out) == settings_in(plain.out)
     found = events([*dry, "--json"], capsys)
-    assert [e["event"] for e in found][0] == "start" and found[-1]["event"] == "result"
+    assert found[0]["event"] == "start" and found[-1]["event"] == "result"
     assert [e["text"] for e in found if e["event"] == "info"] == plain.err.splitlines()
     assert found[-1]["command"] == "mask" and found[-1]["out"] == "mask.safetensors"
     assert all({"event", "time", "text"} <= e.keys() for e in found)
-    assert [e["event"] for e in events(["--quiet", *dry, "--json"], capsys)] == ["result"]
+
+
+def test_the_words_stand_anywhere_and_hold_for_one_command(capsys):
+    for argv, kinds in {
+        "--json cache": ["start", "result"], "cache --json": ["start", "result"],
+        "--quiet cache --json": ["result"], "cache --json --quiet": ["result"],
+    }.items():  # fmt: skip
+        assert [event["event"] for event in events(argv.split(), capsys)] == kinds
+    assert said(["cache"], capsys).err == ""
 
 
 @pytest.mark.parametrize("argv", [["mask", "nowhere", "--concept", "x"], ["mask", "pocket", "--nowhere"], ["nowhere"],
