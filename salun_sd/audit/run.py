@@ -58,7 +58,6 @@ def evaluate(
     holds. Running it again draws, detects and classifies only what is missing. Raises UsageError for arguments that are
     wrong or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
     """
-    trackers = tracker.check(track)
     # check: whatever can fail without drawing fails here, and what needs no model before one is opened
     check_values(
         model=model, prompts=prompts, out=out, where=where, limit=limit, against=against, images=images,
@@ -67,6 +66,7 @@ def evaluate(
         reference=reference, denoising_steps=denoising_steps, size=size, samples_per_prompt=samples_per_prompt,
         fail_if=fail_if, config=config, revision=revision, variant=variant,
     )  # fmt: skip
+    trackers = tracker.check(track)
     out, images, reference, weights = Path(out), _path(images), _path(reference), _path(detector_model)
     where, fail_if, concept_class = _texts(where), _texts(fail_if), _texts(concept_class)
     size = None if size is None else str(size)

@@ -36,14 +36,8 @@ PREDICTIONS = "predictions"  # of the base, a file of each process
 MASK, RUN, CURVE = "mask.safetensors", "run.json", "probe.svg"
 KEPT = (MASK, RUN, "salun.json", "README.md")  # what stays beside a result
 OURS = re.compile(  # in the folder
-    "|".join(
-        [
-            r"samples/step-\d+\.png",
-            rf"{TRACKED}/.*",
-            rf"{PREDICTIONS}.*\.bin",
-            *map(re.escape, (LOCK, STATE, LOSSES, CURVE, *KEPT)),
-        ]
-    )
+    rf"samples/step-\d+\.png|{TRACKED}/.*|{PREDICTIONS}.*\.bin|"
+    + "|".join(map(re.escape, (LOCK, STATE, LOSSES, CURVE, *KEPT)))
 )
 HEADER = {"run": dict, "steps": int, "mask": dict, "shapes": dict}  # of a state
 

@@ -26,8 +26,8 @@ def is_drawn() -> bool:
 
 
 class Bar(tqdm):
-    """tqdm's bar, with its parameters. Where it is not drawn, it logs how much is done and the time left; the log
-    record has the numbers as its `fields`."""
+    """tqdm's bar, with its parameters; the total is known. Where it is not drawn, it logs how much is done and the time
+    left; the log record has the numbers as its `fields`."""
 
     def __init__(self, iterable=None, **options):
         self.drawn, self.told_at, self.told = is_drawn(), time.monotonic(), None
@@ -36,14 +36,14 @@ class Bar(tqdm):
 
     def display(self, msg=None, pos=None):
         if self.format_dict["elapsed"] < AFTER:  # `reset` asks for it at once
-            return
+            return False
         if self.drawn:
-            super().display(msg, pos)
-            return
+            return super().display(msg, pos)
         now, ends = time.monotonic(), self.told is not None and self.n == self.total
         if self.n != self.told and (ends or now - self.told_at >= _way["seconds"]):
             self.told_at, self.told = now, self.n
             self._log()
+        return True
 
     def _log(self) -> None:
         of = self.format_dict

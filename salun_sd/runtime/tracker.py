@@ -44,7 +44,8 @@ class Tracker:
     def __init__(self, folder: Path, trackers: Sequence = ()):
         """folder: has the steps that were sent. trackers: accelerate's, which have started."""
         self._trackers, self._file = [*trackers], folder / "steps.txt"
-        self.last = int(self._file.read_text().split()[-1]) if self._file.is_file() else -1  # the last step sent
+        sent = self._file.read_text().split() if self._file.is_file() else []
+        self.last = int(sent[-1]) if sent else -1  # the last step that was sent
 
     def __enter__(self) -> "Tracker":
         return self
@@ -125,4 +126,6 @@ def _of_accelerate(name: str, folder: Path):
             file.write_text(secrets.token_hex(4))
         tracker = WandBTracker(project, id=file.read_text(), resume="allow", dir=folder, settings=PRIVATE)
     tracker.start()
+    if name == "wandb" and not tracker.tracker.offline:
+        logger.info(f"--track wandb: {tracker.tracker.url}")
     return tracker
