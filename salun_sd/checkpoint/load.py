@@ -10,6 +10,7 @@ from salun_sd.checkpoint import configs, families, layout
 from salun_sd.checkpoint.classes import Classes
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import check_files
 from salun_sd.runtime.device import default_device
 from salun_sd.runtime.documents import read_json
@@ -38,7 +39,7 @@ def load_part(model: Checkpoint, part: str, dtype: torch.dtype = torch.float32) 
     names = _names(model, part, module)
     weights = {
         names[name]: _sound(t.read(), model, part, name).to(dtype)
-        for name, t in model.parts[part].items() if name in names
+        for name, t in Bar(model.parts[part].items(), desc=f"load {part}", unit="tensor", leave=None) if name in names
     }  # fmt: skip
     module.load_state_dict(weights, assign=True)
     return module.requires_grad_(False).eval().to(default_device())
