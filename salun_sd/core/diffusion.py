@@ -80,13 +80,12 @@ def predict(unet, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> t
     """The UNet's output [B, C, h, w] float32 for x_t [B, C, h, w], t [B] or one for all, and a condition. The UNet
     computes in its own dtype. Where a transformer predicts variances, too (DiT, arXiv 2212.09748), they are left out.
     """
+    dtype = unet.dtype  # of diffusers' modules, which look through all their parts for it
     if "class" in condition:
-        output = unet(x_t.to(unet.dtype), t.expand(len(x_t)), class_labels=condition["class"]).sample
+        output = unet(x_t.to(dtype), t.expand(len(x_t)), class_labels=condition["class"]).sample
         return output[:, : x_t.shape[1]].float()
-    rest = {k: v if k == "time_ids" else v.to(unet.dtype) for k, v in condition.items()}  # bfloat16 rounds sizes
-    return unet(
-        x_t.to(unet.dtype), t, encoder_hidden_states=rest.pop("context"), added_cond_kwargs=rest
-    ).sample.float()  # fmt: skip
+    rest = {k: v if k == "time_ids" else v.to(dtype) for k, v in condition.items()}  # bfloat16 rounds sizes
+    return unet(x_t.to(dtype), t, encoder_hidden_states=rest.pop("context"), added_cond_kwargs=rest).sample.float()
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, w: float) -> torch.Tensor:

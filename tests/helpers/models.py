@@ -66,7 +66,7 @@ FULL = {
     "sd1": {  # stable-diffusion-v1-5
         "unet": _unet("xxx.", block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8,
                       sample_size=64),
-        "vae": _vae(**_SD_VAE, sample_size=512, scaling_factor=0.18215),
+        "vae": _vae(**_SD_VAE, sample_size=512, scaling_factor=0.18215, force_upcast=False),
         "text_encoder": _CLIP_L,
     },
     "sd2": {  # stable-diffusion-2-1
