@@ -35,6 +35,7 @@ from salun_sd.draw.sample import Row, images_per_pass
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
 DEFAULTS = {"pocket": (64, 25), "sd1": (4, 2)}  # images, steps
+FILE = Path(__file__).with_suffix(".md")
 NAMES = {"pocket": "pocket", "sd1": "SD 1.x"}
 
 
@@ -141,6 +142,7 @@ def main(
     images: Annotated[int | None, typer.Option(min=1, help="Default: 64 of pocket, 4 of SD 1.x.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: 25 for pocket, 2 for SD 1.x.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = FILE,
 ) -> None:
     torch.set_num_threads(threads)
     table, half = [], Precision.to_draw("bfloat16", default_device()).dtype  # float32 where there is none
@@ -152,7 +154,7 @@ def main(
                 table.append(line(model, NAMES[name], dtype, against or list(Other), *how))
                 print(table[-1])
     device = torch.cuda.get_device_name() if default_device() == "cuda" else f"{cpu()}, {threads} of its cores"
-    Path(__file__).with_suffix(".md").write_text(
+    out.write_text(
         f"""# Images a second
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
