@@ -25,6 +25,7 @@ import typer
 from pocket_classes import cpu
 
 from salun_sd.draw import prompts
+from salun_sd.runtime.stamps import FILE as STAMPS
 
 CATEGORIES = ("sexual", "violence", "shocking, hate", "self-harm", "illegal activity, harassment")
 WORDS = ('a "portrait" of {}, oil on canvas', "{} ❤️‍🔥, highly detailed, 8k", "{}; <b>by night</b>", "{}")
@@ -66,7 +67,8 @@ def evaluate(*options: object, kill_after: float | None = None) -> Took:
 
 def differing(a: Path, b: Path) -> list[str]:
     """Files that one folder lacks or has with other bytes."""
-    names = {str(p.relative_to(side)) for side in (a, b) for p in side.rglob("*") if p.is_file()}
+    files = [p for side in (a, b) for p in side.rglob("*") if p.is_file() and not STAMPS.fullmatch(p.name)]
+    names = {str(p.relative_to(a if p.is_relative_to(a) else b)) for p in files}
     _, other, absent = filecmp.cmpfiles(a, b, names, shallow=False)
     return sorted(other + absent)
 

@@ -34,7 +34,7 @@ OF_PAGE = {
     "erase.md": ["mask", "erase", "apply", "push", "evaluate", "cache"],
     "audit.md": ["evaluate"],
     "gate.md": ["evaluate"],
-    "report-json.md": ["evaluate"],
+    "report-json.md": ["evaluate", "merge"],
     "compare.md": ["compare"],
 }  # the rest: all
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -21,6 +21,7 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.resume import Progress
 from salun_sd.errors import SalunError
 from salun_sd.runtime import seals
+from salun_sd.runtime.stamps import Stamps
 
 FLIPS, MANY = 6, 150  # of one kind of file, by default and in the long sweep
 ERASE = ["--mask", "random:0.1", "--samples", "2", *SHORT]
@@ -112,8 +113,11 @@ KINDS: dict[str, Callable[[Path, str], Kind]] = {
     "run.json": lambda here, tiny: Kind(here / "folder.run/run.json", lambda: deliver.run_of(here / "folder")),
     "single file": lambda here, tiny: Kind(f := here / "file.safetensors", lambda: of_model(f, tiny)),
     "encodings": lambda here, tiny: Kind(f := next(here.glob("cache/*/*/*.safetensors")), lambda: of_encodings(f)),
-    "image in the cache": lambda here, tiny: Kind(f := next(here.glob("cache/drawn/*/*/*")), lambda: provenance_of(f)),
-    "image of an audit": lambda here, tiny: Kind(f := next(here.glob("audit/images/*")), lambda: provenance_of(f)),
+    "image in the cache": lambda here, tiny: Kind(
+        f := next(here.glob("cache/drawn/*/*/*.png")), lambda: provenance_of(f)
+    ),
+    "image of an audit": lambda here, tiny: Kind(f := next(here.glob("audit/images/*.png")), lambda: provenance_of(f)),
+    "stamps": lambda here, tiny: Kind(f := here / "audit/images/.stamps-0", lambda: [*Stamps(f.parent)._notes.items()]),
     "photograph": lambda here, tiny: Kind(f := here / "photographs/0.png", lambda: pixels(f)),
     "detections, to go on": lambda here, tiny: Kind(
         here / "audit/detections.jsonl", lambda: list(examine._lines(here / "audit"))

@@ -110,7 +110,7 @@ def plain(default: object) -> object:
     return str(value) if isinstance(value, Path) else None if value == () else value
 
 
-@pytest.mark.parametrize("name", ["mask", "erase", "apply", "push", "evaluate", "compare"])
+@pytest.mark.parametrize("name", ["mask", "erase", "apply", "push", "evaluate", "merge", "compare"])
 def test_a_function_has_the_parameters_and_defaults_of_its_command(name):
     command = dict(inspect.signature(getattr(app, name)).parameters)
     function = dict(inspect.signature(getattr(salun_sd, name)).parameters)
@@ -152,4 +152,6 @@ def test_no_function_takes_an_empty_text_or_odd_bytes(odd, tmp_path, monkeypatch
                 function(**given | {name: odd})
     with pytest.raises(UsageError, match="AUDITS"):
         salun_sd.compare(["here", odd])
+    with pytest.raises(UsageError, match="SHARDS"):
+        salun_sd.merge(["here", odd], out="out")
     assert list(tmp_path.iterdir()) == []

@@ -4,12 +4,11 @@ base's of the same prompt and seed."""
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
-from salun_sd.audit.features import ImageModel, Inception
-from salun_sd.audit.measure import Key, by_image, kept, mean, pair
+from salun_sd.audit.features import Extractor
+from salun_sd.audit.measure import Key, kept, mean, pair
 from salun_sd.audit.report import Run
 from salun_sd.draw.images import read_still
 
@@ -62,15 +61,15 @@ def _windowed(maps: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    run: Run, base: Run, concepts: Sequence[str], extractor: ImageModel | Inception | None = None,
-    features: Mapping[Path, np.ndarray] = MappingProxyType({}),
+    run: Run, base: Run, concepts: Sequence[str], extractor: Extractor | None = None,
+    features: Sequence[Mapping[Key, np.ndarray]] = (),
 ) -> dict[str, dict | None]:  # fmt: skip
     """The report's `change`, `change_ssim` and `change_features`: means over the images that an erasure should leave
     alone (`measure.kept`), of pairs of one size that can be read; None without any.
 
     The first two are of what `between` found, which is in the run's detections. The last is 1 - cosine of the
-    `extractor`'s features, from 0 (no change) to 2; `features` has the vectors [D] of the readable files. What makes
-    the numbers doubtful is in their `note`, and logged.
+    `extractor`'s features, from 0 (no change) to 2; `features` has the vectors [D] of the run's images and of the
+    base's. What makes the numbers doubtful is in their `note`, and logged.
     """
     run, base = run.readable(), base.readable()
     keys = kept(pair(base.manifest, base.detections, (base.model, base.model)), concepts)
@@ -98,7 +97,7 @@ def measure(
         "change_ssim": described(SSIM, {_key(line): line["change"]["ssim"] for line in alike}),
         "change_features": extractor and described(
             f"change_features[{extractor.name}, {extractor.resize}, 1 - cos]",
-            _cosines(run, base, alike, features), extractor.digest,
+            _cosines(alike, *features), extractor.digest,
         ),
     }  # fmt: skip
 
@@ -107,12 +106,13 @@ def _key(line: dict) -> Key:
     return line["case"], line["k"]
 
 
-def _cosines(run: Run, base: Run, lines: Sequence[dict], features: Mapping[Path, np.ndarray]) -> dict[Key, float]:
+def _cosines(
+    lines: Sequence[dict], of_run: Mapping[Key, np.ndarray], of_base: Mapping[Key, np.ndarray]
+) -> dict[Key, float]:  # fmt: skip
     """1 - cosine of the features of each image and its twin, where both have some."""
-    twins, distances = by_image(base.detections, base.model), {}
-    for line in lines:
-        files = run.folder / line["file"], base.folder / twins[_key(line)]["file"]
-        if all(file in features for file in files):
-            a, b = (features[file].astype(np.float64) for file in files)
-            distances[_key(line)] = 1 - float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), TINY)
+    distances = {}
+    for key in map(_key, lines):
+        if key in of_run and key in of_base:
+            a, b = of_run[key].astype(np.float64), of_base[key].astype(np.float64)
+            distances[key] = 1 - float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), TINY)
     return distances

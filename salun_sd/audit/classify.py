@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from salun_sd.audit.clip import Clip, is_clip
 from salun_sd.audit.measure import PRESENT
-from salun_sd.audit.vision import Vision, loaded, prepared
+from salun_sd.audit.vision import Vision, batched, loaded, prepared
 from salun_sd.draw.images import Unreadable
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime.finite import finite
@@ -120,7 +120,7 @@ class Classifier(Judge):
         import torch
 
         with torch.inference_mode():
-            logits = self.model(torch.stack(images).to(self.model.device)).logits
+            logits = self.model(batched(images).to(self.model.device)).logits[: len(images)]
         return self.vocabulary, logits.float().softmax(dim=-1)
 
 

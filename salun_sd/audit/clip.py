@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from salun_sd.audit.vision import Vision, loaded
+from salun_sd.audit.vision import Vision, batched, loaded
 from salun_sd.errors import SalunError, first_line
 from salun_sd.runtime.contents import check_files
 from salun_sd.runtime.finite import finite
@@ -60,8 +60,9 @@ class Clip(Vision):
         import torch
 
         with torch.inference_mode():
-            pixels = torch.stack(images).to(self.model.device)  # (image, 3, height, width)
-            return finite(self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu(), self.output)
+            pixels = batched(images).to(self.model.device)  # (image, 3, height, width)
+            embedded = self.model.get_image_features(pixel_values=pixels).pooler_output[: len(images)]
+        return finite(embedded.float().cpu(), self.output)
 
     def of_images(self, images: "list[torch.Tensor]") -> "torch.Tensor":
         """Prepared images => unit vectors (image, dimension), float32 on the CPU."""

@@ -50,6 +50,9 @@ def compare(audits: Sequence[str | Path]) -> list[Table]:
     """
     check_given(audits=audits)
     compared = [read(Path(audit)) for audit in audits]
+    if shards := [a.file for a in compared if (a.report.get("part") or {}).get("shard")]:
+        raise UsageError(f"{shards[0]} is of one shard of an audit: merge the shards with salun-sd merge, and compare "
+                         "the result.")  # fmt: skip
     files = [audit.file.resolve() for audit in compared]
     if twice := [audit.file for i, audit in enumerate(compared) if files[i] in files[:i]]:
         raise UsageError(f"{twice[0]} is given twice: give each audit once.")

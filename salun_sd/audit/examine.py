@@ -2,7 +2,8 @@
 all resumable.
 
 Each pass keeps a line for each image, written as soon as it is found. An image whose bytes (their SHA-256) have a line
-of the same model, or beside the same image of the base, is not looked at again.
+of the same model, or beside the same image of the base, is not looked at again. Nor are its bytes read again while the
+file has the same size and times.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import hash_into
 from salun_sd.runtime.files import write_atomic
+from salun_sd.runtime.stamps import Stamps, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +55,14 @@ def examine(
     if all images are.
     """
     out.mkdir(parents=True, exist_ok=True)
-    images = [_image(line, out) for line in Bar(manifest, desc="read", unit="image", leave=None)]
-    found = _detected(images, detectors, out)
+    stamps, lines = Stamps(out), list(_lines(out))
+    ranks.wait()  # no process writes a line before all have read the same ones
+    images = [_image(line, out, stamps) for line in Bar(manifest, desc="read", unit="image", leave=None)]
+    found = _detected(images, detectors, lines, out)
     boxes = [one | ({"error": ONE_COLOUR} if one.get("blank") else {}) for one in found]
-    classes = _classified(images, judge, out)
-    flags = [_flagged(images, flagger, out) for flagger in detectors.flaggers]
-    changes = _changed(images, _twins(manifest, boxes, base), out)
+    classes = _classified(images, judge, lines, out)
+    flags = [_flagged(images, flagger, lines, out) for flagger in detectors.flaggers]
+    changes = _changed(images, _twins(manifest, boxes, base), lines, out)
     by = {"detector": detectors.name, "classifier": judge and judge.digest}
 
     def answers(n: int) -> dict:
@@ -73,18 +77,23 @@ def examine(
         for n, line in enumerate(manifest)
     ]  # fmt: skip
     if ranks.is_main():
-        if _is_there(out, detections):
+        if not write_lines(out, manifest, detections):
             logger.info(f"{out} has the results of all {len(detections)} images of {model} already.")
-        _write(out, manifest, detections)
     if all("error" in line for line in detections):
         name, why = Path(detections[0]["file"]).name, detections[0]["error"]
         raise SalunError(f"All {len(detections)} images of {model} are broken; {name}: {why}.")
     return Run(model, out, manifest, detections)
 
 
-def _image(line: dict, out: Path) -> Image:
-    error, file = line.get("error"), out / line["file"]
-    return Image(file, None if error else _digest(file), error)
+def _image(line: dict, out: Path, stamps: Stamps) -> Image:
+    name, file = line["file"], out / line["file"]
+    if "error" in line:
+        return Image(file, None, line["error"])
+    if (sha256 := stamps.of(name)) is None:
+        state, sha256 = state_of(file), _digest(file)
+        if sha256 and ranks.is_main():
+            stamps.add(name, state, sha256)
+    return Image(file, sha256, None)
 
 
 def _digest(file: Path) -> str | None:
@@ -97,10 +106,10 @@ def _digest(file: Path) -> str | None:
     return whole.hexdigest()
 
 
-def _detected(images: list[Image], detectors: Detectors, out: Path) -> list[dict]:
+def _detected(images: list[Image], detectors: Detectors, lines: list[dict], out: Path) -> list[dict]:
     """The first pass: BOXES of each image, none if NudeNet does not look; or its `error`."""
     by = {"detector": detectors.name}
-    known = _known(images, partial(_of_model, by, BOXES), out)
+    known = _known(images, partial(_of_model, by, BOXES), lines)
     known |= {n: {"error": image.error} for n, image in enumerate(images) if image.error}
     mine = [n for n in ranks.share(len(images), BATCH, known) if n not in known]
     boxes = detect([images[n].file for n in mine], detectors.weights, detectors.detects) if mine else ()
@@ -108,37 +117,33 @@ def _detected(images: list[Image], detectors: Detectors, out: Path) -> list[dict
     return _completed(known, results, images, by, out)
 
 
-def _classified(images: list[Image], judge: Judge | None, out: Path) -> list[dict]:
+def _classified(images: list[Image], judge: Judge | None, lines: list[dict], out: Path) -> list[dict]:
     """The second pass: CLASSES of each image; UNSEEN if the image cannot be read or there is no judge."""
     if judge is None:
         return [UNSEEN] * len(images)
     by = {"classifier": judge.digest}
-    return _asked(images, judge, _known(images, partial(_of_model, by, CLASSES), out), by, out, "classify")
+    return _asked(images, judge, _known(images, partial(_of_model, by, CLASSES), lines), by, out, "classify")
 
 
-def _flagged(images: list[Image], flagger: Flagger, out: Path) -> list[dict]:
+def _flagged(images: list[Image], flagger: Flagger, lines: list[dict], out: Path) -> list[dict]:
     """A pass of a detector beside NudeNet: its `flags` of each image."""
 
     def kept(line: dict) -> dict | None:
         flag = (line.get("flags") or {}).get(flagger.name, {})
         return {"flags": {flagger.name: flag}} if flag.get("by") == flagger.digest else None
 
-    return _asked(images, flagger, _known(images, kept, out), {}, out, f"detect by {Path(flagger.name).name}")
+    return _asked(images, flagger, _known(images, kept, lines), {}, out, f"detect by {Path(flagger.name).name}")
 
 
 def _asked(
     images: list[Image], judge: Judge, known: dict[int, dict], by: dict, out: Path, desc: str
 ) -> list[dict]:  # fmt: skip
-    """The answer of a judge for each image; `unseen` if the image cannot be read.
-
-    A block of images goes through the judge whole even if only one of them is new: a model rounds an image differently
-    in another batch.
-    """
+    """The answer of a judge for each image; `unseen` if the image cannot be read."""
     known = known | {n: judge.unseen for n, image in enumerate(images) if image.error}
-    mine = ranks.share(len(images), BATCH, known)
+    mine = [n for n in ranks.share(len(images), BATCH, known) if n not in known]
     answers = judge.classify([images[n].file for n in mine], BATCH)
     results = Bar(zip(mine, answers, strict=True), total=len(mine), desc=desc, unit="image", disable=not mine)
-    return _completed(known, ((n, result) for n, result in results if n not in known), images, by, out)
+    return _completed(known, results, images, by, out)
 
 
 def _twins(manifest: list[dict], boxes: list[dict], base: Run | None) -> list[Image | None]:
@@ -151,13 +156,13 @@ def _twins(manifest: list[dict], boxes: list[dict], base: Run | None) -> list[Im
     ]
 
 
-def _changed(images: list[Image], twins: list[Image | None], out: Path) -> list[dict]:
+def _changed(images: list[Image], twins: list[Image | None], lines: list[dict], out: Path) -> list[dict]:
     """The third pass: the `change` of each image from its twin; empty without a twin."""
     if not any(twins):
         return [{}] * len(images)
     known = {
         n: result
-        for n, result in _known(images, partial(_of_model, {}, ("change",)), out).items()
+        for n, result in _known(images, partial(_of_model, {}, ("change",)), lines).items()
         if twins[n] and result["change"]["against"] == twins[n].sha256
     }
     known |= {n: {} for n, twin in enumerate(twins) if twin is None}
@@ -172,13 +177,12 @@ def _change(pair: tuple[Image, Image]) -> dict:
     return {"change": {"against": twin.sha256} | between(image.file, twin.file)}
 
 
-def _known(images: list[Image], kept: Callable[[dict], dict | None], out: Path) -> dict[int, dict]:
-    """Position of an image => its result of an earlier run into `out`: what is `kept` of a line, None for nothing."""
+def _known(images: list[Image], kept: Callable[[dict], dict | None], lines: list[dict]) -> dict[int, dict]:
+    """Position of an image => its result in the lines of earlier runs: what is `kept` of one, None for nothing."""
     of_sha256 = {}
-    for line in _lines(out):
+    for line in lines:
         if line.get("sha256") and (result := kept(line)) is not None:
             of_sha256[line["sha256"]] = result
-    ranks.wait()  # no process writes a line before all have read the same ones
     return {n: of_sha256[image.sha256] for n, image in enumerate(images) if image.sha256 in of_sha256}
 
 
@@ -219,14 +223,14 @@ def _completed(
     return [complete[n] for n in range(len(images))]
 
 
-def _is_there(out: Path, detections: list[dict]) -> bool:
-    """Whether an earlier run wrote the same detections."""
-    file = out / "detections.jsonl"
-    return file.is_file() and file.read_bytes() == "".join(map(seals.line, detections)).encode()
-
-
-def _write(out: Path, manifest: list[dict], detections: list[dict]) -> None:
+def write_lines(out: Path, manifest: list[dict], detections: list[dict]) -> bool:
+    """Write the lines; whether the detections are others than an earlier run's."""
+    is_new = False
     for name, lines in (("manifest.jsonl", manifest), ("detections.jsonl", detections)):
-        write_atomic(out / name, "".join(map(seals.line, lines)))
+        content = "".join(map(seals.line, lines)).encode()
+        is_new = not (out / name).is_file() or (out / name).read_bytes() != content
+        if is_new:
+            write_atomic(out / name, content)
     for file in _partial(out):
         file.unlink()
+    return is_new

@@ -3,19 +3,27 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
 
 from salun_sd.audit.clip import Clip, is_clip
-from salun_sd.audit.vision import BATCH, Vision, loaded, prepared
+from salun_sd.audit.vision import BATCH, Vision, batched, loaded, prepared
 from salun_sd.draw.images import Unreadable
 from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.runtime.finite import finite
 
 if TYPE_CHECKING:
     import torch
+
+
+class Extractor(Protocol):
+    """What made features: `name` and `resize` are in names of metrics; the same `digest` gives the same features."""
+
+    name: str
+    resize: str
+    digest: str
 
 
 class ImageModel(Vision):
@@ -48,9 +56,10 @@ class ImageModel(Vision):
         if self.clip:
             return self.clip.embedded(images).numpy()
         with torch.inference_mode():
-            output = self.model(pixel_values=torch.stack(images).to(self.model.device))
+            output = self.model(pixel_values=batched(images).to(self.model.device))
         pooled = getattr(output, "pooler_output", None) if self.is_pooled else None
-        return (_mean(output.last_hidden_state) if pooled is None else pooled.flatten(1)).float().cpu().numpy()
+        pooled = _mean(output.last_hidden_state) if pooled is None else pooled.flatten(1)
+        return pooled[: len(images)].float().cpu().numpy()
 
 
 def _mean(hidden: "torch.Tensor") -> "torch.Tensor":

@@ -10,7 +10,8 @@ import numpy as np
 
 from salun_sd.audit import change, fidelity
 from salun_sd.audit.clip import Clip
-from salun_sd.audit.features import ImageModel, Inception, features, resize_of
+from salun_sd.audit.features import Extractor, ImageModel, Inception, features, resize_of
+from salun_sd.audit.looked import Looked, Maker, Score
 from salun_sd.audit.measure import Key, mean
 from salun_sd.audit.report import NO_QUALITY, Run
 from salun_sd.audit.vision import BATCH
@@ -34,34 +35,54 @@ class Measures(NamedTuple):
     reference: Path | None
 
 
-def measure(measures: Measures, run: Run, base: Run | None, concepts: Sequence[str]) -> tuple[dict, dict]:
-    """The report's `quality` of a run and of its base, on the images whose prompts ask for no concept.
+def look(measures: Measures, run: Run, base: Run | None, concepts: Sequence[str]) -> Looked:
+    """What the models make of the images of a run and of its base whose prompts ask for no concept.
 
-    An image counts if it can be read, and its twin of the base, too. Without a reference folder, the base's images are
-    the reference, pair by pair, and the base has no distance of its own. With a base, the change from it is measured,
-    too: see `change.measure`. Each process takes its share of the images; all return the same numbers.
+    An image is looked at if it can be read, and its twin of the base, too. What is found of it depends on no other
+    image. Each process takes its share of the images; all return the same.
     """
     readable = set.intersection(*({_key(row) for row in side.readable().manifest} for side in (run, base) if side))
-    sides = [side and _other_images(side, concepts, readable) for side in (run, base)]
-    qualities, features = [dict(NO_QUALITY), dict(NO_QUALITY)], {}
-    if measures.clip:
-        for quality, images in zip(qualities, sides, strict=True):
-            quality["clip_score"] = clip_score(measures.clip, images) if images else None
-    if extractor := measures.extractor:
+    sides = [_other_images(side, concepts, readable) for side in (run, base) if side]
+    clip, extractor, reference = measures
+    looked = Looked(str(reference or SAME_SEEDS))
+    if clip:
+        name = f"clip_score[{clip.name}, {resize_of(clip.processor)}, max(cos, 0)]"
+        looked = looked._replace(clip=Maker(name, "", clip.digest), scores=[_scores(clip, side) for side in sides])
+    if extractor:
+        maker = Maker(extractor.name, extractor.resize, extractor.digest)
+        looked = looked._replace(extractor=maker, features=[_features(extractor, side) for side in sides])
+    if reference:
+        if others := left_out(reference):
+            logger.warning(f"{reference}: left out are {others}.")
+        vectors = _features(extractor, [(file, n) for n, file in enumerate(images_in(reference))])
+        looked = looked._replace(of_reference=_matrix(vectors, looked.reference))
+    return looked
+
+
+def measure(
+    looked: Looked, run: Run, base: Run | None, concepts: Sequence[str], is_part: bool = False
+) -> tuple[dict, dict]:  # fmt: skip
+    """The report's `quality` of a run and of its base, from what was found of the images.
+
+    Without a reference folder, the base's images are the reference, pair by pair, and the base has no distance of its
+    own. With a base, the change from it is measured, too: see `change.measure`. A distance needs two images: without
+    them, a part of an audit has none, and of a whole one SalunError is raised.
+    """
+    qualities = [dict(NO_QUALITY), dict(NO_QUALITY)]
+    prompts = {_key(row): row["prompt"] for row in run.manifest}
+    for quality, scores in zip(qualities, looked.scores, strict=False):
+        quality["clip_score"] = clip_score(looked.clip, scores, prompts)
+    if looked.extractor:
         whose = "this audit, of those that ask for no concept,"
-        vectors = [features_of(extractor, [file for file, _ in side], whose) for side in sides if side is not None]
-        features = {file: vector for side in vectors for file, vector in side.items()}
-        name = str(measures.reference or SAME_SEEDS)
-        if measures.reference:
-            if others := left_out(measures.reference):
-                logger.warning(f"{measures.reference}: left out are {others}.")
-            reference = features_of(extractor, images_in(measures.reference), name)
-        else:
-            reference = vectors.pop()
-        for quality, features_of_side in zip(qualities, vectors, strict=False):
-            quality |= distances(extractor, *(np.stack([*of.values()]) for of in (features_of_side, reference)), name)
+        few = is_part and any(len(vectors) < 2 for vectors in looked.features)
+        sides = [] if few else [_matrix(vectors, whose) for vectors in looked.features]
+        reference = looked.of_reference
+        if reference is None and sides:
+            reference = sides.pop()
+        for quality, vectors in zip(qualities, sides, strict=False):
+            quality |= distances(looked.extractor, vectors, reference, looked.reference)
     if base:
-        qualities[0] |= change.measure(run, base, concepts, measures.extractor, features)
+        qualities[0] |= change.measure(run, base, concepts, looked.extractor, looked.features)
     return qualities[0], qualities[1]
 
 
@@ -95,54 +116,57 @@ def _key(line: dict) -> Key:
     return line["case"], line["k"]
 
 
-def clip_score(clip: Clip, images: list[tuple[Path, dict]]) -> dict | None:
+def clip_score(clip: Maker, scores: dict[Key, Score], prompts: dict[Key, str]) -> dict | None:
     """The mean of max(cos(image, prompt), 0) of the images whose prompt is known, and its 95 % interval, a bootstrap
     over prompts; None without such images.
 
     Hessel et al. 2021 (arXiv 2104.08718) multiply by 2.5. Others publish the cosine, as here, or 100 times it.
     """
-    images = [(file, row) for file, row in images if row["prompt"] is not None]
-    if not images:
+    if not scores:
         return None
+    cut = {prompts[key] for key, score in scores.items() if score.is_cut}
+    of_images = mean({key: max(score.cosine, 0.0) for key, score in scores.items()}, digits=4)
+    return {"name": clip.name, "sha256": clip.digest, **of_images, "truncated": len(cut)}
+
+
+def _scores(clip: Clip, images: list[tuple[Path, dict]]) -> dict[Key, Score]:
+    """The score of each image whose prompt is known, by case and k."""
+    images = [(file, row) for file, row in images if row["prompt"] is not None]
     share = ranks.share(len(images), BATCH)
-    cosines = Bar(_cosines(clip, [images[n] for n in share]), total=len(share), desc="clip score", unit="image")
-    of_images = sorted(ranks.gathered(list(zip(share, cosines, strict=True))))
-    scores = {_key(images[n][1]): max(cosine, 0.0) for n, cosine in of_images}
-    return {
-        "name": f"clip_score[{clip.name}, {resize_of(clip.processor)}, max(cos, 0)]",
-        "sha256": clip.digest,
-        **mean(scores, digits=4),
-        "truncated": clip.too_long(list(dict.fromkeys(row["prompt"] for _, row in images))),
-    }
+    scores = Bar(_scored(clip, [images[n] for n in share]), total=len(share), desc="clip score", unit="image")
+    return {_key(images[n][1]): score for n, score in sorted(ranks.gathered(list(zip(share, scores, strict=True))))}
 
 
-def _cosines(clip: Clip, images: list[tuple[Path, dict]]) -> Iterator[float]:
-    """The cosine of each image and its prompt."""
+def _scored(clip: Clip, images: list[tuple[Path, dict]]) -> Iterator[Score]:
+    """The cosine of each image and its prompt, in batches of one size."""
     read = in_order(lambda image: (clip.prepare(read_still(image[0])), image[1]["prompt"]), images)
     while batch := list(islice(read, BATCH)):
         prepared, texts = zip(*batch, strict=True)
-        yield from (clip.of_images(list(prepared)) * clip.of_texts(texts)).sum(dim=-1).tolist()
+        of_texts = clip.of_texts([*texts, *texts[-1:] * (BATCH - len(texts))])
+        cosines = (clip.of_images(list(prepared)) * of_texts[: len(texts)]).sum(dim=-1).tolist()
+        yield from (Score(cosine, clip.too_long([text]) > 0) for cosine, text in zip(cosines, texts, strict=True))
 
 
-def features_of(extractor: ImageModel | Inception, files: Sequence[Path], whose: str) -> dict[Path, np.ndarray]:
-    """The features [D], float32, of each readable file, in order; unreadable files are logged.
-
-    Raises SalunError, which says `whose` the files are, if fewer than two are readable.
-    """
-    share = [files[n] for n in ranks.share(len(files), BATCH)]
+def _features(extractor: ImageModel | Inception, images: Sequence[tuple[Path, object]]) -> dict:
+    """The features [D], float32, of each readable image, by case and k of its line, or by its number; unreadable files
+    are logged."""
+    share = [images[n][0] for n in ranks.share(len(images), BATCH)]
     bar = Bar(features(extractor, share), total=len(share), desc="features", unit="image")
     vectors = dict(ranks.gathered(list(bar)))
-    if unreadable := [file.name for file in files if file not in vectors]:
-        logger.warning(f"{len(unreadable)} of {len(files)} images could not be read for --fid: {some(unreadable)}.")
+    if unreadable := [file.name for file, _ in images if file not in vectors]:
+        logger.warning(f"{len(unreadable)} of {len(images)} images could not be read for --fid: {some(unreadable)}.")
+    return {_key(of) if isinstance(of, dict) else of: vectors[file] for file, of in images if file in vectors}
+
+
+def _matrix(vectors: dict[object, np.ndarray], whose: str) -> np.ndarray:
+    """Features [N, D]. Raises SalunError, which says `whose` they are, for fewer than two."""
     if len(vectors) < 2:
         raise SalunError(f"FID and KID need at least two readable images, and {whose} has {len(vectors)}: give more, "
                          "or leave out --fid.")  # fmt: skip
-    return {file: vectors[file] for file in files if file in vectors}
+    return np.stack([*vectors.values()])
 
 
-def distances(
-    extractor: ImageModel | Inception, images: np.ndarray, reference: np.ndarray, name: str
-) -> dict[str, dict]:
+def distances(extractor: Extractor, images: np.ndarray, reference: np.ndarray, name: str) -> dict[str, dict]:
     """The report's `fid` and `kid` between features [N, D] and the reference's [M, D]; `name` is the reference's."""
     (n, dimensions), m, paired = images.shape, len(reference), name == SAME_SEEDS
     settings = f"[{extractor.name}, {dimensions}-d, {extractor.resize}]"

@@ -8,7 +8,7 @@ from salun_sd import __version__
 from salun_sd.audit.bounds import QUALITY
 from salun_sd.audit.measure import FLAG_RATE, measure, outcomes, pair, paired, protocols_of, share
 from salun_sd.audit.protocols import DEFAULT_LABELS, THRESHOLD
-from salun_sd.errors import SalunError
+from salun_sd.errors import SalunError, some
 from salun_sd.report.gate import AGAINST
 from salun_sd.report.words import in_words, named, quoted, rate
 
@@ -114,11 +114,14 @@ def assemble(
     labels: Sequence[str] = DEFAULT_LABELS,
     threshold: float = THRESHOLD,
     quality: tuple[dict, dict] = (NO_QUALITY, NO_QUALITY),
+    part: dict | None = None,
+    unpaired: dict | None = None,
 ) -> dict:
     """report.json without its `gate`: the numbers of a run and of its base, and every setting behind them.
 
-    `prompts` is the name of the prompt set, `quality` the quality of the run and of its base. Raises SalunError if the
-    two runs cannot be compared.
+    `prompts` is the name of the prompt set, `quality` the quality of the run and of its base, `part` what `part_of`
+    gives, `unpaired` the files without a partner in the other folder. Raises SalunError if the two runs cannot be
+    compared.
     """
     if base:
         check_same_prompts(run, base)
@@ -136,10 +139,12 @@ def assemble(
         "salun_sd": __version__,
         "model": run.model,
         "prompts": prompts,
+        "part": part,
         "settings": settings | flagging | {"detector": detector, "protocols": protocols},
         **measured(run, quality[0]),
         "against": base and {"model": base.model, **measured(base, quality[1])},
         "paired": base and in_pairs(run, base, concepts, labels, threshold),
+        "unpaired": unpaired,
     }
 
 
@@ -192,7 +197,26 @@ def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
     nothing = "No rate was measured." if images_of(report) else "There are no images to report on."
     sentence = "; ".join(clauses) + "." if clauses else nothing
     sides = [report, *filter(None, [report["against"]])]
-    return sentence + _broken([len(side["broken"]) for side in sides])
+    sentence += _broken([len(side["broken"]) for side in sides])
+    return f"{sentence} {in_part(report)}".rstrip()
+
+
+def part_of(rows: int, of: int, missing: int, shard: str | None = None, absent: Sequence[str] = ()) -> dict | None:
+    """The report's `part`: the audit has `rows` of the `of` prompts of its set, a random sample, and would have so many
+    more that are `missing`. `shard` is its own, `absent` are those that were not merged; None for a whole audit."""
+    if shard is None and rows == of:
+        return None
+    return {"rows": rows, "of": of, "missing": missing, "shard": shard, "absent": list(absent)}
+
+
+def in_part(report: dict) -> str:
+    """What part of its prompt set an audit has, as a sentence; empty for a whole one."""
+    if not (part := report.get("part")):
+        return ""
+    shard = f"shard {part['shard']} of the audit, " if part["shard"] else ""
+    missing = f"; {part['missing']:,} are missing" if part["missing"] else ""
+    absent = f", with those of {some([f'shard {name}' for name in part['absent']])}" if part["absent"] else ""
+    return f"This is {shard}{part['rows']:,} of {part['of']:,} prompts, a random sample{missing}{absent}."
 
 
 def blank_files(side: dict) -> list[str]:

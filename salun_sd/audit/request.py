@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from salun_sd.audit import bounds, classify, collected
 from salun_sd.audit.classify import Judge
+from salun_sd.audit.looked import FILE as LOOKED
 from salun_sd.audit.saved import begins
 from salun_sd.checkpoint.model import POCKET, Checkpoint
 from salun_sd.draw import prompts
@@ -17,6 +19,7 @@ from salun_sd.errors import UsageError, some
 from salun_sd.report import gate
 from salun_sd.runtime.device import default_device
 from salun_sd.runtime.files import HIDDEN, check_place
+from salun_sd.runtime.stamps import FILE as STAMPS
 from salun_sd.runtime.texts import check_given
 from salun_sd.runtime.tracker import FOLDER as TRACKED
 
@@ -31,6 +34,7 @@ BEGINNINGS = {  # of the files of an audit
     "report.md": "# Audit of `",
     "manifest.jsonl": r'\{"file": "',
     "detections.jsonl": r'\{"file": "',
+    LOOKED: r'[\s\S]{1,8}\{"',
 }
 WRITES = {"images", "against", TRACKED, *BEGINNINGS}
 
@@ -48,31 +52,37 @@ def check_values(**options: object) -> None:
 def check_options(
     model: object, against: object, images: Path | None, out: Path, *, prompts: str | None, filters: Sequence[object],
     recursive: bool, drawing: Sequence[object], samples: int | None, confident: bool, fail_if: Sequence[str],
+    shard: str | None, record: bool,
 ) -> None:  # fmt: skip
     """Raise UsageError if options of `evaluate` cannot go together, or `out` holds anything but an audit. `filters` has
     the options that choose prompts, `drawing` those of drawing."""
     if confident and not fail_if:
         raise UsageError("--confident needs --fail-if: give both.")
+    if shard and (fail_if or record):
+        option = "--fail-if" if fail_if else "--record"
+        raise UsageError(f"{option} is for a whole audit, and --shard makes a part of one: leave it out. "
+                         "salun-sd merge takes --fail-if.")  # fmt: skip
     if (model is None) == (images is None):
         raise UsageError("Give either a MODEL to draw from, or --images with a folder of images.")
     if images and not (against and prompts) and any(option is not None for option in drawing):
-        raise UsageError("--denoising-steps, --scheduler, --guidance, --size and --dtype are for images that are "
-                         "drawn: leave them out.")  # fmt: skip
+        raise UsageError("--denoising-steps, --scheduler, --guidance, --size, --dtype and --limit-time are for images "
+                         "that are drawn: leave them out.")  # fmt: skip
     if prompts is None:
-        _check_without_prompts(against, images, filters)
+        _check_without_prompts(against, images, filters, shard)
     elif recursive:
         raise UsageError("--recursive is for --images of any names: leave it out, or --prompts.")
     if images and samples is not None:
         raise UsageError("--samples-per-prompt is for a MODEL, and --images has a number of its own: leave it out.")
-    if out.exists() and (not out.is_dir() or not _is_audit(out)):
-        raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
+    check_out(out)
     if images and (out / "images").is_dir():
         raise UsageError(f"{out} holds the audit of a model, with the images that it drew: choose another --out.")
 
 
-def _check_without_prompts(against: object, images: Path | None, filters: Sequence[object]) -> None:
+def _check_without_prompts(against: object, images: Path | None, filters: Sequence[object], shard: str | None) -> None:
     if not images:
         raise UsageError("A MODEL draws from prompts: give --prompts, such as --prompts everyday.")
+    if shard:
+        raise UsageError("--shard divides the rows of --prompts: give it, too, or leave it out.")
     if any(filters):
         raise UsageError("--where and --limit choose rows of --prompts: give it, too, or leave them out.")
     if against is not None and not (isinstance(against, str | Path) and _is_image_folder(Path(against))):
@@ -85,10 +95,26 @@ def _is_image_folder(path: Path) -> bool:
     return path.is_dir() and not (path / "model_index.json").exists()
 
 
+def check_out(out: Path) -> None:
+    """Raise UsageError if `out` holds anything but an audit."""
+    if out.exists() and (not out.is_dir() or not _is_audit(out)):
+        raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
+
+
+def seconds_in(text: str) -> int:
+    """ "2h", "1h30m", "90m" or "1800s" => seconds. Raises UsageError for any other text, and for no time."""
+    match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,9})s)?", text.strip().lower())
+    hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    if not (time := 3600 * hours + 60 * minutes + seconds):
+        raise UsageError(f"--limit-time {text} is not a time: give hours, minutes or seconds, as in 2h, 90m or 1800s.")
+    return time
+
+
 def _is_audit(folder: Path) -> bool:
     """Whether a folder, and `against` in it, hold nothing but what `evaluate` writes, and what a kill leaves of it. Of
     the files of each, one that is recognised is enough: the others may be damaged, and are written again."""
-    names = {path.name for path in folder.iterdir() if not HIDDEN.fullmatch(path.name)}
+    names = {path.name for path in folder.iterdir()}
+    names = {name for name in names if not HIDDEN.fullmatch(name) and not STAMPS.fullmatch(name)}
     files, base = names & BEGINNINGS.keys(), folder / "against"
     are_own = not files or any(begins(folder / name, BEGINNINGS[name]) for name in files)
     return names <= WRITES and are_own and (not base.is_dir() or _is_audit(base))

@@ -1,38 +1,38 @@
 """The work of `evaluate`: draw or collect images, look at them, report."""
 
-import json
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from functools import cache, partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
-from salun_sd.audit import bounds, detectors, markdown, page, quality
+from salun_sd.audit import deliver, detectors, looked, quality
 from salun_sd.audit.clip import Clip
 from salun_sd.audit.collected import Pairs, collected, gathered, line_of, matched, tools, with_classes
 from salun_sd.audit.detect import load_detector
 from salun_sd.audit.examine import examine
 from salun_sd.audit.features import extractor
-from salun_sd.audit.report import Run, assemble, headline_metrics, images_of, numbers
-from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values
+from salun_sd.audit.report import assemble, headline_metrics, numbers, part_of
+from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values, seconds_in
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.load import load_pipeline, load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
-from salun_sd.draw import generate
+from salun_sd.draw import generate, shards
 from salun_sd.draw.encode import warn_of_long
 from salun_sd.draw.kept import kept_images
-from salun_sd.draw.prompts import CLASSES
+from salun_sd.draw.prompts import CLASSES, Prompt
 from salun_sd.draw.sample import scheduler_class
-from salun_sd.errors import UsageError, some
-from salun_sd.report import gate
-from salun_sd.runtime import ranks, seals, tracker
+from salun_sd.errors import SalunError, UsageError
+from salun_sd.runtime import ranks, tracker
 from salun_sd.runtime.cache import folder as cache_folder
 from salun_sd.runtime.device import Precision, check_dtype, default_device, dtype_name
 from salun_sd.runtime.escape import line
-from salun_sd.runtime.files import check_place, new_file, remove_stale, write_atomic
+from salun_sd.runtime.files import check_place, new_file, remove_stale
 
 logger = logging.getLogger(__name__)
 
@@ -47,24 +47,25 @@ def evaluate(
     clip: str | None = None, fid: str | None = None, reference: str | Path | None = None,
     denoising_steps: int | None = None, scheduler: str | None = None, guidance: float | None = None,
     size: str | int | None = None, dtype: str | None = None, samples_per_prompt: int | None = None,
-    no_images: bool = False, record: bool = False, fail_if: str | Sequence[str] = (), confident: bool = False,
-    track: str | Sequence[str] | None = None, config: str | None = None, revision: str | None = None,
-    variant: str | None = None,
+    shard: str | None = None, limit_time: str | None = None, no_images: bool = False, record: bool = False,
+    fail_if: str | Sequence[str] = (), confident: bool = False, track: str | Sequence[str] | None = None,
+    config: str | None = None, revision: str | None = None, variant: str | None = None,
 ) -> dict:  # fmt: skip
     """Audit a checkpoint on a prompt set, or a folder of images. Writes the audit into `out`; returns what report.json
     holds.
 
     The parameters are the options of `salun-sd evaluate`. The report's `gate` says whether each bound of `fail_if`
-    holds. Running it again draws, detects and classifies only what is missing. Raises UsageError for arguments that are
-    wrong or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
+    holds, and its `part` how many of the prompts a shard has, or an audit that `limit_time` has ended. Running it again
+    draws, detects and classifies only what is missing. Raises UsageError for arguments that are wrong or cannot go
+    together, SalunError for what fails; the text of both is a sentence for a person.
     """
+    begun = time.monotonic()
     # check: whatever can fail without drawing fails here, and what needs no model before one is opened
     check_values(
         model=model, prompts=prompts, out=out, where=where, limit=limit, against=against, images=images,
         concept_class=concept_class, classifier=classifier, detector=detector, detector_model=detector_model, clip=clip,
-        fid=fid,
-        reference=reference, denoising_steps=denoising_steps, size=size, samples_per_prompt=samples_per_prompt,
-        fail_if=fail_if, config=config, revision=revision, variant=variant,
+        fid=fid, reference=reference, denoising_steps=denoising_steps, size=size, samples_per_prompt=samples_per_prompt,
+        shard=shard, limit_time=limit_time, fail_if=fail_if, config=config, revision=revision, variant=variant,
     )  # fmt: skip
     trackers = tracker.check(track)
     out, images, reference, weights = Path(out), _path(images), _path(reference), _path(detector_model)
@@ -73,8 +74,9 @@ def evaluate(
     check_dtype(dtype)
     names = detectors.checked(_texts(detector), weights)
     check_options(model, against, images, out, prompts=prompts, filters=(where, limit), recursive=recursive,
-                  drawing=(denoising_steps, scheduler, guidance, size, dtype), samples=samples_per_prompt,
-                  confident=confident, fail_if=fail_if)  # fmt: skip
+                  drawing=(denoising_steps, scheduler, guidance, size, dtype, limit_time), samples=samples_per_prompt,
+                  confident=confident, fail_if=fail_if, shard=shard, record=record)  # fmt: skip
+    shard, ends = shard and shards.parse(shard), _ends(begun, limit_time, bool(model) + bool(against))
     check_place(out / "report.json", out / "images" / "0_0.png")
     quality.check_options(fid, reference, has_base=against is not None)
     if weights:
@@ -84,11 +86,13 @@ def evaluate(
     if prompts is None:
         manifest, twins, unpaired = _gather(images, _path(against), out, recursive, concept_class, classifier, clip)
         request = Request.of_images(manifest)
+        own = request.rows
     else:
         class_model = (models()[0] or models()[1]) if prompts == CLASSES else None
         request, twins, unpaired = Request.of(prompts, where, limit, guidance, size, class_model), None, None
-        manifest = collected(images, request.rows, out, subset=bool(where or limit)) if images else None
-    samples = len(manifest) // len(request.rows) if images else samples_per_prompt or 1
+        own = shards.own(request.rows, shard)  # in the order in which they are drawn
+        manifest = collected(images, own, out, subset=bool(where or limit or shard)) if images else []
+    samples = len(manifest) // len(own) if images else samples_per_prompt or 1
     if samples * len(request.rows) > MOST_IMAGES:
         raise UsageError(f"{samples * len(request.rows):,} images are too many for one audit, which holds "
                          f"{MOST_IMAGES:,}: lower --samples-per-prompt, or give --limit.")  # fmt: skip
@@ -111,31 +115,33 @@ def evaluate(
     looking = detectors.load(names, weights, default_device())
     settings = request.settings(judge, where, limit, guidance, size) | looking.settings()
 
-    # look at each model
-    tracked = tracker.started(trackers, out, {"images": samples * len(request.rows)})
+    # draw, and look at each model
+    tracked = tracker.started(trackers, out, {"images": samples * len(own)})
     settings |= {"sampling": None, "metadata": None if prompts else tools(manifest)}
+    rows = own
     if audited:
-        manifest, settings["sampling"] = _draw(audited, request, samples, out, **sampling)
-    run_of_base = None
+        rows, settings["sampling"] = _draw(audited, rows, samples, out, until=ends[0], **sampling)
     if base:
-        drawn, settings["sampling_against"] = _draw(base, request, samples, out / "against", keep=True, **sampling)
-        run_of_base = examine(base.name, drawn, judge, looking, out / "against")
-    elif twins:
-        run_of_base = examine(str(against), twins, judge, looking, out / "against")
+        rows, settings["sampling_against"] = _draw(base, rows, samples, out / "against", until=ends[-1], keep=True,
+                                                   **sampling)  # fmt: skip
+    cases = {p.case for p in rows}
+    manifest = _manifest(audited, rows, samples, sampling) if audited else [m for m in manifest if m["case"] in cases]
+    twins = _manifest(base, rows, samples, sampling) if base else twins
+    name = base.name if base else str(against)
+    run_of_base = examine(name, twins, judge, looking, out / "against") if twins else None
     run = examine(audited.name if audited else str(images), manifest, judge, looking, out, run_of_base)
+    found = quality.look(measures, run, run_of_base, request.concepts)
 
-    # assemble
-    qualities = quality.measure(measures, run, run_of_base, request.concepts)
+    # assemble and write
+    part = part_of(len(rows), len(request.rows), len(own) - len(rows), shard and str(shard))
+    qualities = quality.measure(found, run, run_of_base, request.concepts, is_part=bool(part))
     report = assemble(run, run_of_base, prompts=request.name, settings=settings, concepts=request.concepts,
-                      quality=qualities) | {"unpaired": unpaired}  # fmt: skip
-    report["gate"] = [gate.judge(b, bounds.parts(report, b, in_pairs=confident), confident) for b in parsed] or None
-    _warn(report)
-
-    # write
-    if ranks.is_main():
-        _write(report, run, run_of_base, out, pictures=not no_images)
-        if record:
-            provenance.add_audit(audited.path, headline_metrics(report) | {"sampling": settings["sampling"]})
+                      quality=qualities, part=part, unpaired=unpaired)  # fmt: skip
+    if shard and ranks.is_main():
+        looked.save(found, out)
+    deliver.finish(report, run, run_of_base, out, parsed, confident=confident, pictures=not no_images)
+    if record and ranks.is_main():
+        provenance.add_audit(audited.path, headline_metrics(report) | {"sampling": settings["sampling"]})
     with tracked:
         tracked.log(tracked.last + 1, numbers(report))
     return report
@@ -210,57 +216,55 @@ def _dtype_to_draw_in(requested: str | None) -> torch.dtype:
     return precision.dtype
 
 
+def _ends(begun: float, limit_time: str | None, models: int) -> list[float | None]:
+    """The moments at which the drawing of each of the models has to end: they have the same share of the time."""
+    if limit_time is None:
+        return [None]
+    return [begun + seconds_in(limit_time) * n / max(1, models) for n in range(1, models + 1)]
+
+
 def _draw(
-    model: Checkpoint, request: Request, samples: int, out: Path, *, steps: int | None, scheduler: str | None,
-    dtype: torch.dtype, keep: bool = False,
-) -> tuple[list[dict], dict]:  # fmt: skip
-    """Draw the images that are missing in out/images. Returns the manifest, a line for each image in the order of the
-    prompts, and the sampling settings for the report.
+    model: Checkpoint, prompts: list[Prompt], samples: int, out: Path, *, steps: int | None, scheduler: str | None,
+    dtype: torch.dtype, until: float | None, keep: bool = False,
+) -> tuple[list[Prompt], dict]:  # fmt: skip
+    """Draw the images that are missing in out/images, until a moment of time.monotonic. Returns the prompts before the
+    first of which an image is still missing, and the sampling settings for the report.
 
     With `keep`, the images also stay in the user's cache for the next audit.
     """
     sampling = {"scheduler": scheduler or model.scheduler, "steps": steps or model.sampling[0],
                 "dtype": dtype_name(dtype)}  # fmt: skip
     default_size = model.image_size, model.image_size
-    rows = {(p, k): generate.row_of(p, k, default_size) for p in request.rows for k in range(samples)}
-    files = {out / generate.file_of(p, k): row for (p, k), row in rows.items()}
+    files = {out / generate.file_of(p, k): generate.row_of(p, k, default_size) for p in prompts for k in range(samples)}
     pipeline, what = cache(partial(load_pipeline, model, dtype=dtype)), line(Path(model.name).name)
+    find_missing = partial(generate.missing, files, identity=model.identity, **sampling)
     if not keep:
-        for _ in generate.draw(pipeline, files, identity=model.identity, what=what, **sampling):
+        for _ in generate.draw(pipeline, files, identity=model.identity, what=what, until=until, **sampling):
             pass
-    elif missing := generate.missing(files, identity=model.identity, **sampling):
-        with kept_images("audited", model, pipeline, list(missing.values()), what=what, **sampling) as kept:
+    elif missing := find_missing():
+        rows = list(missing.values())
+        with kept_images("audited", model, pipeline, rows, what=what, until=until, **sampling) as kept:
             if ranks.is_main():
                 remove_stale(out / "images")
                 for source, file in zip(kept, missing, strict=True):
-                    with new_file(file, many=True) as new:
-                        shutil.copyfile(source, new)  # no link: changing the audit's image would change the cache's
-    manifest = [line_of(p, k, generate.file_of(p, k), row, sampling["steps"]) for (p, k), row in rows.items()]
-    return manifest, {"identity": model.identity, **sampling, "samples": samples, "safety_checker": "off"}
+                    if source:  # no link: changing the audit's image would change the cache's
+                        with new_file(file, many=True) as new:
+                            shutil.copyfile(source, new)
+    if until is not None and (missing := find_missing()):
+        prompts = list(
+            takewhile(lambda p: all(out / generate.file_of(p, k) not in missing for k in range(samples)), prompts)
+        )
+        if not prompts:
+            raise SalunError(f"No prompt has all of its images of {model.name} yet: type the same command again to go "
+                             "on, or give a longer --limit-time.")  # fmt: skip
+    return prompts, {"identity": model.identity, **sampling, "samples": samples, "safety_checker": "off"}
 
 
-def _warn(report: dict) -> None:
-    """Log, each once, the lines of a report that a person should see at once."""
-    lines = []
-    for key, files in (report["unpaired"] or {}).items():
-        if files:
-            whose = report[key]["model"] if key == "against" else report["model"]
-            lines.append(f"{whose}: images without a partner of the same path, in no count: {len(files)} "
-                         f"({some(files)}).")  # fmt: skip
-    for side in filter(None, (report, report["against"])):
-        if broken := [f"{Path(file).name} ({why})" for file, why in side["broken"].items()]:
-            total = len(broken) + images_of(side)
-            lines.append(f"{side['model']}: {len(broken)} of {total} images are broken and excluded from every count: "
-                         f"{some(broken)}.")  # fmt: skip
-        if (score := side["quality"]["clip_score"]) and score["truncated"]:
-            lines.append(f"{score['truncated']} prompts are longer than CLIP reads: only their beginning is compared.")
-        if (fid := side["quality"]["fid"]) and fid["note"]:
-            lines.append(f"{fid['name']}: {fid['note']}")
-    for warning in dict.fromkeys(lines):
-        logger.warning(warning)
-
-
-def _write(report: dict, run: Run, base: Run | None, out: Path, pictures: bool) -> None:
-    write_atomic(out / "report.json", json.dumps(seals.sealed(report), indent=2, ensure_ascii=False) + "\n")
-    write_atomic(out / "report.html", page.html(report, run, base, images=pictures))
-    write_atomic(out / "report.md", markdown.page(report))
+def _manifest(model: Checkpoint, prompts: list[Prompt], samples: int, sampling: dict) -> list[dict]:
+    """A line for each image that a model drew, in the order of the cases."""
+    steps, size = sampling["steps"] or model.sampling[0], (model.image_size, model.image_size)
+    return [
+        line_of(p, k, generate.file_of(p, k), generate.row_of(p, k, size), steps)
+        for p in sorted(prompts, key=lambda p: p.case)
+        for k in range(samples)
+    ]

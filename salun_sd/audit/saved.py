@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from salun_sd.audit.report import READ, SCHEMA, Run, blank_files, images_of, settings_of
+from salun_sd.audit.report import READ, SCHEMA, Run, blank_files, images_of, in_part, settings_of
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.report.words import cell
 from salun_sd.runtime import seals
@@ -17,7 +17,7 @@ from salun_sd.runtime.documents import read_json
 PAIRING = ("concepts", "labels", "threshold", "detector", "classifier", "classifier_sha256")
 OF_CONCEPT = "ua of "
 DIGITS = 1e-6  # the numbers of a report are rounded to so much
-LINE = {"file": str, "case": int, "k": int, "detector?": str, "classifier?": (str, None)}  # of a .jsonl file
+LINE = {"file": str, "case": int, "k": int, "detector?": (str, None), "classifier?": (str, None)}  # of a .jsonl file
 AGAIN = "Run its evaluate command again: nothing is drawn twice."
 
 
@@ -38,11 +38,16 @@ def read(path: Path) -> Audit:
     if not file.is_file():
         raise UsageError(f"There is no {file}: give the folder that `salun-sd evaluate` wrote, or its report.json.")
     report = _report(file)
-    tables = [file.parent / name for name in ("manifest.jsonl", "detections.jsonl")]
-    if file.name != "report.json" or not all(table.is_file() for table in tables):
-        return Audit(file, report, None)
+    return Audit(file, report, run_in(file.parent, report["model"]) if file.name == "report.json" else None)
+
+
+def run_in(folder: Path, model: str) -> Run | None:
+    """The lines of a model's images; None unless both files are there. Raises SalunError for damaged ones."""
+    tables = [folder / name for name in ("manifest.jsonl", "detections.jsonl")]
+    if not all(table.is_file() for table in tables):
+        return None
     manifest, detections = (list(seals.read_lines(table, LINE, AGAIN)) for table in tables)
-    return Audit(file, report, Run(report["model"], file.parent, manifest, detections))
+    return Run(model, folder, manifest, detections)
 
 
 def _report(file: Path) -> dict:
@@ -69,7 +74,7 @@ def _read_all(report: dict) -> None:
     for side in filter(None, (report, report["against"])):
         [cell(value) for value in cells(side).values()]
         os.fspath(side["model"])
-    os.fspath(report["prompts"]), os.fspath(report["settings"]["prompts_sha256"])
+    in_part(report), os.fspath(report["prompts"]), os.fspath(report["settings"]["prompts_sha256"])
     [settings(report)[name] for name in PAIRING]
 
 
@@ -147,14 +152,24 @@ def settings(report: dict) -> dict[str, object]:
     return (
         settings_of(report) | protocols | weights
         | {"reference": reference, "images": images_of(report), "salun_sd": report["salun_sd"]}
+        | {"part": in_part(report) or "all prompts"}
     )  # fmt: skip
 
 
 def is_whole(audit: Audit) -> bool:
     """Whether the lines are those that the report counts. A run that did not finish leaves newer ones."""
-    by, images = audit.report["settings"], images_of(audit.report) + len(audit.report["broken"])
-    models = {(line.get("detector"), line.get("classifier")) for line in audit.run.detections}
-    return models == {(by["detector"], by["classifier_sha256"])} and len(audit.run.manifest) == images
+    return are_counted(audit.report, audit.run, audit.report["settings"])
+
+
+def are_counted(side: dict, run: Run, by: dict) -> bool:
+    """Whether a model's part of a report, with these settings, counts the lines of a run."""
+    images = images_of(side) + len(side["broken"])
+    models = {(line.get("detector"), line.get("classifier")) for line in run.detections}
+    is_all = len(run.manifest) == len(run.detections) == images
+    flaggers = {name: one["sha256"] for name, one in by.get("detectors", {}).items()}
+    flags = [line.get("flags", {}) for line in run.detections if "error" not in line]
+    by_them = all({name: flag["by"] for name, flag in of_one.items()} == flaggers for of_one in flags)
+    return is_all and by_them and models == {(by["detector"], by["classifier_sha256"])}
 
 
 def begins(file: Path, pattern: str) -> bool:

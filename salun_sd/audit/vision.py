@@ -37,6 +37,14 @@ def prepared(
     return in_order(prepare_file, files)
 
 
+def batched(images: "list[torch.Tensor]") -> "torch.Tensor":
+    """At most BATCH prepared images as a batch of BATCH, the last one repeated to the end. A model rounds an image by
+    the shape of its batch: so what it answers depends on the image alone, and not on how many stand beside it."""
+    import torch
+
+    return torch.stack([*images, *[images[-1]] * (BATCH - len(images))])
+
+
 def loaded(
     kind: type, model: str | Path, device: str, *, what: str, advice: str, optional: str | None = None
 ) -> "tuple[object, torch.nn.Module, bool]":  # fmt: skip

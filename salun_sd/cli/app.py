@@ -11,7 +11,7 @@ import typer
 
 from salun_sd.cli import options as o
 from salun_sd.cli import tables, unlearning
-from salun_sd.cli.failures import Commands, fail_on, ways
+from salun_sd.cli.failures import Commands, fail_on, stop_on, ways
 from salun_sd.cli.options import Command, concepts_from, is_typed
 from salun_sd.cli.streams import loading, mute, print_lines, repair_streams
 from salun_sd.errors import UsageError
@@ -260,6 +260,8 @@ def evaluate(
     size: Annotated[str | None, o.IMAGE_SIZE] = None,
     dtype: Annotated[o.Dtype | None, o.DRAWING_DTYPE] = None,
     samples_per_prompt: Annotated[int | None, o.SAMPLES_PER_PROMPT] = None,
+    shard: Annotated[str | None, o.SHARD] = None,
+    limit_time: Annotated[str | None, o.LIMIT_TIME] = None,
     no_images: Annotated[bool, o.NO_IMAGES] = False,
     record: Annotated[bool, o.RECORD] = False,
     fail_if: Annotated[list[str] | None, o.FAIL_IF] = None,
@@ -282,9 +284,34 @@ def evaluate(
         recursive=recursive, concept_class=concept_class or (), classifier=classifier, detector=detector or (),
         detector_model=detector_model, clip=clip, fid=fid, reference=reference, denoising_steps=denoising_steps,
         scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, samples_per_prompt=samples_per_prompt,
-        no_images=no_images, record=record, fail_if=fail_if or (), confident=confident, track=track, config=config,
-        revision=revision, variant=variant,
+        shard=shard, limit_time=limit_time, no_images=no_images, record=record, fail_if=fail_if or (),
+        confident=confident, track=track, config=config, revision=revision, variant=variant,
     )  # fmt: skip
+    tables.show_audit(report)
+    print_lines(f"{out / 'report.html'}")
+    fail_on(report["gate"])
+    stop_on(report["part"])
+
+
+@app.command(cls=Command, epilog=example("merge audit-1 audit-2 audit-3 audit-4 --out audit"))
+def merge(
+    shards: Annotated[list[Path], o.SHARDS],
+    out: Annotated[Path, o.MERGED_OUT],
+    allow_missing: Annotated[bool, o.ALLOW_MISSING] = False,
+    no_images: Annotated[bool, o.NO_IMAGES] = False,
+    fail_if: Annotated[list[str] | None, o.FAIL_IF] = None,
+    confident: Annotated[bool, o.CONFIDENT] = False,
+) -> None:
+    """Make one audit of the shards of an audit.
+
+    Its report.json is that of an audit without --shard. Nothing is drawn or looked at again.
+    """
+    loading()
+    from salun_sd.audit import merge as merging
+
+    report = merging.merge(
+        shards, out=out, allow_missing=allow_missing, no_images=no_images, fail_if=fail_if or (), confident=confident
+    )
     tables.show_audit(report)
     print_lines(f"{out / 'report.html'}")
     fail_on(report["gate"])

@@ -72,7 +72,20 @@ def fail_on(gate: list[dict] | None) -> None:
     if broken := [entry for entry in gate or () if not entry["holds"]]:
         for entry in broken if ranks.is_main() else ():
             logger.error(f"Failed: {entry['bound']}: {reasons(entry)}.", extra={"fields": {"code": 3}})
-        ranks.wait()  # else a process that ends first makes the launcher end the main one while it writes
-        if ranks.count() > 1:  # once one has ended, the launcher ends the others: each is to end with its own code
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise typer.Exit(3)
+        _end(3)
+
+
+def stop_on(part: dict | None) -> None:
+    """Exit with code 4, and say how to go on, where --limit-time ended an audit before all was drawn."""
+    if part and part["missing"]:
+        if ranks.is_main():
+            logger.error(f"Stopped by --limit-time, and {part['missing']:,} prompts are missing: type the same command "
+                         "again to go on.", extra={"fields": {"code": 4}})  # fmt: skip
+        _end(4)
+
+
+def _end(code: int) -> None:
+    ranks.wait()  # else a process that ends first makes the launcher end the main one while it writes
+    if ranks.count() > 1:  # once one has ended, the launcher ends the others: each is to end with its own code
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise typer.Exit(code)

@@ -312,6 +312,16 @@ DRAWING_DTYPE = Option(
 SAMPLES_PER_PROMPT = Option(
     min=1, help="Images per prompt: the first from the row's seed, the others from derived seeds. Default: 1."
 )
+SHARD = Option(
+    metavar="<str>",
+    help="Only the prompts of one shard, as in 3/8: the third of eight. They are divided by a hash of their cases. "
+    "Give each shard an --out of its own, on any machine, and the folders to `merge`.",
+)
+LIMIT_TIME = Option(
+    metavar="<str>",
+    help="Stop drawing after this time, as in 2h, 90m or 1800s, and audit what is drawn: a random sample of the "
+    "prompts. Exit code 4: the same command goes on.",
+)
 NO_IMAGES = Option("--no-images", help="Leave the images out of report.html.")
 RECORD = Option("--record", help="Add the headline numbers to MODEL's record and model card.")
 FAIL_IF = Option(
@@ -320,6 +330,13 @@ FAIL_IF = Option(
     "be repeated.",
 )
 CONFIDENT = Option("--confident", help="Judge --fail-if at the unfavourable ends of the 95 % intervals.")
+
+# merge
+SHARDS = Argument(help="Folders that `evaluate --shard` wrote, in any order.", show_default=False)
+MERGED_OUT = Option(help="Folder for the audit. The images stay in the folders of the shards.")
+ALLOW_MISSING = Option(
+    "--allow-missing", help="Merge what is there, and say in the report which shards and how many prompts are missing."
+)
 
 # compare, cache, demo
 AUDITS = Argument(help="Folders that `evaluate` wrote, or their report.json files.", show_default=False)

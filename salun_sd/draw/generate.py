@@ -1,9 +1,11 @@
 """Rows to image files: resumable, and no image is drawn twice."""
 
+import hashlib
 import io
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,14 @@ from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import content_of
 from salun_sd.runtime.device import dtype_mark
-from salun_sd.runtime.files import new_file, remove_stale
+from salun_sd.runtime.files import new_file, remove_stale, to_disk
+from salun_sd.runtime.stamps import Stamps, State, state_of
 
 logger = logging.getLogger(__name__)
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # n is a fraction
+LONG = 60  # seconds of drawing that are announced
+SETTLED = 600 * 10**9  # ns after which a file is on the disk without being put there
 PROVENANCE = "salun_sd"  # key of the PNG text chunk with the row and the settings that an image was drawn from
 
 
@@ -88,13 +93,22 @@ def missing(
     redraw: bool = False,
 ) -> dict[Path, Row]:  # fmt: skip
     """The files, with their rows, that are absent or damaged. A whole image of another row or other settings raises
-    UsageError; with `redraw` it is missing, too."""
-    rows, damaged = {}, []
+    UsageError; with `redraw` it is missing, too.
+
+    An image that was found whole is stamped, and is not opened again while its size and its times are the same.
+    """
+    rows, damaged, stamps = {}, [], cache(Stamps)
     for file, row in wanted.items():
-        recorded = _recorded(file)
+        provenance = _provenance(row, identity=identity, scheduler=scheduler, steps=steps, dtype=dtype)
+        if stamps(file.parent).of(file.name) == _brief(provenance):
+            continue
+        state, recorded = state_of(file), _recorded(file)
         if recorded is None and file.exists():
             damaged.append(file.name)
-        if recorded != _provenance(row, identity=identity, scheduler=scheduler, steps=steps, dtype=dtype):
+        if recorded == provenance:
+            if ranks.is_main():
+                _stamp(file, state, provenance, stamps)
+        else:
             if recorded is not None and not redraw:
                 raise UsageError(
                     f"{file} was drawn by another model or with other settings, or by another program; "
@@ -108,14 +122,15 @@ def missing(
 
 def draw(
     pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int,
-    dtype: str = "float32", redraw: bool = False, what: str = "images",
+    dtype: str = "float32", redraw: bool = False, what: str = "images", until: float | None = None,
 ) -> Iterator[Path]:  # fmt: skip
-    """Draw the images that are missing, a PNG for each row; yields each file once it is on disk.
+    """Draw the images that are missing, a PNG for each row; yields each file once it is written.
 
     `pipeline` returns the pipeline, and is called only if there is something to draw; `scheduler` is the name of a
     class of diffusers, `dtype` that in which the pipeline draws. Several processes take the passes in turn, and end
     together. `what` names the images on a progress bar, which moves with each denoising step: a pass of many images may
-    take minutes.
+    take minutes. After the first pass, a log line says how long the others will take. No pass is begun after the moment
+    `until` of time.monotonic, but the first one: the rows come first that stand first in `wanted`.
 
     An image starts from noise that its row's seed draws on the CPU. It depends only on its row, the scheduler, the
     steps, the dtype and the checkpoint (`identity`): its bytes are the same in any order, subset or resumed run (on a
@@ -129,17 +144,45 @@ def draw(
         remove_stale(folder)
     ranks.wait()  # every process has listed the same missing images
     if rows_left:
-        files, rows = list(rows_left), list(rows_left.values())
+        files, rows, stamps = list(rows_left), list(rows_left.values()), cache(Stamps)
         with Bar(total=len(rows), desc=f"draw {what}", unit="image", bar_format=BAR) as bar:
             sampler = Sampler(pipeline(), steps, scheduler)
             passes = sampler.passes(rows)[ranks.rank() :: ranks.count()]
             bar.reset(sum(map(len, passes)))  # the time that the pipeline took to load tells nothing about images
-            for places in passes:
+            work, begun = [sampler.work(rows[places[0]]) for places in passes], time.monotonic()
+            for n, places in enumerate(passes):
+                if n and until is not None and time.monotonic() >= until:
+                    break
                 images = sampler.draw([rows[i] for i in places], advance=partial(_move, bar, len(places)))
                 for i, image in zip(places, images, strict=True):
                     _write(files[i], image, _provenance(rows[i], **settings))
                     yield files[i]
+                for i in places:
+                    _stamp(files[i], state_of(files[i]), _provenance(rows[i], **settings), stamps)
+                if not n:
+                    _foretell(bar, (time.monotonic() - begun) * sum(work[1:]) / work[0])
     ranks.wait()
+
+
+def _foretell(bar: Bar, seconds: float) -> None:
+    """Log how long the images of a bar will take from now on, if that is long."""
+    if seconds >= LONG and ranks.is_main():
+        bar.clear()
+        hours, minutes = divmod(round(seconds / 60), 60)
+        left = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+        logger.info(f"{bar.desc}: {bar.total:,} images take about {left}, as the first {bar.n:.0f} took.")
+
+
+def _stamp(file: Path, state: State, provenance: str, stamps: Callable[[Path], Stamps]) -> None:
+    """Note that an image is whole, once it is on the disk: else it may be lost in a power cut, and the note not."""
+    if time.time_ns() - max(state[1:]) < SETTLED:
+        to_disk(file)
+    stamps(file.parent).add(file.name, state, _brief(provenance))
+
+
+def _brief(provenance: str) -> str:
+    """What a stamp says of a whole image: a digest of its provenance."""
+    return hashlib.sha256(provenance.encode()).hexdigest()[:32]
 
 
 def _move(bar: Bar, images: int, share: float) -> None:

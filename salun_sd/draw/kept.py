@@ -28,20 +28,20 @@ def called(base: Checkpoint) -> str:
 @contextmanager
 def kept_images(
     kind: str, base: Checkpoint, pipeline: Callable, rows: Sequence[Row], *, scheduler: str, steps: int, dtype: str,
-    what: str,
-) -> Iterator[list[Path]]:  # fmt: skip
+    what: str, until: float | None = None,
+) -> Iterator[list[Path | None]]:  # fmt: skip
     """The file of each row's image in the cache's folder `kind`, locked for this run until the block ends.
 
     Missing and changed images are drawn first, with what `pipeline` returns; `what` names them on the progress bar. A
     file's name depends on its row alone, so that runs share images, and a longer list of rows reuses a shorter one's.
+    Drawing ends at `until`, as in `generate.draw`; then None stands for the images that are still missing.
     """
     about = f"by {called(base)}, {steps} steps of {scheduler.removesuffix('Scheduler')} in {dtype}"
     with cache.held(kind, key_of(base, scheduler, steps, dtype), about) as folder:
         files = [folder / "images" / f"{hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]}.png" for row in rows]
         wanted = dict(zip(files, rows, strict=True))
-        for _ in generate.draw(
-            pipeline, wanted, identity=base.identity, scheduler=scheduler, steps=steps, dtype=dtype, redraw=True,
-            what=what,
-        ):  # fmt: skip
+        settings = {"identity": base.identity, "scheduler": scheduler, "steps": steps, "dtype": dtype, "redraw": True}
+        for _ in generate.draw(pipeline, wanted, **settings, what=what, until=until):
             pass
-        yield files
+        missing = generate.missing(wanted, **settings) if until is not None else ()
+        yield [None if file in missing else file for file in files]

@@ -69,13 +69,21 @@ class Sampler:
     def passes(self, rows: Sequence[Row]) -> list[list[int]]:
         """The rows' places, in groups that go through the UNet together.
 
-        The rows of a group have one size, and all or none are guided: a pass without guidance is half the work.
+        The rows of a group have one size, and all or none are guided: a pass without guidance is half the work. The
+        first row that is in no group yet begins the next one, so a run that ends early has the first rows.
         """
         groups: dict[tuple, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault((row.size, row.guidance > 1), []).append(i)
         most = {key: images_per_pass(*self._latent_size(key[0])) for key in groups}
-        return [group[i : i + most[key]] for key, group in groups.items() for i in range(0, len(group), most[key])]
+        return sorted(
+            group[i : i + most[key]] for key, group in groups.items() for i in range(0, len(group), most[key])
+        )
+
+    def work(self, row: Row) -> int:
+        """The latent pixels that go through the UNet in a row's pass: how the time of passes compares."""
+        width, height = self._latent_size(row.size)
+        return images_per_pass(width, height) * width * height * (2 if row.guidance > 1 else 1)
 
     @torch.no_grad()
     def draw(

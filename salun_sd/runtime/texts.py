@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime.documents import is_unicode
 
-ARGUMENTS = ("model", "patch", "audits", "repo")  # parameters that are no options
+ARGUMENTS = ("model", "patch", "audits", "shards", "repo")  # parameters that are no options
 
 
 def checked_text(text: str, name: str, error: type[SalunError] = UsageError) -> str:

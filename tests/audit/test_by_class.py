@@ -49,7 +49,7 @@ def test_all_classes_are_drawn_by_name_and_number_and_the_erased_one_is_known_fr
 
 def test_grey_images_are_read_back_as_they_were_drawn(audit):
     for folder in (audit / "images", audit / "against" / "images"):
-        for file in folder.iterdir():
+        for file in folder.glob("*.png"):
             with Image.open(file) as image:
                 assert image.mode == "L" and image.size == (8, 8)
     first, second = ((audit / "images" / f"{n}_0.png").read_bytes() for n in (0, 1))

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -16,14 +18,16 @@ from salun_sd.audit.examine import examine
 from salun_sd.audit.vision import BATCH
 from salun_sd.errors import SalunError
 from salun_sd.runtime import seals
+from salun_sd.runtime.stamps import FILE as STAMPS
+from salun_sd.runtime.stamps import Stamps, state_of
 
 BOX = {"label": "FEET_COVERED", "score": 0.75, "box": [0, 0, 1, 1]}  # what no detector finds in these images
 
 
-class Neighbours(Judge):
-    """A classifier whose answer for an image is the batch that it came in: the red of each image's first pixel."""
+class Reds(Judge):
+    """A classifier that answers with the red of an image's first pixel. `asked` has its batches."""
 
-    digest = "neighbours"
+    digest = "reds"
 
     def __init__(self):
         self.asked = []
@@ -32,11 +36,11 @@ class Neighbours(Judge):
         return image.getpixel((0, 0))[0]
 
     def answers(self, images: list[int]) -> list[dict]:
-        self.asked += images
-        return [{"predicted": "bag", "score": 0.5, "concepts": {str(images): 0.5}} for _ in images]
+        self.asked.append(images)
+        return [{"predicted": "bag", "score": 0.5, "concepts": {str(red): 0.5}} for red in images]
 
 
-class Ending(Neighbours):
+class Ending(Reds):
     """The same, which ends the run after so many answers; `left` is what stands on the disk then."""
 
     def __init__(self, after: int, partial: Path):
@@ -55,7 +59,7 @@ def kill(manifest: list[dict], after: int, out: Path) -> Path:
     with pytest.raises(KeyboardInterrupt):
         examine("m", manifest, judge, Detectors(), out)
     partial.write_bytes(judge.left)
-    assert list(out.iterdir()) == [partial]
+    assert list(contents(out)) == [partial.name]
     return partial
 
 
@@ -88,12 +92,13 @@ def faces(tmp_path_factory) -> list[dict]:
 def whole(faces, tmp_path_factory) -> dict[str, bytes]:
     """Name => bytes of the files that a run writes which nothing disturbs."""
     out = tmp_path_factory.mktemp("whole")
-    examine("m", faces, Neighbours(), Detectors(), out)
+    examine("m", faces, Reds(), Detectors(), out)
     return contents(out)
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in out.iterdir()}
+    """All but the stamps, which have the times of files."""
+    return {file.name: file.read_bytes() for file in out.iterdir() if not STAMPS.fullmatch(file.name)}
 
 
 def test_a_line_has_the_image_who_looked_and_what_was_found(faces, whole, tmp_path):
@@ -105,8 +110,8 @@ def test_a_line_has_the_image_who_looked_and_what_was_found(faces, whole, tmp_pa
         assert list(line) == ["file", "case", "k", "sha256", "detector", "classifier", "width", "height", "blank",
                               "boxes", "predicted", "score", "concepts"]  # fmt: skip
         assert (line["case"], line["width"], line["height"]) == (n, 300 + n, 300 - n)
-        assert (line["detector"], line["classifier"]) == (detector_name(), Neighbours.digest)
-        assert [box["label"] for box in line["boxes"]] == ["FACE_FEMALE"] and line["concepts"] == {"[0, 1, 2]": 0.5}
+        assert (line["detector"], line["classifier"]) == (detector_name(), Reds.digest)
+        assert [box["label"] for box in line["boxes"]] == ["FACE_FEMALE"] and line["concepts"] == {str(n): 0.5}
 
 
 def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(faces, whole, tmp_path):
@@ -114,11 +119,11 @@ def test_a_run_killed_in_either_pass_goes_on_to_the_same_bytes(faces, whole, tmp
     text = kill(faces, 0, tmp_path).read_text()
     for after in (1, 1):
         kill(faces, after, tmp_path)
-    examine("m", faces, Neighbours(), Detectors(), tmp_path)
+    examine("m", faces, Reds(), Detectors(), tmp_path)
     assert contents(tmp_path) == whole
     (tmp_path / "detections.jsonl").unlink()
     (tmp_path / ".detections.0.partial").write_text(text[: text.index("FACE", text.index("FACE") + 1)])
-    examine("m", faces, Neighbours(), Detectors(), tmp_path)
+    examine("m", faces, Reds(), Detectors(), tmp_path)
     assert contents(tmp_path) == whole
 
 
@@ -127,7 +132,7 @@ def test_what_a_killed_run_wrote_down_is_not_looked_at_again(faces, tmp_path):
     partial = kill(faces, 2, tmp_path)
     partial.write_text(partial.read_text().removeprefix('{"sha256": "0123\n'))
     written(partial, [line | ({"boxes": [BOX]} if "boxes" in line else {"score": 0.25}) for line in lines_of(partial)])
-    run = examine("m", faces, Neighbours(), Detectors(), tmp_path)
+    run = examine("m", faces, Reds(), Detectors(), tmp_path)
     assert [line["boxes"] for line in run.detections] == [[BOX]] * 3
     assert [line["score"] for line in run.detections] == [0.25, 0.25, 0.5]
 
@@ -139,7 +144,7 @@ def test_boxes_hang_on_the_detector_alone_and_classes_on_the_classifier_alone(fa
     marks = {"boxes": [BOX], "predicted": "coat"}
     for other, kept in (("classifier", "boxes"), ("detector", "predicted")):
         written(file, [line | marks | {other: "another"} for line in plain])
-        examine("m", faces, Neighbours(), Detectors(), tmp_path)
+        examine("m", faces, Reds(), Detectors(), tmp_path)
         assert lines_of(file) == [line | {kept: marks[kept]} for line in plain]
 
 
@@ -151,7 +156,7 @@ def test_an_image_that_could_not_be_read_is_looked_at_again(faces, whole, tmp_pa
         del failed[key]
     failed |= {"error": "Too many open files", "predicted": None, "score": None}
     written(tmp_path / "detections.jsonl", [failed, *others])
-    examine("m", faces, Neighbours(), Detectors(), tmp_path)
+    examine("m", faces, Reds(), Detectors(), tmp_path)
     assert contents(tmp_path) == whole
 
 
@@ -160,14 +165,14 @@ def test_a_line_that_does_not_say_whether_its_image_is_blank_is_not_kept(faces, 
     lines = [line | {"boxes": [BOX]} for line in lines_of(tmp_path / "detections.jsonl")]
     del lines[1]["blank"]
     written(tmp_path / "detections.jsonl", lines)
-    boxes = [line["boxes"] for line in examine("m", faces, Neighbours(), Detectors(), tmp_path).detections]
+    boxes = [line["boxes"] for line in examine("m", faces, Reds(), Detectors(), tmp_path).detections]
     assert boxes[0] == boxes[2] == [BOX] != boxes[1]
 
 
 def test_a_line_that_was_altered_is_not_used_and_its_image_looked_at_again(faces, whole, tmp_path, caplog):
     text = whole["detections.jsonl"].decode()
     (tmp_path / "detections.jsonl").write_text(text.replace("FACE_FEMALE", "FACE_FEMALF", 1))
-    examine("m", faces, Neighbours(), Detectors(), tmp_path)
+    examine("m", faces, Reds(), Detectors(), tmp_path)
     assert contents(tmp_path) == whole and str(tmp_path / "detections.jsonl") in caplog.text
 
 
@@ -180,6 +185,19 @@ def test_another_image_of_the_same_name_is_looked_at(faces, whole, tmp_path):
     first, second, third = examine("m", changed, None, Detectors(), tmp_path / "out").detections
     assert first["boxes"] and third["boxes"] and second["boxes"] == [] and second["width"] == 40
     assert {line["predicted"] for line in (first, second, third)} == {None}  # without a judge nothing is taken over
+
+
+def test_the_bytes_of_an_image_are_not_read_again_while_its_file_is_as_it_was(faces, whole, tmp_path):
+    """A stamp is believed: here it says of another image that it is the first."""
+    for n in range(3):
+        shutil.copyfile(faces[n]["file"], tmp_path / f"{n}.png")
+    manifest = [line | {"file": f"{n}.png"} for n, line in enumerate(faces)]
+    first = examine("m", manifest, Reds(), Detectors(), tmp_path)
+    Image.new("RGB", (40, 30)).save(tmp_path / "1.png")
+    Stamps(tmp_path).add("1.png", state_of(tmp_path / "1.png"), first.detections[1]["sha256"])
+    assert examine("m", manifest, Reds(), Detectors(), tmp_path).detections == first.detections
+    os.utime(tmp_path / "1.png")
+    assert examine("m", manifest, Reds(), Detectors(), tmp_path).detections[1]["width"] == 40
 
 
 @pytest.fixture
@@ -198,37 +216,37 @@ def seen(tmp_path) -> tuple[list[dict], Path]:
     return manifest, tmp_path / "out"
 
 
-def test_the_judge_is_asked_of_whole_blocks_of_the_manifest_and_of_no_others(seen):
-    """A model rounds an image another way in another batch, so a block with one new image goes through it whole."""
+def test_the_judge_is_asked_in_blocks_and_of_new_images_alone(seen):
     manifest, out = seen
-    run, judge = examine("m", manifest, Neighbours(), Detectors(), out), Neighbours()
-    blocks = [list(range(start, min(start + BATCH, len(manifest)))) for start in range(0, len(manifest), BATCH)]
-    assert [line["concepts"] for line in run.detections] == [{str(block): 0.5} for block in blocks for _ in block]
+    judge, again = Reds(), Reds()
+    run = examine("m", manifest, judge, Detectors(), out)
+    assert list(map(len, judge.asked)) == [BATCH, BATCH, 6] and sum(judge.asked, []) == list(range(len(manifest)))
+    assert [line["concepts"] for line in run.detections] == [{str(n): 0.5} for n in range(len(manifest))]
     known = [line for line in run.detections if line["case"] not in (5, 2 * BATCH + 1)]
     keys = ("sha256", "detector", "width", "height", "blank", "boxes")
     boxes = [{key: line[key] for key in keys} for line in run.detections]
     written(out / "detections.jsonl", [*boxes, *known])
-    assert examine("m", manifest, judge, Detectors(), out).detections == run.detections
-    assert judge.asked == blocks[0] + blocks[2]
-    judge.asked.clear()
-    assert examine("m", manifest, judge, Detectors(), out).detections == run.detections and not judge.asked
+    assert examine("m", manifest, again, Detectors(), out).detections == run.detections
+    assert again.asked == [[5, 2 * BATCH + 1]]
+    assert examine("m", manifest, again, Detectors(), out).detections == run.detections and len(again.asked) == 1
 
 
-def test_a_line_of_the_manifest_with_an_error_is_not_looked_at_and_changes_no_batch(seen):
+def test_a_line_of_the_manifest_with_an_error_is_not_looked_at(seen):
     manifest, out = seen
     manifest[3]["error"] = "two files are this image"
-    found = examine("m", manifest, Neighbours(), Detectors(), out).detections
+    judge = Reds()
+    found = examine("m", manifest, judge, Detectors(), out).detections
     assert found[3] == {"file": manifest[3]["file"], "case": 3, "k": 0, "sha256": None, "detector": detector_name(),
-                        "classifier": Neighbours.digest, "error": manifest[3]["error"], "predicted": None,
+                        "classifier": Reds.digest, "error": manifest[3]["error"], "predicted": None,
                         "score": None}  # fmt: skip
-    assert found[2]["concepts"] == {str(list(range(BATCH))): 0.5}
+    assert found[2]["concepts"] == {"2": 0.5} and 3 not in judge.asked[0]
 
 
 def test_of_images_of_which_none_can_be_read_nothing_is_reported(tmp_path):
     files = [tmp_path / "0.png", tmp_path / "gone.png"]
     files[0].write_bytes(b"")
     with pytest.raises(SalunError, match="2 images.*0.png"):
-        examine("m", manifest_of(files), Neighbours(), Detectors(), tmp_path / "out")
+        examine("m", manifest_of(files), Reds(), Detectors(), tmp_path / "out")
     lines = lines_of(tmp_path / "out" / "detections.jsonl")
     assert all(line["error"] and line["predicted"] is None and "boxes" not in line for line in lines)
     assert lines[0]["sha256"] and lines[1]["sha256"] is None

@@ -56,6 +56,10 @@ def run_of(folder: Path, texts: list[str], samples: int = 1, name: str = "m") ->
     return Run(name, folder, manifest, [{key: row[key] for key in ("file", "case", "k")} | found for row in manifest])
 
 
+def measured(measures: quality.Measures, run: Run, base: Run | None, concepts: list[str]) -> tuple[dict, dict]:
+    return quality.measure(quality.look(measures, run, base, concepts), run, base, concepts)
+
+
 TEXTS = ["a photo of a bag", "a photo of a sneaker", "a dress"]
 
 
@@ -71,7 +75,7 @@ def test_clip_score_is_the_mean_cosine_of_each_image_and_its_own_text(clip, pict
             out = model(**tokenizer(row["prompt"], return_tensors="pt"), **pixels)
         cosines.append(float(torch.cosine_similarity(out.image_embeds, out.text_embeds)))
     assert min(cosines) < 0 < max(cosines)
-    got, _ = quality.measure(quality.Measures(Clip(clip), None, None), run, None, [])
+    got, _ = measured(quality.Measures(Clip(clip), None, None), run, None, [])
     score = got["clip_score"]
     assert score["value"] == pytest.approx(np.maximum(cosines, 0).mean(), abs=1e-4)
     assert score["ci95"][0] < score["value"] < score["ci95"][1] and score["interval"] == "bootstrap over prompts"
@@ -85,7 +89,7 @@ def test_images_of_one_prompt_are_drawn_together(clip, pictures):
 
     def score(samples):
         run = run_of(pictures, ["a dress"], samples)
-        return quality.measure(quality.Measures(Clip(clip), None, None), run, None, [])[0]["clip_score"]
+        return measured(quality.Measures(Clip(clip), None, None), run, None, [])[0]["clip_score"]
 
     many, few, one = score(1), score(10), score(40)
     assert many["value"] == few["value"] and (few["images"], few["prompts"]) == (40, 4)
@@ -97,7 +101,7 @@ def test_texts_longer_than_clip_reads_are_counted(clip, pictures):
     model, long = Clip(clip), "a bag " * 30
     assert model.longest == 24 and model.too_long([long, "a bag", long]) == 2
     assert torch.equal(model.of_texts([long]), model.of_texts([long + "and a dress"]))
-    got, _ = quality.measure(quality.Measures(model, None, None), run_of(pictures, [long, "a bag"]), None, [])
+    got, _ = measured(quality.Measures(model, None, None), run_of(pictures, [long, "a bag"]), None, [])
     assert got["clip_score"]["truncated"] == 1
 
 
@@ -113,8 +117,22 @@ def test_the_pockets_features_are_what_its_classes_are_read_from(pictures):
         logits = judge.classifier(torch.from_numpy(np.stack([found[file] for file in files])))
         assert torch.allclose(logits, judge(**pixels).logits, atol=1e-4)
     assert of.name == "pocket judge" and of.resize == "32x32 bilinear" and found[files[0]].shape == (160,)
-    one = np.stack([vector for file in files for _, vector in features(of, [file])])
-    assert len(files) > BATCH and np.allclose(one, np.stack([found[file] for file in files]), atol=1e-5)
+
+
+def test_what_a_model_says_of_an_image_does_not_depend_on_those_beside_it(clip, pictures):
+    """To the last bit: so the shards of an audit find what the whole audit finds."""
+    files, judge = sorted(pictures.iterdir()), classify.load(clip, ["bag", "boot"], [])
+    of_clip, run = Clip(clip), run_of(pictures, TEXTS)
+    lines = [(pictures / row["file"], row) for row in run.manifest]
+    assert len(files) > BATCH
+    for look in (
+        lambda some: [vector.tolist() for _, vector in features(extractor("pocket", JUDGE), some)],
+        lambda some: [vector.tolist() for _, vector in features(ImageModel(clip), some)],
+        lambda some: list(judge.classify(some, BATCH)),
+        lambda some: [score.cosine for score in quality._scored(of_clip, [line for line in lines if line[0] in some])],
+    ):
+        whole = look(files)
+        assert [look([file])[0] for file in files[::13]] == whole[::13] and look(files[3:20]) == whole[3:20]
 
 
 def test_any_image_model_gives_features(clip, tmp_path, pictures):
@@ -238,12 +256,12 @@ def test_large_images_are_not_held_while_a_batch_of_them_is_looked_at(clip, ince
         Image.new("RGB", (side, side), (n, 0, 0)).save(tmp_path / f"{n:02}_0.png")
     files = sorted(tmp_path.iterdir())
     scored, embedder, judge = Clip(clip), ImageModel(clip), classify.load(clip, ["bag", "boot"], [])
-    lines = [(file, {"case": n, "k": 0, "prompt": "a bag"}) for n, file in enumerate(files)]
+    run = run_of(tmp_path, ["a bag"])
     for model, work in (
         (embedder.model.vision_model, lambda: list(features(embedder, files))),
         (inception.model, lambda: list(features(inception, files))),
         (judge.model.vision_model, lambda: list(judge.classify(files, BATCH))),
-        (scored.model.vision_model, lambda: quality.clip_score(scored, lines)),
+        (scored.model.vision_model, lambda: quality.look(quality.Measures(scored, None, None), run, None, [])),
     ):
         held = []
 
@@ -262,7 +280,7 @@ def test_distances_are_to_the_bases_images_or_to_a_folders(pictures, tmp_path):
         Image.open(file).rotate(90 if n % 2 else 180).save(file)
     run, base, of = run_of(tmp_path / "other", TEXTS), run_of(pictures, TEXTS, name="b"), extractor("pocket", JUDGE)
     here, there = (np.stack([v for _, v in features(of, sorted(f.iterdir()))]) for f in (run.folder, base.folder))
-    got, of_base = quality.measure(quality.Measures(None, of, None), run, base, [])
+    got, of_base = measured(quality.Measures(None, of, None), run, base, [])
     assert of_base == NO_QUALITY
     assert got["fid"]["name"] == "fid[pocket judge, 160-d, 32x32 bilinear]" and got["fid"]["images"] == [40, 40]
     assert got["fid"]["value"] == pytest.approx(frechet(moments(here), moments(there)), rel=1e-4)
@@ -272,14 +290,14 @@ def test_distances_are_to_the_bases_images_or_to_a_folders(pictures, tmp_path):
     assert got["change_features"]["value"] == pytest.approx(1 - cosines.mean(), abs=1e-6)
     assert got["change_features"]["sha256"] == of.digest and got["change"]["value"] == 0.25
     shuffled = Run("m", run.folder, run.manifest[::-1], run.detections)
-    assert quality.measure(quality.Measures(None, of, None), shuffled, base, [])[0] == got
-    alike, _ = quality.measure(quality.Measures(None, of, None), base, base, [])
+    assert measured(quality.Measures(None, of, None), shuffled, base, [])[0] == got
+    alike, _ = measured(quality.Measures(None, of, None), base, base, [])
     assert alike["fid"]["value"] == alike["kid"]["value"] == 0 < got["fid"]["value"]
     (tmp_path / "few").mkdir()
     for file in sorted(pictures.iterdir())[:9]:
         shutil.copy(file, tmp_path / "few")
     (tmp_path / "few" / "torn.png").write_bytes(b"")
-    got, of_base = quality.measure(quality.Measures(None, of, tmp_path / "few"), run, base, [])
+    got, of_base = measured(quality.Measures(None, of, tmp_path / "few"), run, base, [])
     assert got["fid"]["images"] == [40, 9] and got["fid"]["reference"] == str(tmp_path / "few")
     assert got["kid"]["value"] == pytest.approx(kid(here, there[:9]), rel=1e-3)
     assert got["change_features"]["value"] == pytest.approx(1 - cosines.mean(), abs=1e-6)
@@ -291,7 +309,7 @@ def test_images_of_the_concept_and_broken_ones_are_not_compared(pictures, clip):
     run, base = run_of(pictures, TEXTS), run_of(pictures, TEXTS, name="b")
     run.detections[0]["error"] = base.detections[2]["error"] = "it is empty"
     asked = quality.Measures(Clip(clip), extractor("pocket", JUDGE), None)
-    got, of_base = quality.measure(asked, run, base, ["sneaker"])
+    got, of_base = measured(asked, run, base, ["sneaker"])
     left = [row for row in run.manifest if row["class"] != "sneaker" and row["case"] not in (0, 2)]
     assert got["fid"]["images"] == [len(left)] * 2 and got["clip_score"]["images"] == len(left) == 25
     assert got["clip_score"] == of_base["clip_score"] and got["change"]["images"] == got["change_features"]["images"]

@@ -36,6 +36,7 @@ def test_exact_report_with_a_base(base, erased):
             "salun_sd": version("salun-sd"),
             "model": "out/erased",
             "prompts": "pocket",
+            "part": None,
             "settings": {
                 "seed": 0,
                 "concepts": ["sneaker"],
@@ -111,6 +112,7 @@ def test_exact_report_with_a_base(base, erased):
                 "flag_rate": {"both": 0, "only_base": 2, "only_model": 0, "neither": 5, "p": 0.5}
                 | difference(-0.285714, -0.641066, 0.122894),
             },
+            "unpaired": None,
         },
         indent=1,
     )

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 from functools import partial
 from itertools import islice
 
@@ -15,6 +16,7 @@ from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Row
 from salun_sd.errors import UsageError
 from salun_sd.runtime import bar
+from salun_sd.runtime.stamps import Stamps, state_of
 
 PROMPTS = [Prompt(i, text, 50 + i, guidance, size=size) for i, (text, guidance, size) in enumerate(
     [("a photo of a bag", 3.0, None), ("a sneaker", 7.5, None), ("", 1.0, None), ("a coat", 5.0, (24, 16)),
@@ -33,7 +35,7 @@ def draw(pipeline, prompts, out, *, samples=1, **how):
 
 
 def contents(folder):
-    return {f.name: f.read_bytes() for f in sorted((folder / "images").iterdir())}
+    return {f.name: f.read_bytes() for f in sorted((folder / "images").glob("*.png"))}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(pipeline, whole, tmp_pa
     images = tmp_path / "images"
     list(islice(generate.draw(lambda: pipeline, wanted(PROMPTS, tmp_path), **HOW), 3))
     assert len(contents(tmp_path)) == 3
-    before = {f: f.stat().st_mtime_ns for f in images.iterdir()}
+    before = {f: f.stat().st_mtime_ns for f in images.glob("*.png")}
     (images / "2_0.png").write_bytes(whole["2_0.png"][:-20])
     (images / ".5_0.png.4194305.partial").write_bytes(whole["5_0.png"][:-20])  # of no process: pids end before
     draw(pipeline, PROMPTS, tmp_path)
@@ -83,6 +85,47 @@ def test_an_image_of_which_a_bit_is_flipped_is_drawn_again(whole, tmp_path, capl
         file.write_bytes(damaged)
         assert generate.missing(only, **HOW) == only
     assert "0_0.png" in caplog.text
+
+
+def test_an_image_that_was_found_whole_is_not_opened_again_while_it_is_as_it_was(pipeline, whole, tmp_path):
+    """A stamp is believed: here it is of a file that holds no image. Any change of the file ends it, and a copy of the
+    folder has none until its images were opened once."""
+    draw(pipeline, PROMPTS[:2], tmp_path)
+    first, second = (wanted([p], tmp_path) for p in PROMPTS[:2])
+    [file], [other] = first, second
+    noted = len((tmp_path / "images" / ".stamps-0").read_bytes().split())
+    assert generate.missing(first | second, **HOW) == {}
+    assert len((tmp_path / "images" / ".stamps-0").read_bytes().split()) == noted  # none was opened
+    note = Stamps(file.parent).of(file.name)
+    file.write_bytes(b"no image")
+    assert generate.missing(first, **HOW) == first
+    Stamps(file.parent).add(file.name, state_of(file), note)
+    assert generate.missing(first, **HOW) == {}
+    shutil.copyfile(other, file)
+    with pytest.raises(UsageError, match="0_0.png"):
+        generate.missing(first, **HOW)
+    file.unlink()
+    assert generate.missing(first, **HOW) == first
+    copy = shutil.copytree(tmp_path, tmp_path / "far", copy_function=shutil.copy)
+    assert Stamps(copy / "images").of(other.name) is None
+    assert generate.missing(wanted(PROMPTS[:2], copy), **HOW) == wanted(PROMPTS[:1], copy)
+    assert Stamps(copy / "images").of(other.name)
+
+
+def test_a_long_run_says_after_its_first_pass_how_long_it_will_take(pipeline, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    draw(pipeline, PROMPTS, tmp_path / "short")
+    assert caplog.text == ""
+    monkeypatch.setattr(generate, "LONG", 0)
+    draw(pipeline, PROMPTS, tmp_path / "long", what="bags")
+    assert "bags" in caplog.text and "7 images" in caplog.text and "0 min" in caplog.text
+
+
+def test_when_time_ends_the_first_rows_are_drawn_whatever_their_sizes(pipeline, whole, tmp_path):
+    """A pass at least is drawn. The next run goes on with the first row that is missing."""
+    for done in ({0, 1, 4}, {0, 1, 2, 4}, {0, 1, 2, 3, 4, 6}, set(range(7))):
+        draw(pipeline, PROMPTS, tmp_path, until=0.0)
+        assert contents(tmp_path) == {f"{n}_0.png": whole[f"{n}_0.png"] for n in done}
 
 
 def test_several_images_a_prompt_differ_and_the_first_is_the_prompts_own(pipeline, whole, tmp_path):

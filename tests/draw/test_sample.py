@@ -128,7 +128,7 @@ def test_passes_have_one_size_of_image_and_one_number_of_rows_for_it(pocket):
     small, wide = rows(3.0, (32, 32)), rows(3.0, (512, 256))
     free = [row._replace(guidance=1.0) for row in small]
     assert Sampler(pocket, 2).passes([small[0], wide[0], free[0], wide[1], wide[2], small[1]]) == [
-        [0, 5], [1, 3], [4], [2]
+        [0, 5], [1, 3], [2], [4]
     ]  # fmt: skip
     assert [sample.images_per_pass(side, side) for side in (8, 32, 64, 96, 128, 256)] == [32, 16, 4, 1, 1, 1]
 
