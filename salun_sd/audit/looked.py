@@ -69,7 +69,7 @@ def read(folder: Path) -> Looked:
     try:
         with safe_open(file, "numpy") as opened:
             about = json.loads(opened.metadata()["about"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118: it is no dict
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no dict
         clip, extractor = (about[name] and Maker(**about[name]) for name in ("clip", "extractor"))
         scores, features = (
             [
