@@ -262,7 +262,7 @@ def test_images_are_kept_by_prompt_seed_and_checkpoint_and_each_entry_says_what_
     with Image.open(next(own_cache.rglob("*.png"))) as image:
         assert image.info[generate.PROVENANCE].startswith(find(tiny).identity)
     about = sorted((entry.kind, entry.files, entry.about) for entry in cache.entries())
-    assert [(kind, files) for kind, files, _ in about] == [("drawn", 6)] + [("encoded", 1)] * 3
+    assert [(kind, files) for kind, files, _ in about] == [("drawn", 7)] + [("encoded", 1)] * 3  # six, and their stamps
     base = find(tiny).fingerprint[:8]  # whatever the folder is called
     words = {"drawn": [base, "2 steps", "PNDM"], "encoded": [base, "images", "32"]}
     assert all(word in text for kind, _, text in about for word in words[kind])
