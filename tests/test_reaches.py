@@ -24,6 +24,7 @@ REACHES = {
     "diffusers": ["diffusers.loaders.single_file_utils.fetch_diffusers_config", "diffusers.utils.DummyObject"],
     "nudenet": ["nudenet.NudeDetector"],
     "torch": [
+        "torch.cpu._is_amx_fp16_supported",
         "torch.cpu._is_amx_tile_supported",
         "torch.cpu._is_avx512_bf16_supported",
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
@@ -70,7 +71,7 @@ def test_diffusers_asks_torch_for_attention_by_the_name_that_the_memory_plan_rep
     layer(torch.randn(1, 3, 8))
     assert len(asked) == 1 and not asked[0].get("is_causal")
     q = torch.randn(1, 2, 3, 4)
-    torch.testing.assert_close(resolved(REACHES["torch"][2])(q, q, q)[0], plain(q, q, q))
+    torch.testing.assert_close(resolved(REACHES["torch"][3])(q, q, q)[0], plain(q, q, q))
 
 
 def test_nudenet_looks_with_the_session_that_it_is_given():

@@ -80,7 +80,7 @@ def _computes_in(dtype: str, device: str) -> bool:
     if dtype == "float32":
         return True
     if dtype == "float16":
-        return device != "cpu"  # few CPUs do
+        return device != "cpu" or torch.cpu._is_amx_fp16_supported()
     if device == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.cuda.is_bf16_supported(including_emulation=False)
