@@ -16,7 +16,7 @@ from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.shards import Shard, hash_of, parse
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime.files import check_place
-from salun_sd.runtime.texts import check_given
+from salun_sd.runtime.texts import check_given, listed
 
 ADVICE = "Type its evaluate command again: nothing is drawn twice."
 
@@ -53,7 +53,7 @@ def merge(
     for shards that are not of one audit or not whole; the text of both is a sentence for a person.
     """
     check_given(shards=shards, out=out, fail_if=fail_if)
-    out, fail_if = Path(out), [fail_if] if isinstance(fail_if, str) else list(fail_if)
+    out, fail_if = Path(out), listed(fail_if)
     if confident and not fail_if:
         raise UsageError("--confident needs --fail-if: give both.")
     check_place(out / "report.json")

@@ -3,20 +3,25 @@
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
 from salun_sd.audit import deliver, detectors, looked, quality
+from salun_sd.audit.classify import Judge
 from salun_sd.audit.clip import Clip
 from salun_sd.audit.collected import Pairs, collected, gathered, line_of, matched, tools, with_classes
 from salun_sd.audit.detect import load_detector
+from salun_sd.audit.detectors import Detectors
 from salun_sd.audit.examine import examine
 from salun_sd.audit.features import extractor
-from salun_sd.audit.report import assemble, headline_metrics, numbers, part_of
+from salun_sd.audit.looked import Looked
+from salun_sd.audit.report import Run, assemble, headline_metrics, numbers, part_of
 from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values, seconds_in
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import opened
@@ -27,12 +32,15 @@ from salun_sd.draw.encode import warn_of_long
 from salun_sd.draw.kept import kept_images
 from salun_sd.draw.prompts import CLASSES, Prompt
 from salun_sd.draw.sample import scheduler_class
+from salun_sd.draw.shards import Shard
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.report import gate
 from salun_sd.runtime import ranks, tracker
 from salun_sd.runtime.cache import folder as cache_folder
 from salun_sd.runtime.device import Precision, check_dtype, default_device, dtype_name
 from salun_sd.runtime.escape import line
 from salun_sd.runtime.files import check_place, new_file, remove_stale
+from salun_sd.runtime.texts import listed
 
 logger = logging.getLogger(__name__)
 
@@ -60,99 +68,147 @@ def evaluate(
     together, SalunError for what fails; the text of both is a sentence for a person.
     """
     begun = time.monotonic()
-    # check: whatever can fail without drawing fails here, and what needs no model before one is opened
-    check_values(
-        model=model, prompts=prompts, out=out, where=where, limit=limit, against=against, images=images,
-        concept_class=concept_class, classifier=classifier, detector=detector, detector_model=detector_model, clip=clip,
-        fid=fid, reference=reference, denoising_steps=denoising_steps, size=size, samples_per_prompt=samples_per_prompt,
-        shard=shard, limit_time=limit_time, fail_if=fail_if, config=config, revision=revision, variant=variant,
-    )  # fmt: skip
-    trackers = tracker.check(track)
-    out, images, reference, weights = Path(out), _path(images), _path(reference), _path(detector_model)
-    where, fail_if, concept_class = _texts(where), _texts(fail_if), _texts(concept_class)
-    size = None if size is None else str(size)
-    check_dtype(dtype)
-    names = detectors.checked(_texts(detector), weights)
-    check_options(model, against, images, out, prompts=prompts, filters=(where, limit), recursive=recursive,
-                  drawing=(denoising_steps, scheduler, guidance, size, dtype, limit_time), samples=samples_per_prompt,
-                  confident=confident, fail_if=fail_if, shard=shard, record=record)  # fmt: skip
-    shard, ends = shard and shards.parse(shard), _ends(begun, limit_time, bool(model) + bool(against))
-    check_place(out / "report.json", out / "images" / "0_0.png")
-    quality.check_options(fid, reference, has_base=against is not None)
-    if weights:
-        load_detector(weights)
-    models = cache(partial(_models, model, against if prompts else None, config, revision, variant))
-    sampling = {"steps": denoising_steps, "scheduler": None if scheduler is None else scheduler_class(scheduler)}
-    if prompts is None:
-        manifest, twins, unpaired = _gather(images, _path(against), out, recursive, concept_class, classifier, clip)
-        request = Request.of_images(manifest)
-        own = request.rows
-    else:
-        class_model = (models()[0] or models()[1]) if prompts == CLASSES else None
-        request, twins, unpaired = Request.of(prompts, where, limit, guidance, size, class_model), None, None
-        own = shards.own(request.rows, shard)  # in the order in which they are drawn
-        manifest = collected(images, own, out, subset=bool(where or limit or shard)) if images else []
-    samples = len(manifest) // len(own) if images else samples_per_prompt or 1
-    if samples * len(request.rows) > MOST_IMAGES:
-        raise UsageError(f"{samples * len(request.rows):,} images are too many for one audit, which holds "
-                         f"{MOST_IMAGES:,}: lower --samples-per-prompt, or give --limit.")  # fmt: skip
-    audited, base, erasure = models()
-    if record:
-        check_record(audited, erasure)
-    request = request.judging(concept_class, classifier, erasure)
-    _check_drawing(audited, base, request, sampling)
-    if audited or base:
-        sampling["dtype"] = _dtype_to_draw_in(dtype)
-    quality.check_others(clip, fid, samples * request.others())
-    if not (names or request.classifier or clip or fid or against):
-        raise UsageError("--detector none leaves nothing to measure: add --classifier, --clip or --against.")
-    parsed = request.bounds(fail_if, detectors=names, against=against is not None, clip=bool(clip), fid=bool(fid),
-                            reference=reference is not None)  # fmt: skip
-    judge = request.judge()
-    measures = quality.Measures(
-        clip and Clip(clip, default_device()), fid and extractor(fid, JUDGE, default_device()), reference
-    )
-    looking = detectors.load(names, weights, default_device())
-    settings = request.settings(judge, where, limit, guidance, size) | looking.settings()
-
-    # draw, and look at each model
-    tracked = tracker.started(trackers, out, {"images": samples * len(own)})
-    settings |= {"sampling": None, "metadata": None if prompts else tools(manifest)}
-    rows = own
-    if audited:
-        rows, settings["sampling"] = _draw(audited, rows, samples, out, until=ends[0], **sampling)
-    if base:
-        rows, settings["sampling_against"] = _draw(base, rows, samples, out / "against", until=ends[-1], keep=True,
-                                                   **sampling)  # fmt: skip
-    cases = {p.case for p in rows}
-    manifest = _manifest(audited, rows, samples, sampling) if audited else [m for m in manifest if m["case"] in cases]
-    twins = _manifest(base, rows, samples, sampling) if base else twins
-    name = base.name if base else str(against)
-    run_of_base = examine(name, twins, judge, looking, out / "against") if twins else None
-    run = examine(audited.name if audited else str(images), manifest, judge, looking, out, run_of_base)
-    found = quality.look(measures, run, run_of_base, request.concepts)
-
-    # assemble and write
-    part = part_of(len(rows), len(request.rows), len(own) - len(rows), shard and str(shard))
-    qualities = quality.measure(found, run, run_of_base, request.concepts, is_part=bool(part))
-    report = assemble(run, run_of_base, prompts=request.name, settings=settings, concepts=request.concepts,
-                      quality=qualities, part=part, unpaired=unpaired)  # fmt: skip
+    job = _prepared(SimpleNamespace(**locals()))
+    tracked = tracker.started(job.trackers, job.out, {"images": job.samples * len(job.own)})
+    rows, run, of_base = _examined(job)
+    found = quality.look(job.measures, run, of_base, job.request.concepts)
+    report = _assembled(job, rows, run, of_base, found)
     if shard and ranks.is_main():
-        looked.save(found, out)
-    deliver.finish(report, run, run_of_base, out, parsed, confident=confident, pictures=not no_images)
+        looked.save(found, job.out)
+    deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images)
     if record and ranks.is_main():
-        provenance.add_audit(audited.path, headline_metrics(report) | {"sampling": settings["sampling"]})
+        provenance.add_audit(job.audited.path, headline_metrics(report) | {"sampling": job.settings["sampling"]})
     with tracked:
         tracked.log(tracked.last + 1, numbers(report))
     return report
 
 
+class Job(NamedTuple):
+    """An audit that is about to begin, checked."""
+
+    out: Path
+    request: Request
+    own: list[Prompt]  # the rows of the shard, in the order in which they are drawn; or all
+    there: Pairs  # the lines of images that are there already
+    samples: int  # images of a prompt
+    audited: Checkpoint | None
+    base: Checkpoint | None
+    names: tuple[str, str]  # of what is audited, and of its base
+    sampling: dict
+    ends: list[float | None]  # the moment at which each model's drawing ends
+    bounds: list[gate.Bound]
+    judge: Judge | None
+    measures: quality.Measures
+    detectors: Detectors
+    settings: dict  # as in the report; the sampling is added when it is known
+    shard: Shard | None
+    trackers: list[str]
+
+
+def _prepared(o: SimpleNamespace) -> Job:
+    """The options of `evaluate`, checked: whatever can fail without drawing fails here, and what needs no model before
+    one is opened."""
+    check_values(
+        model=o.model, prompts=o.prompts, out=o.out, where=o.where, limit=o.limit, against=o.against, images=o.images,
+        concept_class=o.concept_class, classifier=o.classifier, detector=o.detector, detector_model=o.detector_model,
+        clip=o.clip, fid=o.fid, reference=o.reference, denoising_steps=o.denoising_steps, size=o.size,
+        samples_per_prompt=o.samples_per_prompt, shard=o.shard, limit_time=o.limit_time, fail_if=o.fail_if,
+        config=o.config, revision=o.revision, variant=o.variant,
+    )  # fmt: skip
+    trackers, out = tracker.check(o.track), Path(o.out)
+    o.images, o.reference, o.detector_model = _path(o.images), _path(o.reference), _path(o.detector_model)
+    o.where, o.fail_if, o.concept_class = listed(o.where), listed(o.fail_if), listed(o.concept_class)
+    o.size = None if o.size is None else str(o.size)
+    check_dtype(o.dtype)
+    names = detectors.checked(listed(o.detector), o.detector_model)
+    check_options(
+        o.model, o.against, o.images, out, prompts=o.prompts, filters=(o.where, o.limit), recursive=o.recursive,
+        drawing=(o.denoising_steps, o.scheduler, o.guidance, o.size, o.dtype, o.limit_time),
+        samples=o.samples_per_prompt, confident=o.confident, fail_if=o.fail_if, shard=o.shard, record=o.record,
+    )  # fmt: skip
+    shard, ends = o.shard and shards.parse(o.shard), _ends(o.begun, o.limit_time, bool(o.model) + bool(o.against))
+    check_place(out / "report.json", out / "images" / "0_0.png")
+    quality.check_options(o.fid, o.reference, has_base=o.against is not None)
+    if o.detector_model:
+        load_detector(o.detector_model)
+    models = cache(partial(_models, o.model, o.against if o.prompts else None, o.config, o.revision, o.variant))
+    sampling = {"steps": o.denoising_steps, "scheduler": None if o.scheduler is None else scheduler_class(o.scheduler)}
+    request, own, there = _requested(o, out, shard, models)
+    samples = len(there.model) // len(own) if o.images else o.samples_per_prompt or 1
+    if samples * len(request.rows) > MOST_IMAGES:
+        raise UsageError(f"{samples * len(request.rows):,} images are too many for one audit, which holds "
+                         f"{MOST_IMAGES:,}: lower --samples-per-prompt, or give --limit.")  # fmt: skip
+    audited, base, erasure = models()
+    if o.record:
+        check_record(audited, erasure)
+    request = request.judging(o.concept_class, o.classifier, erasure)
+    _check_drawing(audited, base, request, sampling)
+    if audited or base:
+        sampling["dtype"] = _dtype_to_draw_in(o.dtype)
+    quality.check_others(o.clip, o.fid, samples * request.others())
+    if not (names or request.classifier or o.clip or o.fid or o.against):
+        raise UsageError("--detector none leaves nothing to measure: add --classifier, --clip or --against.")
+    parsed = request.bounds(o.fail_if, detectors=names, against=o.against is not None, clip=bool(o.clip),
+                            fid=bool(o.fid), reference=o.reference is not None)  # fmt: skip
+    judge = request.judge()
+    measures = quality.Measures(
+        o.clip and Clip(o.clip, default_device()), o.fid and extractor(o.fid, JUDGE, default_device()), o.reference
+    )
+    looking = detectors.load(names, o.detector_model, default_device())
+    settings = request.settings(judge, o.where, o.limit, o.guidance, o.size) | looking.settings()
+    settings |= {"sampling": None, "metadata": None if o.prompts else tools(there.model)}
+    of_both = audited.name if audited else str(o.images), base.name if base else str(o.against)
+    return Job(out, request, own, there, samples, audited, base, of_both, sampling, ends, parsed, judge, measures,
+               looking, settings, shard, trackers)  # fmt: skip
+
+
+def _requested(
+    o: SimpleNamespace, out: Path, shard: Shard | None, models: Callable
+) -> tuple[Request, list[Prompt], Pairs]:  # fmt: skip
+    """The prompts, those of them that are the shard's, and the images that are there: without --prompts, each image is
+    a row."""
+    if o.prompts is None:
+        there = _gather(o.images, _path(o.against), out, o.recursive, o.concept_class, o.classifier, o.clip)
+        request = Request.of_images(there.model)
+        return request, request.rows, there
+    class_model = (models()[0] or models()[1]) if o.prompts == CLASSES else None
+    request = Request.of(o.prompts, o.where, o.limit, o.guidance, o.size, class_model)
+    own = shards.own(request.rows, shard)
+    lines = collected(o.images, own, out, subset=bool(o.where or o.limit or shard)) if o.images else []
+    return request, own, Pairs(lines, None, None)
+
+
+def _examined(job: Job) -> tuple[list[Prompt], Run, Run | None]:
+    """Draw what is missing, and look at each model's images. The rows that have all of theirs; the base comes first,
+    for the change from it."""
+    out, rows, settings, (lines, twins, _) = job.out, job.own, job.settings, job.there
+    if job.audited:
+        rows, settings["sampling"] = _draw(job.audited, rows, job.samples, out, until=job.ends[0], **job.sampling)
+    if job.base:
+        rows, settings["sampling_against"] = _draw(job.base, rows, job.samples, out / "against", until=job.ends[-1],
+                                                   keep=True, **job.sampling)  # fmt: skip
+    if job.audited:
+        lines = _manifest(job.audited, rows, job.samples, job.sampling)
+    else:
+        cases = {p.case for p in rows}
+        lines = [line for line in lines if line["case"] in cases]
+    if job.base:
+        twins = _manifest(job.base, rows, job.samples, job.sampling)
+    name, of_base = job.names
+    base = examine(of_base, twins, job.judge, job.detectors, out / "against") if twins else None
+    return rows, examine(name, lines, job.judge, job.detectors, out, base), base
+
+
+def _assembled(job: Job, rows: list[Prompt], run: Run, base: Run | None, found: Looked) -> dict:
+    request = job.request
+    part = part_of(len(rows), len(request.rows), len(job.own) - len(rows), job.shard and str(job.shard))
+    qualities = quality.measure(found, run, base, request.concepts, is_part=bool(part))
+    return assemble(run, base, prompts=request.name, settings=job.settings, concepts=request.concepts,
+                    quality=qualities, part=part, unpaired=job.there.alone)  # fmt: skip
+
+
 def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
-
-
-def _texts(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
 
 
 def _gather(

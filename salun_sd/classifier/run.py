@@ -15,7 +15,7 @@ from salun_sd.classifier.split import held_out, wanted
 from salun_sd.errors import UsageError
 from salun_sd.runtime.files import check_place
 from salun_sd.runtime.ranges import check_numbers
-from salun_sd.runtime.texts import check_given
+from salun_sd.runtime.texts import check_given, listed
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def unlearn(
     """
     # check: whatever can be refused is refused here
     check_given(model=model, data=data, forget=forget, out=out, method=method, setting=setting, fail_if=fail_if)
-    out, texts = Path(out), {"method": _texts(method), "setting": _texts(setting), "fail_if": _texts(fail_if)}
+    out, texts = Path(out), {"method": listed(method), "setting": listed(setting), "fail_if": listed(fail_if)}
     densities = [density] if isinstance(density, int | float) else list(density)
     table, own = rows(texts["method"], densities), given(texts["setting"])
     check_numbers(RANGES, seeds=seeds, width=width, epochs=epochs, lr=lr, train_seed=train_seed, size=size,
@@ -71,10 +71,6 @@ def unlearn(
     for name in (ORIGINAL, *(f"search-{row.label}.json" for row in table), *(job.name for job in jobs)):  # all done
         (out / RUN / f"{name}.lock").unlink(missing_ok=True)
     return result
-
-
-def _texts(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
 
 
 def _prepared(

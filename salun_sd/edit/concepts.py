@@ -11,6 +11,7 @@ from salun_sd.draw import prompts as prompt_sets
 from salun_sd.draw.tables import read_text
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime.ranges import RANGES
+from salun_sd.runtime.texts import listed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -126,7 +127,7 @@ def concepts_of(
     a text is blank, when a concept is there twice, and when an anchor is one of the concepts, up to case and spaces.
     """
     given = [concept] if isinstance(concept, str | Concept) else list(concept)
-    anchors = [anchor] if isinstance(anchor, str) else list(anchor or ())
+    anchors = listed(anchor)
     if not given and not anchors:
         raise UsageError("There is nothing to erase: give --concept with --anchor, or --plan.")
     texts = [c for c in given if isinstance(c, str)]

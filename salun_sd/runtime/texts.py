@@ -8,6 +8,11 @@ from salun_sd.runtime.documents import is_unicode
 ARGUMENTS = ("model", "patch", "audits", "shards", "repo")  # parameters that are no options
 
 
+def listed(value: str | Iterable[str] | None) -> list[str]:
+    """The texts of an option that may be given several times, or once as it is, or not."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
 def checked_text(text: str, name: str, error: type[SalunError] = UsageError) -> str:
     """The text. Raises `error`, which calls it `name`, where it is no valid Unicode: Python reads a byte that is no
     UTF-8 as half of a surrogate pair, which can be written nowhere."""

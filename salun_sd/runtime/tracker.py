@@ -14,6 +14,7 @@ from pathlib import Path
 
 from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.runtime import ranks
+from salun_sd.runtime.texts import listed
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ PRIVATE = {  # settings of wandb: it sends no name, path, command, code or outpu
 
 def check(names: str | Sequence[str] | None) -> list[str]:
     """The trackers, each once. Raises UsageError for one that is not known, or whose package is not installed."""
-    names = [names] if isinstance(names, str) else list(dict.fromkeys(names or ()))
+    names = list(dict.fromkeys(listed(names)))
     for name in names:
         if name not in NAMES:
             raise UsageError(f"--track {name} is not known: give {' or '.join(NAMES)}.")
