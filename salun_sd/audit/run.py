@@ -1,48 +1,36 @@
 """The work of `evaluate`: draw or collect images, look at them, report."""
 
-import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import torch
-
-from salun_sd.audit import deliver, detectors, looked, quality
+from salun_sd.audit import deliver, detectors, drawing, looked, quality
 from salun_sd.audit.classify import Judge
 from salun_sd.audit.clip import Clip
-from salun_sd.audit.collected import Pairs, collected, gathered, line_of, matched, tools, with_classes
+from salun_sd.audit.collected import Pairs, collected, gathered, matched, tools, with_classes
 from salun_sd.audit.detect import load_detector
 from salun_sd.audit.detectors import Detectors
 from salun_sd.audit.examine import examine
 from salun_sd.audit.features import extractor
 from salun_sd.audit.looked import Looked
 from salun_sd.audit.report import Run, assemble, headline_metrics, numbers, part_of
-from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values, seconds_in
+from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import opened
-from salun_sd.checkpoint.load import load_pipeline, load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
-from salun_sd.draw import generate, shards
-from salun_sd.draw.encode import warn_of_long
-from salun_sd.draw.kept import kept_images
+from salun_sd.draw import shards
 from salun_sd.draw.prompts import CLASSES, Prompt
 from salun_sd.draw.sample import scheduler_class
 from salun_sd.draw.shards import Shard
-from salun_sd.errors import SalunError, UsageError
+from salun_sd.errors import UsageError
 from salun_sd.report import gate
 from salun_sd.runtime import ranks, tracker
-from salun_sd.runtime.cache import folder as cache_folder
-from salun_sd.runtime.device import Precision, check_dtype, default_device, dtype_name
-from salun_sd.runtime.escape import line
-from salun_sd.runtime.files import check_place, new_file, remove_stale
+from salun_sd.runtime.device import check_dtype, default_device
+from salun_sd.runtime.files import check_place
 from salun_sd.runtime.texts import listed
-
-logger = logging.getLogger(__name__)
 
 MOST_IMAGES = 1_000_000
 
@@ -126,7 +114,10 @@ def _prepared(o: SimpleNamespace) -> Job:
         drawing=(o.denoising_steps, o.scheduler, o.guidance, o.size, o.dtype, o.limit_time),
         samples=o.samples_per_prompt, confident=o.confident, fail_if=o.fail_if, shard=o.shard, record=o.record,
     )  # fmt: skip
-    shard, ends = o.shard and shards.parse(o.shard), _ends(o.begun, o.limit_time, bool(o.model) + bool(o.against))
+    shard, ends = (
+        o.shard and shards.parse(o.shard),
+        drawing.ends(o.begun, o.limit_time, bool(o.model) + bool(o.against)),
+    )
     check_place(out / "report.json", out / "images" / "0_0.png")
     quality.check_options(o.fid, o.reference, has_base=o.against is not None)
     if o.detector_model:
@@ -142,9 +133,9 @@ def _prepared(o: SimpleNamespace) -> Job:
     if o.record:
         check_record(audited, erasure)
     request = request.judging(o.concept_class, o.classifier, erasure)
-    _check_drawing(audited, base, request, sampling)
+    drawing.check(audited, base, request, sampling)
     if audited or base:
-        sampling["dtype"] = _dtype_to_draw_in(o.dtype)
+        sampling["dtype"] = drawing.dtype_to_draw_in(o.dtype)
     quality.check_others(o.clip, o.fid, samples * request.others())
     if not (names or request.classifier or o.clip or o.fid or o.against):
         raise UsageError("--detector none leaves nothing to measure: add --classifier, --clip or --against.")
@@ -181,22 +172,22 @@ def _requested(
 def _examined(job: Job) -> tuple[list[Prompt], Run, Run | None]:
     """Draw what is missing, and look at each model's images. The rows that have all of theirs; the base comes first,
     for the change from it."""
-    out, rows, settings, (lines, twins, _) = job.out, job.own, job.settings, job.there
-    if job.audited:
-        rows, settings["sampling"] = _draw(job.audited, rows, job.samples, out, until=job.ends[0], **job.sampling)
-    if job.base:
-        rows, settings["sampling_against"] = _draw(job.base, rows, job.samples, out / "against", until=job.ends[-1],
-                                                   keep=True, **job.sampling)  # fmt: skip
-    if job.audited:
-        lines = _manifest(job.audited, rows, job.samples, job.sampling)
+    rows, settings, (lines, twins, _) = job.own, job.settings, job.there
+    folder_of_base, (name, name_of_base) = job.out / "against", job.names
+    if model := job.audited:
+        rows, settings["sampling"] = drawing.draw(model, rows, job.samples, job.out, until=job.ends[0], **job.sampling)
+    if base := job.base:
+        rows, settings["sampling_against"] = drawing.draw(
+            base, rows, job.samples, folder_of_base, until=job.ends[-1], keep=True, **job.sampling
+        )
+        twins = drawing.manifest(base, rows, job.samples, job.sampling)
+    if model:
+        lines = drawing.manifest(model, rows, job.samples, job.sampling)
     else:
         cases = {p.case for p in rows}
         lines = [line for line in lines if line["case"] in cases]
-    if job.base:
-        twins = _manifest(job.base, rows, job.samples, job.sampling)
-    name, of_base = job.names
-    base = examine(of_base, twins, job.judge, job.detectors, out / "against") if twins else None
-    return rows, examine(name, lines, job.judge, job.detectors, out, base), base
+    run_of_base = examine(name_of_base, twins, job.judge, job.detectors, folder_of_base) if twins else None
+    return rows, examine(name, lines, job.judge, job.detectors, job.out, run_of_base), run_of_base
 
 
 def _assembled(job: Job, rows: list[Prompt], run: Run, base: Run | None, found: Looked) -> dict:
@@ -252,75 +243,3 @@ def _models(
     record = provenance.read(audited.path) if audited else None
     base_revision = record["base"]["revision"] if record and record["base"]["model"] == str(against) else None
     return audited, find(against, base_revision), record
-
-
-def _check_drawing(audited: Checkpoint | None, base: Checkpoint | None, request: Request, sampling: dict) -> None:
-    """Raise UsageError where a model cannot be drawn on these prompts. Logs prompts that are too long for it."""
-    for checkpoint in filter(None, (audited, base)):
-        generate.check(checkpoint, request.rows, **sampling)
-    if drawn := audited or base:
-        warn_of_long(load_tokenizers(drawn), [p.text for p in request.rows], drawn.name)
-    if base:
-        place = cache_folder() / "audited" / "base"  # its images are kept there
-        check_place(place, advice="set SALUN_SD_CACHE to another folder")
-
-
-def _dtype_to_draw_in(requested: str | None) -> torch.dtype:
-    """--dtype, or what suits the device. Logs it, and why."""
-    precision = Precision.to_draw(requested, default_device())
-    logger.info(f"Images are drawn in {dtype_name(precision.dtype)}: {precision.reason}.")
-    return precision.dtype
-
-
-def _ends(begun: float, limit_time: str | None, models: int) -> list[float | None]:
-    """The moments at which the drawing of each of the models has to end: they have the same share of the time."""
-    if limit_time is None:
-        return [None]
-    return [begun + seconds_in(limit_time) * n / max(1, models) for n in range(1, models + 1)]
-
-
-def _draw(
-    model: Checkpoint, prompts: list[Prompt], samples: int, out: Path, *, steps: int | None, scheduler: str | None,
-    dtype: torch.dtype, until: float | None, keep: bool = False,
-) -> tuple[list[Prompt], dict]:  # fmt: skip
-    """Draw the images that are missing in out/images, until a moment of time.monotonic. Returns the prompts before the
-    first of which an image is still missing, and the sampling settings for the report.
-
-    With `keep`, the images also stay in the user's cache for the next audit.
-    """
-    sampling = {"scheduler": scheduler or model.scheduler, "steps": steps or model.sampling[0],
-                "dtype": dtype_name(dtype)}  # fmt: skip
-    default_size = model.image_size, model.image_size
-    files = {out / generate.file_of(p, k): generate.row_of(p, k, default_size) for p in prompts for k in range(samples)}
-    pipeline, what = cache(partial(load_pipeline, model, dtype=dtype)), line(Path(model.name).name)
-    find_missing = partial(generate.missing, files, identity=model.identity, **sampling)
-    if not keep:
-        for _ in generate.draw(pipeline, files, identity=model.identity, what=what, until=until, **sampling):
-            pass
-    elif missing := find_missing():
-        rows = list(missing.values())
-        with kept_images("audited", model, pipeline, rows, what=what, until=until, **sampling) as kept:
-            if ranks.is_main():
-                remove_stale(out / "images")
-                for source, file in zip(kept, missing, strict=True):
-                    if source:  # no link: changing the audit's image would change the cache's
-                        with new_file(file, many=True) as new:
-                            shutil.copyfile(source, new)
-    if until is not None and (missing := find_missing()):
-        prompts = list(
-            takewhile(lambda p: all(out / generate.file_of(p, k) not in missing for k in range(samples)), prompts)
-        )
-        if not prompts:
-            raise SalunError(f"No prompt has all of its images of {model.name} yet: type the same command again to go "
-                             "on, or give a longer --limit-time.")  # fmt: skip
-    return prompts, {"identity": model.identity, **sampling, "samples": samples, "safety_checker": "off"}
-
-
-def _manifest(model: Checkpoint, prompts: list[Prompt], samples: int, sampling: dict) -> list[dict]:
-    """A line for each image that a model drew, in the order of the cases."""
-    steps, size = sampling["steps"] or model.sampling[0], (model.image_size, model.image_size)
-    return [
-        line_of(p, k, generate.file_of(p, k), generate.row_of(p, k, size), steps)
-        for p in sorted(prompts, key=lambda p: p.case)
-        for k in range(samples)
-    ]
