@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from salun_sd.audit import deliver, looked, quality, request
+from salun_sd.audit import deliver, looked, quality
 from salun_sd.audit.examine import write_lines
 from salun_sd.audit.looked import Looked
 from salun_sd.audit.page import flat
 from salun_sd.audit.protocols import NUDENET
 from salun_sd.audit.report import Run, assemble, part_of
+from salun_sd.audit.request import Request, check_out
 from salun_sd.audit.saved import are_counted, read, run_in
-from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.shards import Shard, hash_of, parse
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime.files import check_place
@@ -58,7 +58,7 @@ def merge(
         raise UsageError("--confident needs --fail-if: give both.")
     check_place(out / "report.json")
     folders = _folders(shards, out)
-    request.check_out(out)
+    check_out(out)
     pieces = sorted(map(_piece, folders), key=lambda piece: piece.shard)
     _check_one_audit(pieces)
     part, report = _part(pieces, allow_missing), pieces[0].report
@@ -67,7 +67,8 @@ def merge(
     base = _joined(pieces, lambda piece: piece.base, out / "against") if report["against"] else None
     found = looked.joined([piece.looked for piece in pieces])
     detectors = [NUDENET] * bool(settings["detector"]) + list(settings["detectors"])
-    parsed = _request(report, run).bounds(
+    asked = Request.of_lines(report["prompts"], settings["prompts_sha256"], run.manifest)
+    parsed = asked._replace(concepts=concepts, classifier=settings["classifier"]).bounds(
         fail_if, detectors=detectors, against=bool(base), clip=bool(found.clip), fid=bool(found.extractor),
         reference=found.of_reference is not None,
     )  # fmt: skip
@@ -159,15 +160,6 @@ def _joined(pieces: list[Piece], side: Callable[[Piece], Run], out: Path) -> Run
         return sorted(placed, key=lambda line: (line["case"], line["k"]))
 
     return Run(runs[0].model, out, lines(lambda run: run.manifest), lines(lambda run: run.detections))
-
-
-def _request(report: dict, run: Run) -> request.Request:
-    """What the audit was asked for, as far as its bounds need it."""
-    rows = [Prompt(line["case"], line["prompt"], 0, 0, line["class"]) for line in run.manifest]
-    classes = dict.fromkeys(p.label for p in rows if p.label)
-    categories = dict.fromkeys(name for line in run.manifest for name in line.get("categories", ()))
-    return request.Request(report["prompts"], [], rows, list(classes), list(categories), list(report["concepts"]),
-                           report["settings"]["classifier"])  # fmt: skip
 
 
 def _name_as_drawn(side: dict) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from salun_sd.audit import bounds, classify, collected
+from salun_sd.audit import bounds, classify
 from salun_sd.audit.classify import Judge
 from salun_sd.audit.looked import FILE as LOOKED
 from salun_sd.audit.saved import begins
@@ -134,8 +134,6 @@ class Request(NamedTuple):
     name: str  # of the prompt set, with its filters in words
     digest: str  # SHA-256 of what two audits share if their images can be compared one by one
     rows: list[Prompt]  # with --guidance and --size, as they are drawn; or one for each image that is there
-    classes: list[str]  # of the rows
-    categories: list[str]  # of the rows
     concepts: Sequence[str] = ()  # what should be gone
     classifier: str | Path | None = None  # a folder or hub id
 
@@ -154,22 +152,31 @@ class Request(NamedTuple):
         rows = prompts.overridden(originals, guidance, sides)
         filtered = f" where {' and '.join(where)}" if where else ""
         first = f", the first {limit}" if limit else ""
-        classes = list(dict.fromkeys(p.label for p in rows if p.label))
-        categories = list(dict.fromkeys(category for p in rows for category in p.categories))
-        return cls(f"{name}{filtered}{first}", prompts.digest(originals), rows, classes, categories)
+        return cls(f"{name}{filtered}{first}", prompts.digest(originals), rows)
 
     @classmethod
-    def of_images(cls, manifest: list[dict]) -> "Request":
-        """A row for each image of a folder, whose lines `collected.gathered` gave, with nothing to judge yet."""
-        rows = [Prompt(line["case"], line["prompt"] or "", line["seed"] or 0, 0, line["class"]) for line in manifest]
-        classes = list(dict.fromkeys(p.label for p in rows if p.label))
-        return cls(f"{len(rows):,} image files", collected.digest(manifest), rows, classes, [])
+    def of_lines(cls, name: str, digest: str, manifest: list[dict]) -> "Request":
+        """A row for each image that a manifest has, with nothing to judge yet."""
+        rows = [Prompt(line["case"], line["prompt"] or "", line["seed"] or 0, 0, line["class"],
+                       tuple(line.get("categories", ()))) for line in manifest]  # fmt: skip
+        return cls(name, digest, rows)
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes of the rows."""
+        return list(dict.fromkeys(p.label for p in self.rows if p.label))
+
+    @property
+    def categories(self) -> list[str]:
+        """The categories of the rows."""
+        return list(dict.fromkeys(category for p in self.rows for category in p.categories))
 
     def judging(self, concepts: Sequence[str], classifier: str | None, record: dict | None) -> "Request":
         """The same prompts, with what is judged; `record` is the audited checkpoint's. Raises UsageError for classes
         that the prompts do not have, and for a classifier that is missing or has nothing to judge."""
-        concepts = _concepts(concepts, self.classes, record)
-        return self._replace(concepts=concepts, classifier=_classifier(classifier, self.classes, concepts))
+        classes = self.classes
+        concepts = _concepts(concepts, classes, record)
+        return self._replace(concepts=concepts, classifier=_classifier(classifier, classes, concepts))
 
     def others(self) -> int:
         """The number of prompts that ask for no concept. If concepts are asked by name, all prompts count for them."""
@@ -184,7 +191,8 @@ class Request(NamedTuple):
             has_concepts=bool(self.concepts), has_others=any(name not in self.concepts for name in self.classes),
             has_kept=any(p.label not in self.concepts for p in self.rows),
         )  # fmt: skip
-        return [gate.parse(text, bounds.names(self.concepts, self.categories, detectors), absent) for text in texts]
+        known = bounds.names(self.concepts, self.categories, detectors)
+        return [gate.parse(text, known, absent) for text in texts]
 
     def judge(self) -> Judge | None:
         """The classifier, loaded; None without one. Its label for each class is logged, but not the pocket judge's,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from salun_sd.audit import deliver, detectors, drawing, looked, quality
 from salun_sd.audit.classify import Judge
 from salun_sd.audit.clip import Clip
-from salun_sd.audit.collected import Pairs, collected, gathered, matched, tools, with_classes
+from salun_sd.audit.collected import Pairs, collected, digest, gathered, matched, tools, with_classes
 from salun_sd.audit.detect import load_detector
 from salun_sd.audit.detectors import Detectors
 from salun_sd.audit.examine import examine
@@ -160,7 +160,7 @@ def _requested(
     a row."""
     if o.prompts is None:
         there = _gather(o.images, _path(o.against), out, o.recursive, o.concept_class, o.classifier, o.clip)
-        request = Request.of_images(there.model)
+        request = Request.of_lines(f"{len(there.model):,} image files", digest(there.model), there.model)
         return request, request.rows, there
     class_model = (models()[0] or models()[1]) if o.prompts == CLASSES else None
     request = Request.of(o.prompts, o.where, o.limit, o.guidance, o.size, class_model)
