@@ -7,6 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.multiprocessing as mp
+from accelerate import PartialState
 
 from salun_sd.core.mask import random_bits
 from salun_sd.core.masked import MaskedSGD
@@ -127,6 +128,7 @@ def test_two_processes_join_the_gradients_of_the_whole_batch(
 
     def work(rank: int) -> None:
         os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+        PartialState._reset_state()  # a fork of this process, in which an earlier test may have used it alone
         ranks.start("cpu")
         torch.save(moved(fresh_unet, bits, erasure), tmp_path / f"{rank}.pt")
 
