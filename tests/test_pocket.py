@@ -20,7 +20,7 @@ from salun_sd.pocket.stage import Stage
 DDPM = BUNDLED["pocket-ddpm"]
 # The figure of the card was measured on the files with this digest. Who changes one of them measures again, with
 # SALUN_SD_THOUSAND=1 pytest -n 0 -m slow tests/test_pocket.py, and writes the figure and the digest anew.
-FIGURE, DIGEST = 990, "f003e03ce93ee8fec93ea961bc5c4861ea9c30c02bdd8650ea6723f156172322"
+FIGURE, DIGEST = 989, "3542f8ce03a7214413dd07d4ee38612d4d0e98d537a303a53a4676ff60ea1878"
 OF_DDPM, DIGEST_OF_DDPM = 293, "5cf2ccfd9e48946365432fca5f4e9d0e7b5953b50d51bbd5938642828425206a"  # of 300
 # Of the 280 prompts that judge the demo, the answers that are not the class asked for, and that the judge is sure of:
 # where the processor rounds otherwise, a score changes in its third digit.

@@ -296,7 +296,7 @@ FID = Option(
 )
 REFERENCE = Option(help="Folder of images that --fid compares with.")
 DENOISING_STEPS = Option(
-    min=1, help="Denoising steps per image. Default: 50; 100 for a DDPM; 25 for the bundled checkpoints."
+    min=1, help="Denoising steps per image. Default: 50; 100 for a DDPM; 10 for pocket; 25 for pocket-ddpm."
 )
 SCHEDULER = Option(
     help="ddim, dpm++, euler, lms or pndm. For a quick look: dpm++ in 20 denoising steps. Default: MODEL's own."

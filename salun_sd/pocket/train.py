@@ -108,7 +108,8 @@ def train(
         save_judge(images, labels, test_images, test_labels, out, judge_steps, seed)
         pipeline = stable_diffusion.train_pipeline(images, test_images, labels, out, vae_steps, unet_steps, seed)
         stable_diffusion.save(pipeline, out)
-    (out / SAMPLING).write_text('{"steps": 25, "guidance": 3.0}\n')
+    steps = 25 if kind is Kind.ddpm else stable_diffusion.STEPS
+    (out / SAMPLING).write_text(f'{{"steps": {steps}, "guidance": 3.0}}\n')
     draw_grid(out)
     for state in out.glob(".*.pt"):
         state.unlink()

@@ -49,7 +49,7 @@ def found(folder):
 
 def test_a_folder_and_pocket_are_found(folder):
     assert found(folder).path == folder and found("pocket").path == POCKET
-    assert found("pocket").sampling == (25, 3.0) and found(folder).sampling == (50, 7.5)
+    assert found("pocket").sampling == (10, 3.0) and found(folder).sampling == (50, 7.5)
     described = found("pocket").describe()
     for word in ("pocket", "Stable Diffusion 1.x", "epsilon", "32 x 32", "5,560,644", "float16"):
         assert word in described

@@ -187,7 +187,7 @@ def test_in_half_too_an_image_is_the_same_bytes_alone_and_in_any_order(tiny, who
 def test_a_row_is_of_its_prompt_and_has_the_models_size_where_the_prompt_has_none():
     assert generate.row_of(PROMPTS[3], 0, (32, 32)) == Row("a coat", 53, 5.0, (24, 16))
     assert generate.row_of(PROMPTS[1], 0, (32, 32)) == Row("a sneaker", 51, 7.5, (32, 32))
-    assert json.loads((POCKET / "sampling.json").read_text()) == {"steps": 25, "guidance": 3.0}
+    assert json.loads((POCKET / "sampling.json").read_text()) == {"steps": 10, "guidance": 3.0}
 
 
 def test_what_a_model_cannot_draw_is_said_before_it_is_loaded(caplog):
