@@ -19,13 +19,12 @@ from statistics import mean, stdev
 from typing import Annotated, NamedTuple
 
 import kept_rows
-import torch
 import typer
 from PIL import Image
 from pocket_classes import cpu
 
 from salun_sd.cli import app as cli
-from salun_sd.pocket import ddpm
+from salun_sd.pocket import train
 from salun_sd.pocket.fashion import CLASSES, load_split
 
 HERE = Path(__file__).parent
@@ -113,14 +112,7 @@ def measured(out: Path, key: tuple, options: list[str], data: Path) -> Row:
 
 def retrain(concept: str, seed: int, out: Path, data: Path) -> None:
     """The base's own training, with no image of the class."""
-    if (out / "model_index.json").exists():
-        return
-    out.mkdir(exist_ok=True)
-    torch.manual_seed(seed)
-    images, labels = load_split(data, "train")
-    kept = labels != CLASSES.index(concept)
-    pipeline = ddpm.train_pipeline(images[kept, :1].contiguous(), labels[kept], out, ddpm.STEPS, seed)
-    ddpm.save(pipeline, out)
+    train.train(data, out, train.Kind.ddpm, seed=seed, without=concept)
 
 
 def kept_data(out: Path, concept: str, data: Path) -> Path:

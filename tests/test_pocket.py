@@ -1,12 +1,14 @@
 """The bundled checkpoint keeps what its card promises, and the script that trained it can be killed."""
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
 from salun_sd.checkpoint.find import find
@@ -87,10 +89,21 @@ def test_the_whole_script_runs_on_a_small_data_set(tmp_path):
             values = torch.randint(0, 10, shape, dtype=torch.uint8, generator=g)
             head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
             (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + values.numpy().tobytes()))
-    for kind, out in zip(train.Kind, (tmp_path / "out", tmp_path / "ddpm"), strict=True):
-        train.train(tmp_path, out, kind, judge_steps=2, vae_steps=2, unet_steps=2, ddpm_steps=2)
+    steps = {"judge_steps": 2, "vae_steps": 2, "unet_steps": 2, "ddpm_steps": 2}
+    for kind, without in itertools.product(train.Kind, (None, "sneaker")):
+        out = tmp_path / f"{kind.value}-{without}"
+        train.train(tmp_path, out, kind, **steps, without=without)
         load_pipeline(find(str(out)))
         assert not list(out.glob(".*.pt"))
+    kept, bundled = (
+        f / "vae" / "diffusion_pytorch_model.safetensors" for f in (tmp_path / "stable-diffusion-sneaker", POCKET)
+    )
+    assert kept.read_bytes() == bundled.read_bytes()
+
+
+def test_a_class_that_is_left_out_must_be_one(tmp_path):
+    with pytest.raises(typer.BadParameter, match="sandals"):
+        train.train(tmp_path, tmp_path / "out", without="sandals")
 
 
 @pytest.mark.slow

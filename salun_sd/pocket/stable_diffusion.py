@@ -10,6 +10,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.pocket.fashion import CLASSES
 from salun_sd.pocket.stage import Stage
 
@@ -57,15 +59,22 @@ def train_pipeline(
         clip_sample=False,
     )
     trained = train_unet(latents, labels, train_tokenizer(out), scheduler, out, unet_steps, seed + 2)
+    return _pipeline(vae, CLIPTokenizer.from_pretrained(out / "tokenizer"), scheduler, trained)
+
+
+def retrain(images: torch.Tensor, labels: torch.Tensor, out: Path, unet_steps: int, seed: int):
+    """Train text encoder and UNet anew, on images [N, 3, 32, 32] in [-1, 1] with labels [N]; the other parts are those
+    of the bundled checkpoint."""
+    base = load_pipeline(find("pocket"))
+    trained = train_unet(encode(base.vae, images), labels, base.tokenizer, base.scheduler, out, unet_steps, seed + 2)
+    return _pipeline(base.vae, base.tokenizer, base.scheduler, trained)
+
+
+def _pipeline(vae, tokenizer, scheduler, trained: dict) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=vae,
-        **trained,
-        tokenizer=CLIPTokenizer.from_pretrained(out / "tokenizer"),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        vae=vae, tokenizer=tokenizer, scheduler=scheduler, **trained,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def save(pipeline: StableDiffusionPipeline, out: Path) -> None:

@@ -2,6 +2,7 @@
 
     python -m salun_sd.pocket.train --data /usr/share/datasets/fashion-mnist --out pocket
     python -m salun_sd.pocket.train --data /usr/share/datasets/fashion-mnist --out pocket-ddpm --kind ddpm
+    python -m salun_sd.pocket.train --data /usr/share/datasets/fashion-mnist --out no-sneaker --without sneaker
 
 Each stage can be resumed: a batch depends only on the seed and the step, so that a killed run ends at the same weights
 as an undisturbed one. All stages train on the train split alone, and the judge never sees a generated image.
@@ -93,16 +94,26 @@ def train(
     unet_steps: Annotated[int, typer.Option(help="Batches of 128 for the text encoder and UNet.")] = 2600,
     ddpm_steps: Annotated[int, typer.Option(help="Batches of 64 for the UNet of ddpm.")] = ddpm.STEPS,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    without: Annotated[
+        str | None, typer.Option(help="A class whose images are left out. VAE and tokenizer are then pocket's own.")
+    ] = None,
 ) -> None:
     """Train a bundled checkpoint; about an hour on two CPU cores, or on one for ddpm."""
+    if without is not None and without not in CLASSES:
+        raise typer.BadParameter(f"there is no class {without!r}: give one of {', '.join(CLASSES)}.")
     if (out / "model_index.json").is_file():
         print(f"{out} holds a finished checkpoint: there is nothing to do.")
         return
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_split(data, "train")
+    if without:
+        kept = labels != CLASSES.index(without)
+        images, labels = images[kept], labels[kept]
     if kind is Kind.ddpm:
         ddpm.save(ddpm.train_pipeline(images[:, :1].contiguous(), labels, out, ddpm_steps, seed), out)
+    elif without:
+        stable_diffusion.save(stable_diffusion.retrain(images, labels, out, unet_steps, seed), out)
     else:
         test_images, test_labels = load_split(data, "t10k")
         save_judge(images, labels, test_images, test_labels, out, judge_steps, seed)
