@@ -14,7 +14,8 @@ FOLDER = Path(salun_sd.__file__).parent
 FLOORS = [  # from the top; a package imports only from the floors below its own
     {"__main__"},
     {"cli"},
-    {"edit", "audit", "classifier", "pocket"},
+    {"under_attack"},
+    {"edit", "audit", "attacks", "classifier", "pocket"},
     {"draw", "methods", "report"},
     {"checkpoint", "core"},
     {"runtime"},

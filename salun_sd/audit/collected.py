@@ -10,11 +10,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from salun_sd.draw import metadata
+from salun_sd.draw import generate, metadata
 from salun_sd.draw.folders import folders_below, images_in, left_out
 from salun_sd.draw.images import in_order
 from salun_sd.draw.prompts import Prompt
-from salun_sd.draw.sample import Row
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.texts import checked_text
@@ -42,7 +41,7 @@ def collected(folder: Path, rows: list[Prompt], out: Path, subset: bool) -> list
                          "prompts out with --where or --limit.")  # fmt: skip
     manifest = []
     for (case, k), same in sorted(images.items()):
-        line = line_of(of_case[case], k, _from(out, folder, same[0].name), None, None)
+        line = generate.line_of(of_case[case], k, _from(out, folder, same[0].name), None, None)
         if len(same) > 1:
             line["error"] = f"{' and '.join(file.name for file in same)} are the same image of case {case}"
         manifest.append(line)
@@ -80,13 +79,6 @@ def _by_name(files: list[Path], of_case: dict[int, Prompt], subset: bool) -> dic
     return images
 
 
-def line_of(p: Prompt, k: int, file: str, row: Row | None, steps: int | None) -> dict:
-    """An image's line of manifest.jsonl; `row` is what it was drawn from, None if that is unknown."""
-    line = {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": row and row.seed,
-            "guidance": row and row.guidance, "size": row and list(row.size), "steps": steps}  # fmt: skip
-    return line | ({"categories": list(p.categories)} if p.categories else {})
-
-
 def gathered(folder: Path, out: Path, recursive: bool) -> list[dict]:
     """The manifest of a folder of images of any names, and of those in its folders if `recursive`: a line for each
     file, in the order of their paths. A file to which several links lead comes once.
@@ -112,7 +104,7 @@ def gathered(folder: Path, out: Path, recursive: bool) -> list[dict]:
     for name, generation in bar:
         known = generation or metadata.Generation(None, None, None, None)
         case = cases.setdefault((name,) if known.prompt is None else known.prompt, len(cases))
-        line = line_of(Prompt(case, known.prompt, 0, 0), counts[case], _from(out, folder, name), None, None)
+        line = generate.line_of(Prompt(case, known.prompt, 0, 0), counts[case], _from(out, folder, name), None, None)
         manifest.append(line | known._asdict() | {"name": name})
         counts[case] += 1
     return manifest

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from salun_sd.audit.collected import line_of
 from salun_sd.audit.request import Request, seconds_in
 from salun_sd.checkpoint.load import load_pipeline, load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
@@ -92,7 +91,7 @@ def manifest(model: Checkpoint, prompts: list[Prompt], samples: int, sampling: d
     """A line for each image that a model drew, in the order of the cases."""
     steps, size = sampling["steps"] or model.sampling[0], (model.image_size, model.image_size)
     return [
-        line_of(p, k, generate.file_of(p, k), generate.row_of(p, k, size), steps)
+        generate.line_of(p, k, generate.file_of(p, k), generate.row_of(p, k, size), steps)
         for p in sorted(prompts, key=lambda p: p.case)
         for k in range(samples)
     ]

@@ -61,18 +61,24 @@ def encode_prompts(pipeline, texts: list[str]) -> Condition:
     """
     if isinstance(pipeline, ClassPipeline):
         return {"class": torch.tensor([pipeline.classes.number(text) for text in texts])}
-    device = pipeline.text_encoder.device
     rows = []
     for text in texts:
-        context, _, *pooled = pipeline.encode_prompt(
-            text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        row = {"context": context} | ({"text_embeds": pooled[0]} if pooled else {})
+        row = embedded(pipeline, text)
         for values in row.values():
             finite(values, f"The output of the text encoder of {pipeline.name_or_path}")
         empty_is_zero = text == "" and pipeline.config.get("force_zeros_for_empty_prompt")
         rows.append({k: (v * 0 if empty_is_zero else v)[0].cpu() for k, v in row.items()})
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+
+
+def embedded(pipeline, text: str) -> Condition:
+    """A prompt => "context" [1, L, D] and, for SDXL, "text_embeds" [1, E], on the pipeline's device, as the pipeline
+    encodes it to draw. Gradients flow through it."""
+    device = pipeline.text_encoder.device
+    context, _, *pooled = pipeline.encode_prompt(
+        text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return {"context": context} | ({"text_embeds": pooled[0]} if pooled else {})
 
 
 def reader(model: Checkpoint) -> Callable[[str], tuple]:

@@ -17,7 +17,7 @@ from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import rehearsal
 from salun_sd.draw.images import LONGEST_SIDE, is_whole_png
 from salun_sd.draw.prompts import Prompt
-from salun_sd.draw.sample import Row, Sampler
+from salun_sd.draw.sample import Given, Row, Sampler, nothing_given
 from salun_sd.errors import UsageError, some
 from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import Bar
@@ -46,6 +46,13 @@ def file_of(prompt: Prompt, k: int) -> str:
 def row_of(prompt: Prompt, k: int, size: tuple[int, int]) -> Row:
     """The row of a prompt's image k; `size` is for prompts without a size of their own."""
     return Row(prompt.text, seed_of(prompt, k), prompt.guidance, prompt.size or size)
+
+
+def line_of(p: Prompt, k: int, file: str, row: Row | None, steps: int | None) -> dict:
+    """An image's line of manifest.jsonl; `row` is what it was drawn from, None if that is unknown."""
+    line = {"file": file, "case": p.case, "k": k, "prompt": p.text, "class": p.label, "seed": row and row.seed,
+            "guidance": row and row.guidance, "size": row and list(row.size), "steps": steps}  # fmt: skip
+    return line | ({"categories": list(p.categories)} if p.categories else {})
 
 
 def check(model: Checkpoint, prompts: Iterable[Prompt], *, scheduler: str | None, steps: int | None) -> None:
@@ -123,6 +130,7 @@ def missing(
 def draw(
     pipeline: Callable, wanted: Mapping[Path, Row], *, identity: str, scheduler: str, steps: int,
     dtype: str = "float32", redraw: bool = False, what: str = "images", until: float | None = None,
+    given: Callable[[Row], Given] = nothing_given,
 ) -> Iterator[Path]:  # fmt: skip
     """Draw the images that are missing, a PNG for each row; yields each file once it is written.
 
@@ -130,7 +138,8 @@ def draw(
     class of diffusers, `dtype` that in which the pipeline draws. Several processes take the passes in turn, and end
     together. `what` names the images on a progress bar, which moves with each denoising step: a pass of many images may
     take minutes. After the first pass, a log line says how long the others will take. No pass is begun after the moment
-    `until` of time.monotonic, but the first one: the rows come first that stand first in `wanted`.
+    `until` of time.monotonic, but the first one: the rows come first that stand first in `wanted`. `given` is that of a
+    Sampler; a row's text, or `identity`, must then tell what was given.
 
     An image starts from noise that its row's seed draws on the CPU. It depends only on its row, the scheduler, the
     steps, the dtype and the checkpoint (`identity`): its bytes are the same in any order, subset or resumed run (on a
@@ -146,7 +155,7 @@ def draw(
     if rows_left:
         files, rows, stamps = list(rows_left), list(rows_left.values()), cache(Stamps)
         with Bar(total=len(rows), desc=f"draw {what}", unit="image", bar_format=BAR) as bar:
-            sampler = Sampler(pipeline(), steps, scheduler)
+            sampler = Sampler(pipeline(), steps, scheduler, given)
             passes = sampler.passes(rows)[ranks.rank() :: ranks.count()]
             bar.reset(sum(map(len, passes)))  # the time that the pipeline took to load tells nothing about images
             work, begun = [sampler.work(rows[places[0]]) for places in passes], time.monotonic()

@@ -37,6 +37,18 @@ class Row(NamedTuple):
     size: tuple[int, int]  # width, height in pixels
 
 
+class Given(NamedTuple):
+    """What an image starts from, where it is not the embedding of its text and the noise of its seed."""
+
+    condition: Condition | None = None  # [1, ...] each, in place of the text's; the row's text only names it
+    start: torch.Tensor | None = None  # [1, C, h, w] float32: the latents before the step `begins`, in place of noise
+    begins: int = 0  # the first denoising step, from 0
+
+
+def nothing_given(row: Row) -> Given:
+    return Given()
+
+
 def scheduler_class(name: str) -> str:
     """The class in diffusers of a scheduler's short name. Raises UsageError if there is none."""
     if name not in SCHEDULERS:
@@ -59,22 +71,28 @@ def images_per_pass(width: int, height: int) -> int:
 
 
 class Sampler:
-    """A pipeline that draws in a number of steps, with its own scheduler or the class of diffusers that is named."""
+    """A pipeline that draws in a number of steps, with its own scheduler or the class of diffusers that is named.
 
-    def __init__(self, pipeline, steps: int, scheduler: str | None = None):
-        self.pipeline, self.steps = pipeline, steps
+    `given` says of a row what it starts from. Its answer for a row is always the same.
+    """
+
+    def __init__(
+        self, pipeline, steps: int, scheduler: str | None = None, given: Callable[[Row], Given] = nothing_given
+    ):
+        self.pipeline, self.steps, self.given = pipeline, steps, given
         self.scheduler = scheduler or type(pipeline.scheduler).__name__
         self._embedding = lru_cache(TEXTS_KEPT)(lambda text: encode_prompts(pipeline, [text]))
 
     def passes(self, rows: Sequence[Row]) -> list[list[int]]:
         """The rows' places, in groups that go through the UNet together.
 
-        The rows of a group have one size, and all or none are guided: a pass without guidance is half the work. The
-        first row that is in no group yet begins the next one, so a run that ends early has the first rows.
+        The rows of a group have one size and one first step, and all or none are guided: a pass without guidance is
+        half the work. The first row that is in no group yet begins the next one, so a run that ends early has the first
+        rows.
         """
         groups: dict[tuple, list[int]] = {}
         for i, row in enumerate(rows):
-            groups.setdefault((row.size, row.guidance > 1), []).append(i)
+            groups.setdefault((row.size, row.guidance > 1, self.given(row).begins), []).append(i)
         most = {key: images_per_pass(*self._latent_size(key[0])) for key in groups}
         return sorted(
             group[i : i + most[key]] for key, group in groups.items() for i in range(0, len(group), most[key])
@@ -98,14 +116,15 @@ class Sampler:
         padded = [*rows, *[rows[0]] * ((count or images_per_pass(width, height)) - len(rows))]
         unet, device = self.pipeline.unet, self.pipeline.unet.device
         generators = [torch.Generator().manual_seed(row.seed) for row in padded]
-        shape = 1, unet.config.in_channels, height, width
-        noise = torch.cat([torch.randn(shape, generator=g) for g in generators])  # [B, C, h, w] float32
-        conditional, unconditional = self._conditions(padded)
+        shape, given = (1, unet.config.in_channels, height, width), [self.given(row) for row in padded]
+        noise = [torch.randn(shape, generator=g) if one.start is None else one.start
+                 for g, one in zip(generators, given, strict=True)]  # fmt: skip
+        conditional, unconditional = self._conditions(padded, given)
         scale = torch.tensor([row.guidance for row in padded], device=device)
         latents = denoise(
-            unet, self._new_scheduler(), noise.to(device), on_device(conditional, device),
+            unet, self._new_scheduler(), torch.cat(noise).to(device), on_device(conditional, device),
             unconditional and on_device(unconditional, device), scale, steps=self.steps, generators=generators,
-            advance=advance,
+            advance=advance, begins=given[0].begins,
         )  # fmt: skip
         check_drawn(self.pipeline, latents, self.scheduler)
         pixels = latents if self.pipeline.vae is None else vae.decode(self.pipeline, latents)
@@ -115,9 +134,9 @@ class Sampler:
         """Width and height of an image in pixels => of its latents."""
         return size[0] // self.pipeline.vae_scale_factor, size[1] // self.pipeline.vae_scale_factor
 
-    def _conditions(self, rows: list[Row]) -> tuple[Condition, Condition | None]:
-        """The conditions of the rows with their texts and with the empty text; None for the latter without guidance."""
-        embeddings = [self._embedding(row.text) for row in rows]
+    def _conditions(self, rows: list[Row], given: list[Given]) -> tuple[Condition, Condition | None]:
+        """The rows' conditions and those of the empty text; None for the latter without guidance."""
+        embeddings = [g.condition or self._embedding(row.text) for row, g in zip(rows, given, strict=True)]
         conditional = {k: torch.cat([e[k] for e in embeddings]) for k in embeddings[0]}
         sizes = {}
         if "text_embeds" in conditional:  # SDXL: the image's own size, no crop, and the same size again
@@ -164,25 +183,27 @@ def denoise(
     steps: int,
     generators: list[torch.Generator],
     advance: Callable[[float], object],
+    begins: int = 0,
 ) -> torch.Tensor:
     """Noise [B, C, h, w] => latents [B, C, h, w]: the loop of diffusers' pipelines, with a guidance scale [B].
 
     A row's prediction is unconditional + scale * (conditional - unconditional) (arXiv 2207.12598, in diffusers' form);
     with `unconditional` None, it is the conditional one. A scheduler that draws noise in its steps draws each row's
     from that row's generator, with eta = 0 where it has one. After each step, `advance` is called with that step's
-    share of all steps.
+    share of all steps. With `begins`, the steps before it are left out, and `noise` is what they have come to; the
+    scheduler must not need the predictions of earlier steps.
     """
     scheduler.set_timesteps(steps, device=noise.device)
     parameters = inspect.signature(scheduler.step).parameters
     extra = {name: v for name, v in {"generator": generators, "eta": 0.0}.items() if name in parameters}
     both, scale = unconditional and joined(unconditional, conditional), scale[:, None, None, None]
-    x = noise * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    x = noise if begins else noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps[begins:]:
         if both is None:
             prediction = predict(unet, scheduler.scale_model_input(x, t), t, conditional)
         else:
             without, with_text = predict(unet, scheduler.scale_model_input(torch.cat([x, x]), t), t, both).chunk(2)
             prediction = without + scale * (with_text - without)
         x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
-        advance(1 / len(scheduler.timesteps))
+        advance(1 / len(scheduler.timesteps[begins:]))
     return x

@@ -1,0 +1,1 @@
+"""Search for an erased concept: one file an attack."""

@@ -1,0 +1,103 @@
+"""What every attack is: settings, and up to three steps that it may take in its own way."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from salun_sd.attacks.target import Target
+from salun_sd.core.diffusion import Condition
+from salun_sd.draw.generate import seed_of
+from salun_sd.draw.prompts import Prompt
+
+
+class Try(NamedTuple):
+    """How one image of an attack is drawn, and what the page shows of it."""
+
+    text: str  # the prompt that is drawn; or words for what is drawn
+    seed: int  # of the first noise
+    loss: float | None = None  # of the search: the lower, the better
+    tokens: tuple[int, ...] = ()  # ids before the text
+    condition: Condition | None = None  # [1, ...] in place of the text's
+    start: torch.Tensor | None = None  # latents [1, C, h, w] before the denoising step `begins`, in place of noise
+    begins: int = 0
+    guidance: float | None = None  # None: the prompt's
+    facts: dict = {}  # of the search, as JSON
+
+
+@dataclass
+class Scene:
+    """What an attack works with: one model, the prompts, pictures of the concept."""
+
+    target: Target
+    concept: str  # a prompt for it, such as "a photo of a sneaker"
+    prompts: Sequence[Prompt]  # those that are attacked
+    picture: Callable[[Prompt], torch.Tensor] | None  # a picture of the concept for a prompt: latents [1, C, h, w]
+    others: Callable[[], torch.Tensor] | None = None  # pictures of other things: latents [N, C, h, w]
+    base: Target | None = None
+    words: Sequence[str] = ()  # descriptions of the concept, one a line of the user's file
+    adversarial: Sequence[str] = ()  # prompts of others
+    mask: dict[str, torch.Tensor] | None = None  # the weights that the erasure could change, bool
+    given: str = ""  # a digest of the pictures and texts that the user gave
+    control: bool = False  # whether random draws of the same kind are tried, in place of a search
+    seed: int = 0
+
+    def pictures(self) -> torch.Tensor:
+        """The pictures of the concept for all prompts: latents [N, C, h, w]."""
+        return torch.cat([self.picture(prompt) for prompt in self.prompts])
+
+    def generator(self, *of: int) -> torch.Generator:
+        """A generator on the CPU that depends on the seed and some whole numbers, such as a case."""
+        return torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, *of]).generate_state(1)[0]))
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack with its settings, the fields: the defaults are the published ones, `quick` are those of a first look.
+
+    A subclass has one of the three steps of its own: `stages` changes the model, `prepare` searches once for all
+    prompts, `tries` gives the images of one prompt. Under `scene.control`, each does the same with what chance gives in
+    place of what a search finds, and has as many tries.
+    """
+
+    quick: ClassVar[dict] = {}
+    cases: ClassVar[dict] = {"quick": 10, "paper": None}  # the most prompts that are attacked
+    needs: ClassVar[frozenset] = frozenset()  # of "text", "picture", "others", "base", "adversarial", "mask"
+    from_picture: ClassVar[bool] = False  # whether it begins from a picture of the concept, and so can succeed anywhere
+    drawing: ClassVar[tuple[str, int] | None] = None  # scheduler and steps, where they are the attack's own
+
+    @classmethod
+    def of(cls, budget: str) -> "Attack":
+        return cls(**(cls.quick if budget == "quick" else {}))
+
+    def settings(self) -> dict:
+        return asdict(self)
+
+    def labels(self) -> list[str] | None:
+        """The names of the stages, the first that of the untouched model; None for an attack that has tries."""
+        return None
+
+    def stages(self, scene: Scene) -> Iterator[int]:
+        """Change the target's weights stage by stage, and give the number of each, from 1, while it is there. They are
+        as before at the end."""
+        yield 1
+
+    def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
+        """Search once for all prompts: what is found, by name."""
+        return {}
+
+    def tries(self, scene: Scene, prompt: Prompt, found: dict[str, torch.Tensor]) -> list[Try]:
+        """The tries of one prompt, in the order of their numbers from 1. Here: the prompt itself, with its own seed or,
+        as a control, another."""
+        return [Try(prompt.text, seed_of(prompt, int(scene.control)))]
+
+    def unet_passes(self, prompts: int) -> int:
+        """Passes of one image through the UNet, about, that the search takes; a backward pass counts as two more."""
+        return 0
+
+
+def plain(prompt: Prompt) -> Try:
+    """The prompt itself: what is drawn without an attack."""
+    return Try(prompt.text, prompt.seed)

@@ -1,0 +1,48 @@
+"""What a search has found, on disk: a sealed file for each prompt, so that a run goes on where it was stopped."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from salun_sd.attacks.attack import Try
+from salun_sd.checkpoint import tensors
+from salun_sd.runtime.files import new_file
+
+TENSORS = ("start", "condition")  # of a Try; the rest is JSON
+
+
+def save_tensors(file: Path, values: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(file, many=True) as partial:
+        kept = {name: tensors.in_memory(value.contiguous()) for name, value in values.items()}
+        tensors.write(partial, kept, metadata or {}, sealed=True)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a sealed file. Raises SalunError for a damaged one."""
+    return {name: value.read() for name, value in tensors.read_sealed(file)[0].items()}
+
+
+def save(file: Path, tries: list[Try]) -> None:
+    """Write the tries of a prompt, in their order."""
+    values, lines = {}, []
+    for n, one in enumerate(tries):
+        lines.append({key: value for key, value in one._asdict().items() if key not in TENSORS})
+        if one.start is not None:
+            values[f"{n}.start"] = one.start
+        values |= {f"{n}.condition.{key}": value for key, value in (one.condition or {}).items()}
+    save_tensors(file, values, {"tries": json.dumps(lines)})
+
+
+def read(file: Path) -> list[Try]:
+    """The tries that `save` wrote. Raises SalunError for a damaged file."""
+    content, metadata = tensors.read_sealed(file)
+    values = {name: value.read() for name, value in content.items()}
+    tries = []
+    for n, line in enumerate(json.loads(metadata["tries"])):
+        mark = f"{n}.condition."
+        condition = {name.removeprefix(mark): value for name, value in values.items() if name.startswith(mark)}
+        one = Try(**line | {"tokens": tuple(line["tokens"])})
+        tries.append(one._replace(start=values.get(f"{n}.start"), condition=condition or None))
+    return tries

@@ -1,0 +1,173 @@
+"""One attack on one model: search, keep what was found, draw it. Both go on where they were stopped."""
+
+import hashlib
+import json
+import logging
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from salun_sd.attacks import kept
+from salun_sd.attacks.attack import Attack, Scene, Try, plain
+from salun_sd.core.diffusion import on_device
+from salun_sd.draw import generate
+from salun_sd.draw.prompts import Prompt
+from salun_sd.draw.sample import Given, Row
+from salun_sd.errors import UsageError
+from salun_sd.runtime import ranks
+from salun_sd.runtime.bar import Bar
+from salun_sd.runtime.device import dtype_name
+from salun_sd.runtime.documents import read_json
+from salun_sd.runtime.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"
+FRESH, FRESH_IMAGES = 1000, 3  # the first number of the fresh seeds, and how many there are for a prompt
+
+
+class Shot(NamedTuple):
+    """An image of an attack: try or stage `k` of a prompt."""
+
+    prompt: Prompt
+    k: int
+    one: Try  # without its tensors
+    number: int  # of the try: its tensors are read when it is drawn
+    is_given: bool  # whether it has tensors, or tokens before its text
+
+    @classmethod
+    def of(cls, prompt: Prompt, k: int, one: Try, number: int = 0) -> "Shot":
+        is_given = bool(one.tokens or one.condition or one.start is not None)
+        return cls(prompt, k, one._replace(start=None, condition=None), number, is_given)
+
+    @property
+    def text(self) -> str:
+        """What tells the image apart from others of its seed."""
+        return f"{self.prompt.case}.{self.number} {self.one.text}" if self.is_given else self.one.text
+
+
+class Run:
+    """One attack on one model, in a folder of its own. `scheduler` is a class of diffusers."""
+
+    def __init__(self, name: str, attack: Attack, scene: Scene, out: Path, *, scheduler: str, steps: int):
+        self.name, self.attack, self.scene, self.out = name, attack, scene, out
+        self.scheduler, self.steps = attack.drawing or (scheduler, steps)
+        self.model, self.labels = scene.target.model, attack.labels()
+        self.tries = lru_cache(8)(lambda case: kept.read(self._file(case)))  # of a prompt: its tensors may be large
+
+    def search(self) -> None:
+        """Search for what is not found yet. Several processes share the prompts. Raises UsageError where the folder has
+        another search."""
+        self._keep_settings()
+        together = self.out / "found.safetensors"
+        if ranks.is_main() and not together.is_file():
+            kept.save_tensors(together, self.attack.prepare(self.scene))
+        ranks.wait()
+        found, prompts = kept.read_tensors(together), self.scene.prompts
+        left = [prompt for prompt in prompts[ranks.rank() :: ranks.count()] if not self._file(prompt.case).is_file()]
+        for prompt in Bar(left, desc=f"search {self.name}", unit="prompt", leave=None):
+            kept.save(self._file(prompt.case), self.attack.tries(self.scene, prompt, found))
+        ranks.wait()
+
+    def draw(self) -> list[dict]:
+        """Draw, for each prompt, the prompt itself as number 0, then each try; or each stage, of an attack that has
+        some. Returns the lines of the manifest, for the images in the folder `out`."""
+        first = [Shot.of(prompt, 0, plain(prompt)) for prompt in self.scene.prompts]
+        stages = {n: self._shots(n) for n in range(1, len(self.labels))} if self.labels else {1: self._shots(None)}
+        self._draw(first, 0)
+        if any(self._missing(shots, stage) for stage, shots in stages.items()):
+            for stage in self.attack.stages(self.scene):
+                self._draw(stages[stage], stage)
+        return self._lines([*first, *chain(*stages.values())])
+
+    def fresh(self, chosen: dict[int, int]) -> list[dict]:
+        """Draw the chosen try of each case with seeds that the search did not see, into the folder `out`/fresh. Returns
+        the lines of the manifest; none where a seed changes nothing, or nothing was searched for."""
+        tries = {case: self.tries(case)[k - 1] for case, k in chosen.items()}
+        if self.labels or any(one.start is not None for one in tries.values()):
+            return []
+        shots = []
+        for prompt in self.scene.prompts:
+            one, number = tries[prompt.case], chosen[prompt.case]
+            seeds = [generate.seed_of(prompt, FRESH + n) for n in range(1, FRESH_IMAGES + 1)]
+            shots += [Shot.of(prompt, n, one._replace(seed=seed), number) for n, seed in enumerate(seeds, 1)]
+        self._draw(shots, 1, "fresh")
+        return self._lines(shots)
+
+    def _shots(self, stage: int | None) -> list[Shot]:
+        """The images of a stage, which has one of each prompt; or of all tries."""
+        return [
+            Shot.of(prompt, stage or number, one, number)
+            for prompt in self.scene.prompts for number, one in enumerate(self.tries(prompt.case), 1)
+        ]  # fmt: skip
+
+    def _keep_settings(self) -> None:
+        """Write what the search depends on; or raise UsageError where the folder has that of another one."""
+        content = json.dumps(self._settings(), indent=2) + "\n"
+        file = self.out / SETTINGS
+        if file.is_file() and read_json(file) != json.loads(content):
+            raise UsageError(f"{self.out} holds an attack with other settings, prompts or models: give another --out.")
+        if ranks.is_main() and not file.is_file():
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, content)
+        ranks.wait()
+
+    def _settings(self) -> dict:
+        scene, base = self.scene, self.scene.base
+        prompts = hashlib.sha256(repr(list(scene.prompts)).encode()).hexdigest()
+        return {"attack": self.name, **self.attack.settings(), "concept": scene.concept, "control": scene.control,
+                "seed": scene.seed, "model": self.model.identity, "base": base and base.model.identity,
+                "prompts": prompts, "given": scene.given}  # fmt: skip
+
+    def _file(self, case: int) -> Path:
+        return self.out / "found" / f"{case}.safetensors"
+
+    def _row(self, shot: Shot) -> Row:
+        row = generate.row_of(shot.prompt, 0, (self.model.image_size, self.model.image_size))
+        guidance = row.guidance if shot.one.guidance is None else shot.one.guidance
+        return row._replace(text=shot.text, seed=shot.one.seed, guidance=guidance)
+
+    def _wanted(self, shots: list[Shot], folder: str) -> dict[Path, Row]:
+        return {self.out / folder / generate.file_of(shot.prompt, shot.k): self._row(shot) for shot in shots}
+
+    def _sampling(self, stage: int) -> dict:
+        """What images are drawn with. Their identity has the whole search: it may find something else next time."""
+        search = hashlib.sha256(json.dumps(self._settings()).encode()).hexdigest()[:16]
+        dtype = dtype_name(self.scene.target.unet.dtype)
+        return {"identity": f"{self.model.identity} {self.name}={search}.{stage}", "scheduler": self.scheduler,
+                "steps": self.steps, "dtype": dtype}  # fmt: skip
+
+    def _missing(self, shots: list[Shot], stage: int) -> bool:
+        return bool(generate.missing(self._wanted(shots, ""), **self._sampling(stage)))
+
+    def _draw(self, shots: list[Shot], stage: int, folder: str = "") -> None:
+        target, by_text = self.scene.target, {shot.text: shot for shot in shots if shot.is_given}
+
+        @lru_cache(64)
+        def given(row: Row) -> Given:
+            if not (shot := by_text.get(row.text)):
+                return Given()
+            one = self.tries(shot.prompt.case)[shot.number - 1]
+            if not one.tokens:
+                return Given(one.condition, one.start, one.begins)
+            with torch.no_grad():
+                return Given(on_device(target.with_tokens(one.tokens, one.text), "cpu"))
+
+        wanted = self._wanted(shots, folder)
+        for _ in generate.draw(lambda: target.pipeline, wanted, what=self.name, given=given, **self._sampling(stage)):
+            pass
+
+    def _lines(self, shots: list[Shot]) -> list[dict]:
+        """The lines of the manifest. A line of a try has what its search says of it: `search_loss`, `facts`, and its
+        `tokens` as text."""
+        lines = []
+        for shot in sorted(shots, key=lambda shot: (shot.prompt.case, shot.k)):
+            one, prompt = shot.one, shot.prompt
+            text = " ".join(filter(None, [one.tokens and self.scene.target.tokenizer.decode(one.tokens), one.text]))
+            line = generate.line_of(prompt._replace(text=text), shot.k, generate.file_of(prompt, shot.k),
+                                    self._row(shot), self.steps)  # fmt: skip
+            lines.append(line | {"search_loss": one.loss, "facts": one.facts})
+        return lines

@@ -1,0 +1,105 @@
+"""A model under attack: its pipeline, and what a search needs of it, with gradients."""
+
+from collections.abc import Sequence
+
+import torch
+
+from salun_sd.checkpoint.load import alphas_cumprod, load_pipeline
+from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.core import diffusion
+from salun_sd.core.diffusion import Condition, Schedule
+from salun_sd.draw.encode import embedded
+from salun_sd.errors import UsageError, cut
+
+SLOT = "x"  # a word of one token, whose embedding a search replaces
+LARGE = 10**8  # weights from which activations are computed again in the backward pass
+
+
+class Target:
+    """A model under attack, with frozen weights. Its texts are those of its own text encoders."""
+
+    def __init__(self, model: Checkpoint, dtype: torch.dtype = torch.float32):
+        self.model, self.pipeline = model, load_pipeline(model, dtype=dtype)
+        self.unet, self.schedule = self.pipeline.unet, Schedule(alphas_cumprod(model), model.prediction_type)
+        if sum(p.numel() for p in self.unet.parameters()) >= LARGE:
+            self.unet.enable_gradient_checkpointing()
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def tokenizer(self):
+        return self.pipeline.tokenizer
+
+    def encoders(self) -> list[torch.nn.Module]:
+        """The text encoders: one, or two of SDXL."""
+        names = [part for part in self.model.family.parts if part.startswith("text_encoder")]
+        return [getattr(self.pipeline, name) for name in names]
+
+    def tables(self) -> list[torch.Tensor]:
+        """The token embeddings of each text encoder, [V, D] float32."""
+        return [encoder.get_input_embeddings().weight for encoder in self.encoders()]
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, without those of its beginning and end."""
+        return self.tokenizer(text).input_ids[1:-1]
+
+    def check_room(self, count: int, text: str) -> None:
+        """Raise UsageError where a text with `count` tokens more is longer than the model reads."""
+        if len(self.ids(text)) + count > (places := self.tokenizer.model_max_length - 2):
+            raise UsageError(f"{count} tokens and the prompt {cut(text)!r} are more than the {places} tokens that "
+                             f"{self.model.name} reads: give shorter --prompts.")  # fmt: skip
+
+    def words(self) -> torch.Tensor:
+        """The tokens that a text may have, [N] int64: all but the special ones."""
+        special = set(self.tokenizer.all_special_ids)
+        return torch.tensor([n for n in range(len(self.tables()[0])) if n not in special])
+
+    def encode(self, before: str, vectors: Sequence[torch.Tensor] = (), after: str = "") -> Condition:
+        """The condition [1, ...] of a text in which `vectors`, [k, D] for each text encoder, stand between two texts.
+
+        Gradients flow to the vectors. Raises UsageError where the text has more tokens than the model reads.
+        """
+        if not vectors:
+            return embedded(self.pipeline, before)
+        count, first = len(vectors[0]), 1 + len(self.ids(before))
+        text = " ".join(filter(None, [before, *[SLOT] * count, after]))
+        self.check_room(0, text)
+        hooks = [
+            encoder.get_input_embeddings().register_forward_hook(
+                lambda module, inputs, output, values=values: torch.cat(
+                    [output[:, :first], values[None].to(output), output[:, first + count :]], 1
+                )
+            )
+            for encoder, values in zip(self.encoders(), vectors, strict=True)
+        ]
+        try:
+            return embedded(self.pipeline, text)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def vectors(self, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """The embeddings [k, D] of tokens, for each text encoder."""
+        return [table[list(tokens)] for table in self.tables()]
+
+    def with_tokens(self, tokens: Sequence[int], text: str) -> Condition:
+        """The condition of a text with tokens before it."""
+        return self.encode("", self.vectors(tokens), text) if tokens else self.encode(text)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The UNet's output [B, C, h, w] for x_t [B, C, h, w], t [B] and a condition of one row, or of B."""
+        rows = {key: value.to(self.device).expand(len(x_t), *value.shape[1:]) for key, value in condition.items()}
+        if "text_embeds" in rows:  # SDXL: the size of the image, no crop, and the size again
+            height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[2:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]]).float()
+            rows["time_ids"] = sizes.expand(len(x_t), 6).to(self.device)
+        return diffusion.predict(self.unet, x_t, t, rows)
+
+    def loss(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """How far the model is from drawing the latents x0 [B, C, h, w] from a condition: the squared error [B] of its
+        denoising at the timesteps t [B], with a noise [B, C, h, w]."""
+        x0, noise, t = (value.to(self.device) for value in (x0, noise, t))
+        x_t = diffusion.add_noise(self.schedule, x0, noise, t)
+        return diffusion.mse(self.predict(x_t, t, condition), diffusion.target(self.schedule, x0, noise, t))

@@ -1,0 +1,1 @@
+"""The work of `attack`: an audit of the model, then each attack, and what its images show."""
