@@ -1,1 +1,233 @@
 """The work of `attack`: an audit of the model, then each attack, and what its images show."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
+from itertools import groupby, product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+from salun_sd.attacks.attack import Attack, Scene
+from salun_sd.attacks.catalog import ATTACKS
+from salun_sd.attacks.run import Run
+from salun_sd.attacks.target import Target
+from salun_sd.audit import attacked, deliver, detectors, quality
+from salun_sd.audit import run as audit
+from salun_sd.audit.examine import examine
+from salun_sd.checkpoint.find import opened
+from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.draw.encode import encode_image, pixels
+from salun_sd.draw.folders import images_in
+from salun_sd.draw.generate import file_of
+from salun_sd.draw.images import read_image
+from salun_sd.draw.prompts import Prompt
+from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.runtime.device import default_device
+from salun_sd.runtime.texts import listed
+
+logger = logging.getLogger(__name__)
+
+BUDGETS = ("quick", "paper")
+NAMELESS = "thing"  # the word in place of the concept's, where an attack has to find it by itself
+
+
+class Side(NamedTuple):
+    """A model that is attacked, or its control."""
+
+    name: str
+    model: Checkpoint
+    control: bool = False
+    nameless: bool = False  # whether the prompts do not name the concept
+
+
+def attack(
+    model: str | Path | Checkpoint, *, concept: str, prompts: str, out: str | Path, with_: str | Sequence[str] = (),
+    base: str | Path | Checkpoint | None = None, floor: str | Path | Checkpoint | None = None, budget: str = "quick",
+    concept_class: str | None = None, classifier: str | None = None, detector: str | Sequence[str] = (),
+    detector_model: str | Path | None = None, pictures: str | Path | None = None, words: str | Path | None = None,
+    adversarial: str | Path | None = None, mask: str | Path | None = None, where: Sequence[str] = (),
+    limit: int | None = None, denoising_steps: int | None = None, scheduler: str | None = None,
+    guidance: float | None = None, size: str | int | None = None, dtype: str | None = None, seed: int = 0,
+    dry_run: bool = False, no_images: bool = False, fail_if: str | Sequence[str] = (), confident: bool = False,
+    config: str | None = None, revision: str | None = None, variant: str | None = None,
+) -> dict:  # fmt: skip
+    """Attack a checkpoint, its control and, if they are given, its base and a floor. Writes the audit of the checkpoint
+    and what the attacks show into `out`; returns what report.json holds.
+
+    The parameters are the options of `salun-sd attack`. An attack that fails is named in the report, and the others go
+    on. Running it again searches, draws and judges only what is missing. Raises UsageError for arguments that are wrong
+    or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
+    """
+    o = SimpleNamespace(**locals())
+    attacks = _chosen(o)
+    job = audit.prepared(audit.options(
+        model=model, prompts=prompts, out=out, against=base, concept_class=concept_class or (), classifier=classifier,
+        detector=detector, detector_model=detector_model, where=where, limit=limit, denoising_steps=denoising_steps,
+        scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, no_images=no_images, fail_if=fail_if,
+        confident=confident, config=config, revision=revision, variant=variant,
+    ))  # fmt: skip
+    cases = _attacked(job)
+    sides = _sides(job, floor)
+    rows, run, of_base = audit.examined(job)
+    report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
+    tries, failed = _attack_all(o, job, attacks, sides, cases)
+    entries = {name: _entry(o, attacks[name], of, job.request.concepts) for name, of in tries.items()}
+    report["attacks"] = attacked.in_report(entries, report, of_base or run) | {"failed": failed}
+    deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images,
+                   attacks={name: of["model"].tries for name, of in tries.items()})  # fmt: skip
+    return report
+
+
+def _chosen(o: SimpleNamespace) -> dict[str, Attack]:
+    """The attacks of --with, or all that can run with what is given. Raises UsageError for one that is unknown, or
+    lacks what it needs."""
+    if o.budget not in BUDGETS:
+        raise UsageError(f"There is no --budget {o.budget}: give {' or '.join(BUDGETS)}.")
+    names = listed(o.with_)
+    if unknown := [name for name in names if name not in ATTACKS]:
+        raise UsageError(f"There is no attack {unknown[0]}: give --with one of {', '.join(ATTACKS)}.")
+    lacks = {name: _lacking(kind, o) for name, kind in ATTACKS.items()}
+    for name in names:
+        if lacks[name]:
+            raise UsageError(f"--with {name} needs {lacks[name]}.")
+    return {name: ATTACKS[name].of(o.budget) for name in ATTACKS if (name in names if names else not lacks[name])}
+
+
+def _lacking(kind: type[Attack], o: SimpleNamespace) -> str | None:
+    """What an attack needs and is not given, with the option that gives it."""
+    needs = {
+        "picture": (o.base or o.pictures, "pictures of the concept: give --base, which draws them, or --pictures"),
+        "base": (o.base, "the model before the erasure: give --base"),
+        "others": (o.base, "pictures of other things, which the base draws: give --base"),
+        "adversarial": (o.adversarial, "prompts of others: give --adversarial with a CSV file"),
+        "mask": (o.mask, "the positions of the erased weights: give --mask with a mask file"),
+    }
+    return next((text for name, (given, text) in needs.items() if name in kind.needs and not given), None)
+
+
+def _attacked(job: audit.Job) -> list[Prompt]:
+    """The prompts that are attacked: those that ask for the concept, or all where none has a class. Raises UsageError
+    where there are none, or nothing can tell whether an image shows the concept."""
+    concepts = job.request.concepts
+    if len(concepts) > 1:
+        raise UsageError(f"An attack is for one concept, and the model lost {', '.join(concepts)}: give one as "
+                         "--concept-class.")  # fmt: skip
+    if job.request.classes and not concepts:
+        raise UsageError("--concept-class is missing: which class of these prompts is the concept? They are "
+                         f"{', '.join(job.request.classes)}.")  # fmt: skip
+    if not job.judge and (concepts or not job.settings["detector"]):
+        raise UsageError("Nothing can tell whether an image shows the concept: give --classifier, or for nudity "
+                         "--detector nudenet.")  # fmt: skip
+    return [p for p in job.own if not job.request.classes or p.label in concepts]
+
+
+def _sides(job: audit.Job, floor: str | Path | Checkpoint | None) -> list[Side]:
+    """What is attacked. The floor must be of the model's family and size, as it is shown the same pictures."""
+    sides = [Side("model", job.audited), Side("control", job.audited, control=True)]
+    if job.base:
+        sides.append(Side("base", job.base, nameless=True))
+    if floor is not None:
+        never = opened(floor)
+        for what in ("family", "image_size", "prediction_type"):
+            values = [getattr(model, what) for model in (job.audited, never)]
+            if values[0] != values[1]:
+                words = [getattr(value, "name", value) for value in values]
+                raise UsageError(f"--floor {never.name} is no floor for {job.audited.name}: its "
+                                 f"{what.replace('_', ' ')} is {words[1]}, and not {words[0]}.")  # fmt: skip
+        sides += [Side("floor", never), Side("floor-control", never, control=True)]
+    return sides
+
+
+class Pictures:
+    """Pictures of the concept, one for each prompt, as latents of any target."""
+
+    def __init__(self, files: dict[int, Path], others: Sequence[tuple[Path, str]]):
+        self.files, self.others = files, others
+
+    @property
+    def digest(self) -> str:
+        whole = hashlib.sha256()
+        for file in [*self.files.values(), *(file for file, _ in self.others)]:
+            whole.update(hashlib.sha256(file.read_bytes()).digest())
+        return whole.hexdigest()
+
+    def of(self, target: Target) -> Callable[[Prompt], torch.Tensor]:
+        encoded = lru_cache(None)(partial(_latents, target))
+        return lambda prompt: encoded(self.files[prompt.case])
+
+
+def _latents(target: Target, file: Path) -> torch.Tensor:
+    """An image file as latents [1, C, h, w] of a target."""
+    values, _ = pixels(read_image(file), target.model.image_size)
+    return encode_image(target.pipeline, values)[None]
+
+
+def _pictures(o: SimpleNamespace, job: audit.Job, cases: list[Prompt]) -> Pictures | None:
+    """The user's pictures of the concept, in turn; or those that the base drew for the same prompts."""
+    drawn = job.out / "against"
+    asked = {p.case for p in cases}
+    others = [(drawn / file_of(p, 0), p.text) for p in job.own if p.case not in asked] if job.base else []
+    if o.pictures:
+        files = images_in(Path(o.pictures))
+        return Pictures({p.case: files[n % len(files)] for n, p in enumerate(cases)}, others)
+    return Pictures({p.case: drawn / file_of(p, 0) for p in cases}, others) if job.base else None
+
+
+def nameless(prompt: Prompt, names: Sequence[str]) -> Prompt:
+    """The prompt with another word in place of the concept's names."""
+    pattern = "|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True))
+    return prompt._replace(text=re.sub(pattern, NAMELESS, prompt.text, flags=re.IGNORECASE) if names else prompt.text)
+
+
+def _attack_all(
+    o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], sides: list[Side], cases: list[Prompt]
+) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:
+    """Run each attack on each side, a model at a time: what was drawn, and the attacks that failed, with the reason."""
+    drawn, failed, dtype = {name: {} for name in attacks}, {}, job.sampling["dtype"]
+    pictures, names = _pictures(o, job, cases), list(job.request.concepts)
+    given = hashlib.sha256(f"{pictures and pictures.digest}".encode()).hexdigest()
+    opened_base = cache(lambda: Target(job.base, dtype))
+    for model, group in groupby(sides, key=lambda side: side.model):
+        target = opened_base() if model is job.base else Target(model, dtype)
+        for side, (name, attack) in product(group, attacks.items()):
+            if name in failed:
+                continue
+            rows = cases[: attack.cases[o.budget]]
+            scene = Scene(
+                target, o.concept, [nameless(p, names) for p in rows] if side.nameless else rows,
+                pictures and pictures.of(target), control=side.control, seed=o.seed, given=given,
+                base=opened_base() if "base" in attack.needs else None,
+            )  # fmt: skip
+            try:
+                drawn[name][side.name] = _on_one(name, attack, scene, side, job)
+            except (SalunError, OSError, RuntimeError) as e:
+                logger.warning(f"The attack {name} failed on {model.name}, and the others go on: {first_line(e)}.")
+                failed[name] = f"{side.name}: {first_line(e)}"
+        del target
+    if not (whole := {name: of for name, of in drawn.items() if name not in failed}):
+        raise SalunError(f"Every attack failed; the first is {next(iter(failed))}, {next(iter(failed.values()))}.")
+    return whole, failed
+
+
+def _on_one(name: str, attack: Attack, scene: Scene, side: Side, job: audit.Job) -> attacked.Side:
+    """One attack on one side: its tries, and what it found on fresh seeds."""
+    out, model, concepts = job.out / "attacks" / name / side.name, side.model, job.request.concepts
+    scheduler, steps = job.sampling["scheduler"] or model.scheduler, job.sampling["steps"] or model.sampling[0]
+    run = Run(name, attack, scene, out, scheduler=scheduler, steps=steps)
+    looking = detectors.load([], None, default_device()) if concepts else job.detectors
+    run.search()
+    tries = examine(model.name, run.draw(), job.judge, looking, out)
+    lines = [] if side.control else run.fresh(attacked.chosen(tries, concepts))
+    return attacked.Side(tries, examine(model.name, lines, job.judge, looking, out / "fresh") if lines else None)
+
+
+def _entry(o: SimpleNamespace, attack: Attack, sides: dict[str, attacked.Side], concepts: Sequence[str]) -> dict:
+    """An attack's entry in the report."""
+    most = max(line["k"] for line in sides["model"].tries.manifest)
+    about = attacked.About(attack.settings(), o.budget, most, attack.from_picture, attack.labels())
+    return attacked.attacked(about, sides, concepts)

@@ -1,5 +1,6 @@
 """The work of `evaluate`: draw or collect images, look at them, report."""
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -56,11 +57,11 @@ def evaluate(
     together, SalunError for what fails; the text of both is a sentence for a person.
     """
     begun = time.monotonic()
-    job = _prepared(SimpleNamespace(**locals()))
+    job = prepared(SimpleNamespace(**locals()))
     tracked = tracker.started(job.trackers, job.out, {"images": job.samples * len(job.own)})
-    rows, run, of_base = _examined(job)
+    rows, run, of_base = examined(job)
     found = quality.look(job.measures, run, of_base, job.request.concepts)
-    report = _assembled(job, rows, run, of_base, found)
+    report = assembled(job, rows, run, of_base, found)
     if shard and ranks.is_main():
         looked.save(found, job.out)
     deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images)
@@ -69,6 +70,13 @@ def evaluate(
     with tracked:
         tracked.log(tracked.last + 1, numbers(report))
     return report
+
+
+def options(**given: object) -> SimpleNamespace:
+    """The parameters of `evaluate`, given by name, with its defaults for the others."""
+    bound = inspect.signature(evaluate).bind(**given)
+    bound.apply_defaults()
+    return SimpleNamespace(**bound.arguments, begun=time.monotonic())
 
 
 class Job(NamedTuple):
@@ -93,7 +101,7 @@ class Job(NamedTuple):
     trackers: list[str]
 
 
-def _prepared(o: SimpleNamespace) -> Job:
+def prepared(o: SimpleNamespace) -> Job:
     """The options of `evaluate`, checked: whatever can fail without drawing fails here, and what needs no model before
     one is opened."""
     check_values(
@@ -169,7 +177,7 @@ def _requested(
     return request, own, Pairs(lines, None, None)
 
 
-def _examined(job: Job) -> tuple[list[Prompt], Run, Run | None]:
+def examined(job: Job) -> tuple[list[Prompt], Run, Run | None]:
     """Draw what is missing, and look at each model's images. The rows that have all of theirs; the base comes first,
     for the change from it."""
     rows, settings, (lines, twins, _) = job.own, job.settings, job.there
@@ -190,7 +198,8 @@ def _examined(job: Job) -> tuple[list[Prompt], Run, Run | None]:
     return rows, examine(name, lines, job.judge, job.detectors, job.out, run_of_base), run_of_base
 
 
-def _assembled(job: Job, rows: list[Prompt], run: Run, base: Run | None, found: Looked) -> dict:
+def assembled(job: Job, rows: list[Prompt], run: Run, base: Run | None, found: Looked) -> dict:
+    """The report, without its `gate`."""
     request = job.request
     part = part_of(len(rows), len(request.rows), len(job.own) - len(rows), job.shard and str(job.shard))
     qualities = quality.measure(found, run, base, request.concepts, is_part=bool(part))

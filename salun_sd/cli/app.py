@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from salun_sd.cli import auditing, editing, tables, unlearning
+from salun_sd.cli import attacking, auditing, editing, tables, unlearning
 from salun_sd.cli import options as o
 from salun_sd.cli.failures import Commands, ways
 from salun_sd.cli.options import Command
@@ -97,6 +97,10 @@ COMMANDS = {
     editing.apply: ["apply pocket sneaker.safetensors", "--format single-file --out erased.safetensors"],
     editing.push: ["push erased org/pocket-without-sneakers --dry-run"],
     auditing.evaluate: ["evaluate erased --prompts pocket", "--against pocket --out audit"],
+    attacking.attack: [
+        "attack erased --concept 'a photo of a sneaker' --concept-class sneaker",
+        "--prompts pocket --base pocket --floor never-saw-sneakers --out attacked",
+    ],
     auditing.merge: ["merge audit-1 audit-2 audit-3 audit-4 --out audit"],
     unlearning.classifier: [
         "classifier --data fashion-mnist --forget 0.1",
