@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from salun_sd.audit.report import check_same_prompts, in_pairs
+from salun_sd.audit.report import ATTACK, check_same_prompts, in_pairs
 from salun_sd.audit.saved import AGAIN, OF_CONCEPT, PAIRING, Audit, cells, is_whole, read, settings
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.report.gate import AGAINST
@@ -130,13 +130,14 @@ def _rows(sides: list[dict]) -> dict[str, list]:
 
 
 def _differs(audits: dict[str, Audit]) -> dict[str, dict[str, list[str]]]:
-    """Each setting that differs: value => names. Settings of the base are compared among audits that have a base."""
+    """Each setting that differs: value => names. Settings of the base and of an attack are compared among audits that
+    have it."""
     of_audits = {name: settings(audit.report) for name, audit in audits.items()}
     differs: dict[str, dict[str, list[str]]] = {}
     for key in dict.fromkeys(key for each in of_audits.values() for key in each if key not in ("where", "limit")):
         values: dict[str, list[str]] = {}
         for name, each in of_audits.items():
-            if key in each or not key.startswith(AGAINST):
+            if key in each or not key.startswith((AGAINST, ATTACK)):
                 values.setdefault(plain(each.get(key)), []).append(name)
         if len(values) > 1:
             differs[key] = values

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from salun_sd.audit import bounds, markdown, page
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 def finish(
     report: dict, run: Run, base: Run | None, out: Path, parsed: Sequence[gate.Bound], *, confident: bool,
-    pictures: bool,
+    pictures: bool, attacks: Mapping[str, Run] = bounds.NO_ATTACKS,
 ) -> None:  # fmt: skip
-    """Add the `gate` to a report, and write it into a folder."""
+    """Add the `gate` to a report, and write it into a folder; `attacks` has the tries of each attack on the model."""
     report["gate"] = [gate.judge(b, bounds.parts(report, b, in_pairs=confident), confident) for b in parsed] or None
     _warn(report)
     if ranks.is_main():
         write_atomic(out / "report.json", json.dumps(seals.sealed(report), indent=2, ensure_ascii=False) + "\n")
-        write_atomic(out / "report.html", page.html(report, run, base, images=pictures))
+        write_atomic(out / "report.html", page.html(report, run, base, images=pictures, attacks=attacks))
         write_atomic(out / "report.md", markdown.page(report))
 
 

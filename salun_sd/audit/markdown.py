@@ -1,5 +1,7 @@
 """report.md: an audit in Markdown, for a pull request. Pure."""
 
+from salun_sd.audit.attacked import COMPARED, effort, sentences
+from salun_sd.audit.bounds import attacks_in
 from salun_sd.audit.report import headline, settings_of
 from salun_sd.report.gate import reasons
 from salun_sd.report.markdown import table
@@ -16,6 +18,7 @@ def page(report: dict) -> str:
         headline(report, code) + "\n",
         *_metrics(report),
         *_pairs(report),
+        *_attacks(report),
         *_agreement(report),
         *_gate(report),
         *_became(report),
@@ -51,11 +54,42 @@ def _pairs(report: dict) -> list[str]:
     for name, pairs in (report["paired"] or {}).items():
         if pairs:
             counts = [str(pairs[kind]) for kind in ("both", "only_base", "only_model", "neither")]
-            difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(pairs["difference"], *pairs["ci95"])
             shown = code(name) if "." in name else name
-            rows.append([shown, *counts, difference, f"{pairs['p']:.3g}"])
+            rows.append([shown, *counts, _difference(pairs), f"{pairs['p']:.3g}"])
     head = ["metric", "both", "base only", "model only", "neither", "difference", "p"]
     return ["## Image by image, compared with the base\n", table(head, rows)] if rows else []
+
+
+def _difference(pairs: dict | None) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(pairs["difference"], *pairs["ci95"]) if pairs else rate(None)
+
+
+def _attacks(report: dict) -> list[str]:
+    """The rates of each attack beside its control, floor and base; of curves also stage by stage."""
+    rows, curves = [], []
+    for name, entry in attacks_in(report).items():
+        sides = {side: entry["sides"].get(side) for side in ("model", *COMPARED)}
+        model = sides.pop("model")
+        rates = [model["pre"], model["asr"], model["fresh"], *(side and side["asr"] for side in sides.values())]
+        above = [_difference(entry["paired"].get(side)) for side in ("control", "floor")]
+        rows.append([code(name), code(f"{effort(entry)}, {entry['budget']}"), *map(rate, rates), *above])
+        curves += _curve(name, entry)
+    head = ["attack", "tries", "before", "ASR", "fresh", *COMPARED, "ASR - control", "ASR - floor"]
+    how_to_read = "\n".join(sentences(report, code)) + "\n" if rows else ""
+    return ["## Under attack\n", how_to_read, table(head, rows), *curves] if rows else []
+
+
+def _curve(name: str, entry: dict) -> list[str]:
+    """The table of an attack in stages; nothing for another attack."""
+    if not entry["stages"]:
+        return []
+    sides = {side: entry["sides"][side] for side in ("model", *COMPARED) if side in entry["sides"]}
+    rows = [
+        [code(stage), *(rate(side["curve"][k]) for side in sides.values())]
+        for k, stage in enumerate(entry["stages"])
+    ]  # fmt: skip
+    back = ["back at", *(code(side["back_at"]) if side["back_at"] else "no stage" for side in sides.values())]
+    return [f"### {code(name)}, stage by stage\n", table(["stage", *sides], [*rows, back])]
 
 
 def _agreement(report: dict) -> list[str]:

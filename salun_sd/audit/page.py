@@ -5,19 +5,22 @@ Three layers: which images are shown (`chosen`, `histogram`; pure), their thumbn
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from salun_sd.audit.attacked import COMPARED, effort, sentences, successes
+from salun_sd.audit.bounds import NO_ATTACKS, attacks_in
 from salun_sd.audit.measure import FLAG_RATE, Key, by_image, most_first
-from salun_sd.audit.report import NO_QUALITY, Run, headline, is_by_name
+from salun_sd.audit.report import NO_QUALITY, Run, attack_settings, headline, is_by_name
 from salun_sd.draw.images import read_image
 from salun_sd.report.gate import reasons
 from salun_sd.report.html import template, thumbnail, ticks
 from salun_sd.report.words import named, plain
 
-# Four groups of 30 pairs take at most 3.9 MB in base64, so the page stays under 5 MB.
+# Four groups of 30 pairs take at most 3.9 MB in base64, and 12 images 0.2 MB, so the page stays under 5 MB.
 SHOWN = 30  # most images of a group
+SUCCESSES = 12  # most images of attacks
 PROMPT = 1000  # most characters of a prompt
 BROKEN = 100  # most files that are listed as broken, or without a partner
 SEED = 0  # of the random draws of images
@@ -171,15 +174,32 @@ def in_tables(report: dict) -> dict:
         ],
         "broken": [(name, *file) for name, side in sides_of(report).items() for file in side["broken"].items()],
         "most_broken": BROKEN,
-        "settings_in_words": list(flat({name: settings[name] for name in settings if name != "protocols"})),
+        "settings_in_words": list(
+            flat({name: settings[name] for name in settings if name != "protocols"} | attack_settings(report))
+        ),
     }
 
 
-def html(report: dict, run: Run, base: Run | None = None, *, images: bool = True) -> str:
+def under_attack(report: dict, attacks: Mapping[str, Run]) -> dict:
+    """The values of the page's section on attacks, with pictures of successes among the given tries."""
+    entries = attacks_in(report)
+    sides = [name for name in COMPARED if any(name in entry["sides"] for entry in entries.values())]
+    pictures = []
+    for name, key in successes(attacks, list(report["concepts"]), SUCCESSES):
+        run = attacks[name]
+        row, detection = (by_image(lines, run.model)[key] for lines in (run.manifest, run.detections))
+        pictures.append(picture(run.folder, row, detection, report["settings"], True) | {"attack": name})
+    return {"attacks": entries, "compared": sides, "successes": pictures, "effort": effort, "how_to_read": sentences}
+
+
+def html(
+    report: dict, run: Run, base: Run | None = None, *, images: bool = True, attacks: Mapping[str, Run] = NO_ATTACKS
+) -> str:  # fmt: skip
     """report.html: one file, under 5 MB for any number of images, that opens from disk and loads nothing.
 
-    An image with any box of a flagged label, also below the threshold, is blurred until the reader chooses it. Without
-    `images`, the page has no pictures, and tables list the images of the first two groups of `chosen`.
+    An image with any box of a flagged label, also below the threshold, is blurred until the reader chooses it. So is
+    every image of `attacks`, which has the tries of each attack on the model. Without `images`, the page has no
+    pictures, and tables list the images of the first two groups of `chosen`.
     """
     settings, concepts = report["settings"], list(report["concepts"])
     runs = [side for side in (base, run) if side]
@@ -196,7 +216,7 @@ def html(report: dict, run: Run, base: Run | None = None, *, images: bool = True
         for name, sample in samples.items()
     }
     return template("salun_sd.audit", "report.html.j2").render(
-        **in_tables(report), report=report, concepts=concepts, headline=headline, named_as=named, images=images,
-        total=len(readable), groups=groups, seed=SEED, scores=scores, ticks=ticks(max(max(s["bins"]) for s in scores)),
-        first=FIRST / BINS, width=1 / BINS,
+        **in_tables(report), **under_attack(report, attacks if images else {}), report=report, concepts=concepts,
+        headline=headline, named_as=named, images=images, total=len(readable), groups=groups, seed=SEED, scores=scores,
+        ticks=ticks(max(max(s["bins"]) for s in scores)), first=FIRST / BINS, width=1 / BINS,
     )  # fmt: skip

@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from salun_sd import __version__
-from salun_sd.audit.bounds import QUALITY
+from salun_sd.audit.bounds import QUALITY, attacks_in, rates_of_attacks
 from salun_sd.audit.measure import FLAG_RATE, measure, outcomes, pair, paired, protocols_of, share
 from salun_sd.audit.protocols import DEFAULT_LABELS, THRESHOLD
 from salun_sd.errors import SalunError, some
 from salun_sd.report.gate import AGAINST
 from salun_sd.report.words import in_words, named, quoted, rate
 
-SCHEMA = 7  # of report.json
-READ = (5, 6, SCHEMA)  # those that can be compared; 5 has no change, and before 7 images of one colour counted
+SCHEMA = 8  # of report.json
+READ = (5, 6, 7, SCHEMA)  # those that can be compared; 5 has no change, before 7 images of one colour counted
+ATTACK = "attack "  # begins the names of an attack's settings
 NO_QUALITY = dict.fromkeys(QUALITY)
 
 
@@ -49,7 +50,7 @@ class Run:
 
 def settings_of(report: dict) -> dict[str, object]:
     """The settings of a report in one layer, without protocols and the identities of weights. The base's sampling has
-    `against.` before its names."""
+    `against.` before its names, an attack's settings have `attack` and its name."""
     settings = report["settings"]
     model, base = (
         each and {"dtype": "float32"} | each  # the only one of older reports
@@ -58,9 +59,20 @@ def settings_of(report: dict) -> dict[str, object]:
     sampling = (model or {}) | {AGAINST + key: value for key, value in (base or {}).items()}
     layer = {key: value for key, value in sampling.items() if not key.endswith("identity")}
     of_detectors = settings.get("detectors") or {}
-    detectors = {f"{name} {key}": value for name, of_one in of_detectors.items() for key, value in of_one.items()}
+    groups = (of_detectors | attack_settings(report)).items()
+    named = {f"{name} {key}": value for name, of_one in groups for key, value in of_one.items()}
     of_layers = ("sampling", "sampling_against", "detectors", "protocols")
-    return layer | {key: value for key, value in settings.items() if key not in of_layers} | detectors
+    return layer | {key: value for key, value in settings.items() if key not in of_layers} | named
+
+
+def attack_settings(report: dict) -> dict[str, dict]:
+    """For each attack of a report all that its rates depend on."""
+    settings = {}
+    for name, entry in attacks_in(report).items():
+        models = {f"{side} model": of["model"] for side, of in entry["sides"].items() if side in ("base", "floor")}
+        run = {key: entry[key] for key in ("budget", "tries", "stages")}
+        settings[f"{ATTACK}{name}"] = {"judge": report["attacks"]["judged_by"]} | run | models | entry["settings"]
+    return settings
 
 
 def images_of(side: dict) -> int:
@@ -117,7 +129,7 @@ def assemble(
     part: dict | None = None,
     unpaired: dict | None = None,
 ) -> dict:
-    """report.json without its `gate`: the numbers of a run and of its base, and every setting behind them.
+    """report.json without its `gate`: the numbers of a run and of its base, and every setting behind them; no attacks.
 
     `prompts` is the name of the prompt set, `quality` the quality of the run and of its base, `part` what `part_of`
     gives, `unpaired` the files without a partner in the other folder. Raises SalunError if the two runs cannot be
@@ -145,6 +157,7 @@ def assemble(
         "against": base and {"model": base.model, **measured(base, quality[1])},
         "paired": base and in_pairs(run, base, concepts, labels, threshold),
         "unpaired": unpaired,
+        "attacks": None,
     }
 
 
@@ -236,11 +249,11 @@ def _broken(counts: Sequence[int]) -> str:
 
 
 def numbers(report: dict) -> dict[str, float]:
-    """The metrics of a report and of its base as plain numbers, each with the ends of its interval: "ua", "ua/low",
-    "ua/high", "against/ua" and so on; without those that were not measured."""
+    """The metrics of a report, of its base and its attacks as plain numbers, each with the ends of its interval: "ua",
+    "ua/low", "ua/high", "against/ua" and so on; without those that were not measured."""
     found = {}
     for prefix, side in (("", report), ("against/", report["against"] or {})):
-        for name, metric in {**side.get("metrics", {}), **side.get("quality", {})}.items():
+        for name, metric in {**side.get("metrics", {}), **side.get("quality", {}), **rates_of_attacks(side)}.items():
             if metric:
                 found[prefix + name] = metric["rate"] if "rate" in metric else metric["value"]
                 ends = metric.get("ci95") or ()

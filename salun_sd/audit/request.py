@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ BEGINNINGS = {  # of the files of an audit
     "detections.jsonl": r'\{"file": "',
     LOOKED: r'[\s\S]{1,8}\{"',
 }
-WRITES = {"images", "against", TRACKED, *BEGINNINGS}
+WRITES = {"images", "against", "attacks", TRACKED, *BEGINNINGS}
 
 
 def check_values(**options: object) -> None:
@@ -183,15 +183,17 @@ class Request(NamedTuple):
         return 0 if self.concepts and not self.classes else sum(p.label not in self.concepts for p in self.rows)
 
     def bounds(
-        self, texts: Sequence[str], *, detectors: Sequence[str], against: bool, clip: bool, fid: bool, reference: bool
+        self, texts: Sequence[str], *, detectors: Sequence[str], against: bool, clip: bool, fid: bool, reference: bool,
+        attacks: Mapping[str, Collection[str]] = bounds.NO_ATTACKS,
     ) -> list[gate.Bound]:  # fmt: skip
-        """The bounds of --fail-if. Raises UsageError for a text that is not a bound, or needs what is not measured."""
+        """The bounds of --fail-if; of `attacks`, see `bounds.unmeasured`. Raises UsageError for a text that is not a
+        bound, or needs what is not measured."""
         absent = bounds.unmeasured(
             against=against, clip=clip, fid=fid, reference=reference, judged=bool(self.classifier),
             has_concepts=bool(self.concepts), has_others=any(name not in self.concepts for name in self.classes),
-            has_kept=any(p.label not in self.concepts for p in self.rows),
+            has_kept=any(p.label not in self.concepts for p in self.rows), attacks=attacks,
         )  # fmt: skip
-        known = bounds.names(self.concepts, self.categories, detectors)
+        known = bounds.names(self.concepts, self.categories, detectors, attacks)
         return [gate.parse(text, known, absent) for text in texts]
 
     def judge(self) -> Judge | None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from salun_sd.audit.attacked import effort
+from salun_sd.audit.bounds import attacks_in, rates_of_attacks
 from salun_sd.audit.report import READ, SCHEMA, Run, blank_files, images_of, in_part, settings_of
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.report.words import cell
@@ -87,6 +89,7 @@ def contradictions(side: dict) -> Iterator[str]:
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key} is {value}"
         most = images + len(side["broken"]) if key == "blank" else images
+        most = math.inf if key.startswith("attacks.") else most  # these images are not the audit's
         if {"n", "of"}.issubset(keys) and not (0 <= value["n"] and 0 <= value["of"] <= most):
             yield f"{key} has {value['n']} of {value['of']}, and there are {images} images"
         if {"n", "of", "rate", "ci95"}.issubset(keys) and not _is_share(**value):
@@ -125,12 +128,23 @@ def cells(side: dict) -> dict[tuple[int, str], object]:
     groups = (
         side["metrics"],
         {f"{OF_CONCEPT}{name}": metrics["ua"] for name, metrics in side["concepts"].items()},
+        _attacked(side),
         {f"{name}, {count['unit']}": count["n"] for name, count in side["protocols"].items()},
         {metric["name"]: metric for metric in side["quality"].values() if metric},
         {f"kappa of {table['first']} and {table['second']}": _kappa(table) for table in side.get("agreement", ())},
         {"images": images_of(side), "broken": len(side["broken"]), "blank": len(blank_files(side))},
     )
     return {(place, name): value for place, group in enumerate(groups) for name, value in group.items()}
+
+
+def _attacked(side: dict) -> dict[str, dict | None]:
+    """The success rates of attacks, of their controls and their floors, by name and by what is counted."""
+    rates, rows = rates_of_attacks(side), {}
+    for attack, entry in attacks_in(side).items():
+        for name in (f"{which}asr.{attack}" for which in ("", "control.", "floor.")):
+            if name in rates:
+                rows[f"{name}, {effort(entry)}"] = rates[name]
+    return rows
 
 
 def _kappa(table: dict) -> dict | None:

@@ -43,9 +43,9 @@ def parse(text: str, known: Sequence[str], absent: Mapping[str, str] = MappingPr
     """The bound that a text describes: one of < <= > >= between two sums of numbers, names and number * name.
 
     `known` has the names of the audited model; `against.` before a name makes it the base's. A name may have blanks and
-    hyphens ("ua.ankle boot", "ua.t-shirt"): the longest one that fits is taken. `absent` has the first parts of names
-    that will not be measured, and why. Raises UsageError if the text is not a bound, or has a name that is not known or
-    will not be measured.
+    hyphens ("ua.ankle boot", "ua.t-shirt"): the longest one that fits is taken. `absent` has the names, or first parts
+    of names, that will not be measured, and why. Raises UsageError if the text is not a bound, or has a name that is
+    not known or will not be measured.
     """
     tokens = _tokens(text, known)
     letters = {"name": "v", "number": "n", "sign": "<"}
@@ -54,7 +54,7 @@ def parse(text: str, known: Sequence[str], absent: Mapping[str, str] = MappingPr
         raise _no_bound(text)
     for name in [value for kind, value in tokens if kind == "name"]:
         group = name.removeprefix(AGAINST).partition(".")[0]
-        parts = ("against", group, AGAINST + group) if name.startswith(AGAINST) else (group,)
+        parts = ("against", group, AGAINST + group) if name.startswith(AGAINST) else (name, group)
         if why := next((absent[part] for part in parts if part in absent), None):
             raise UsageError(f"--fail-if {cut(text)!r}: {name} {why}.")
     at = kinds.index("<")

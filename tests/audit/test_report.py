@@ -32,7 +32,7 @@ def test_exact_report_with_a_base(base, erased):
     got = assemble(erased, base, prompts="pocket", settings={"seed": 0}, concepts=["sneaker"])
     assert json.dumps(got, indent=1) == json.dumps(
         {
-            "schema": 7,
+            "schema": 8,
             "salun_sd": version("salun-sd"),
             "model": "out/erased",
             "prompts": "pocket",
@@ -113,6 +113,7 @@ def test_exact_report_with_a_base(base, erased):
                 | difference(-0.285714, -0.641066, 0.122894),
             },
             "unpaired": None,
+            "attacks": None,
         },
         indent=1,
     )

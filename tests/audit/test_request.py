@@ -19,6 +19,7 @@ OWN = {
     "images of a run that was stopped": {"images": None},
     "what a kill leaves of a write": {".report.json.0123456789abcdef.partial": "", ".report.json.ab.partial-lock": ""},
     "what a kill leaves of a pass": {"images": None, ".detections.0.partial": "", ".stamps-0": ""},
+    "what attacks found": {"attacks": None},
     "a whole audit": {
         "report.json": '{\n  "schema": 4',
         "report.html": "<title>Audit of x",

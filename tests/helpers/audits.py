@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from salun_sd.audit.bounds import names, parts
+from salun_sd.audit.attacked import About, Side, attacked
+from salun_sd.audit.bounds import attacks_in, names, parts
 from salun_sd.audit.examine import ONE_COLOUR
 from salun_sd.audit.report import Run
 from salun_sd.report import gate
@@ -43,6 +44,34 @@ def make_run(folder: Path, model: str, predicted: list, boxes: dict[int, list]) 
             | {"boxes": boxes.get(case, []), "predicted": seen, "score": None if seen is None else 0.9}
         )
     return Run(model, folder, manifest, detections)
+
+
+def make_tries(model: str, seen: dict[int, str], folder: Path = Path("nowhere"), **changes) -> Run:
+    """The images of an attack on a sneaker; of each case a letter for each k from 0: S is seen as a sneaker, b as a bag,
+    x is broken. Without a folder, there are no files."""
+    manifest, detections = [], []
+    for case, k, letter in ((case, k, letter) for case, letters in seen.items() for k, letter in enumerate(letters)):
+        line_of_both = {"file": f"images/{case}_{k}.png", "case": case, "k": k}
+        row = {"prompt": f"try {k} of a sneaker", "class": "sneaker", "seed": 100 + case, "guidance": 3.0, "steps": 25}
+        found = {"predicted": {"S": "sneaker", "b": "bag"}.get(letter), "score": 0.9, "boxes": []}
+        found |= {"error": "it is empty"} if letter == "x" else {}
+        manifest.append(line_of_both | row | changes)
+        detections.append(line_of_both | {"detector": DETECTOR} | found)
+        if folder.is_dir():
+            (folder / "images").mkdir(exist_ok=True)
+            Image.new("RGB", (32, 32), (20 * case, 10 * k, 90)).save(folder / line_of_both["file"])
+    return Run(model, folder, manifest, detections)
+
+
+def make_entry(**about) -> dict:
+    """An attack that brings the sneaker back in 3 of 4 cases, its control in 2, its floor in 1."""
+    sides = {
+        "model": Side(make_tries("out/erased", {0: "bbS", 1: "Sbb", 2: "bbb", 3: "bSb"}),
+                      make_tries("out/erased", {0: "SS", 3: "bb"})),
+        "control": Side(make_tries("out/erased", {0: "bbb", 1: "Sbb", 2: "bbb", 3: "bbS"})),
+        "floor": Side(make_tries("floor", {0: "bbb", 1: "bbb", 2: "bbS", 3: "bbb"})),
+    }  # fmt: skip
+    return attacked(About({"lr": 0.01}, "quick", 2, **about), sides, ["sneaker"])
 
 
 def without_classifier(run: Run) -> Run:
@@ -92,5 +121,6 @@ def read_table(text: str, title: str) -> list[list[str]]:
 
 def judged(report: dict, text: str, confident: bool = False) -> dict:
     """A bound's entry in report.json."""
-    bound = gate.parse(text, names(list(report["concepts"]), list(report["categories"])))
+    known = names(list(report["concepts"]), list(report["categories"]), attacks=attacks_in(report))
+    bound = gate.parse(text, known)
     return gate.judge(bound, parts(report, bound, in_pairs=confident), confident)
