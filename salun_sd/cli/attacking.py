@@ -12,7 +12,6 @@ from salun_sd.cli.failures import fail_on
 from salun_sd.cli.start import begin
 from salun_sd.cli.streams import print_lines
 
-
 CONCEPT = Option(help="Prompt of the concept that was erased, such as 'a photo of a sneaker'.")
 CONCEPT_CLASS = Option(
     help="Its class in the prompt set, which the classifier has to see. For prompts without classes: any name; "
@@ -29,8 +28,8 @@ WITH = Option(
     + ".",
 )
 BASE = Option(
-    help="Checkpoint before the erasure. It draws the pictures of the concept. It is attacked, too, with prompts that do "
-    "not name the concept: so you see that an attack works."
+    help="Checkpoint before the erasure. It draws the pictures of the concept. It is attacked, too, with prompts that "
+    "do not name the concept: so you see that an attack works."
 )
 FLOOR = Option(
     help="Checkpoint that never knew the concept, such as one that was trained without it. It is attacked in the same "
