@@ -15,7 +15,7 @@ import torch
 from salun_sd.attacks.attack import Attack, Scene
 from salun_sd.attacks.catalog import ATTACKS
 from salun_sd.attacks.run import Run
-from salun_sd.attacks.target import Target
+from salun_sd.attacks.target import LARGE, Target
 from salun_sd.audit import attacked, deliver, detectors, quality
 from salun_sd.audit import run as audit
 from salun_sd.audit.examine import examine
@@ -26,8 +26,10 @@ from salun_sd.draw.folders import images_in
 from salun_sd.draw.generate import file_of
 from salun_sd.draw.images import read_image
 from salun_sd.draw.prompts import Prompt
+from salun_sd.edit.budget import Attacking
+from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.errors import SalunError, UsageError, first_line
-from salun_sd.runtime.device import default_device
+from salun_sd.runtime.device import Precision, default_device
 from salun_sd.runtime.texts import listed
 
 logger = logging.getLogger(__name__)
@@ -55,9 +57,11 @@ def attack(
     guidance: float | None = None, size: str | int | None = None, dtype: str | None = None, seed: int = 0,
     dry_run: bool = False, no_images: bool = False, fail_if: str | Sequence[str] = (), confident: bool = False,
     config: str | None = None, revision: str | None = None, variant: str | None = None,
-) -> dict:  # fmt: skip
+) -> dict | Forecast:  # fmt: skip
     """Attack a checkpoint, its control and, if they are given, its base and a floor. Writes the audit of the checkpoint
     and what the attacks show into `out`; returns what report.json holds.
+
+    With `dry_run`, returns what each attack will do and the memory instead, and writes nothing.
 
     The parameters are the options of `salun-sd attack`. An attack that fails is named in the report, and the others go
     on. Running it again searches, draws and judges only what is missing. Raises UsageError for arguments that are wrong
@@ -70,9 +74,11 @@ def attack(
         detector=detector, detector_model=detector_model, where=where, limit=limit, denoising_steps=denoising_steps,
         scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, no_images=no_images, fail_if=fail_if,
         confident=confident, config=config, revision=revision, variant=variant,
-    ))  # fmt: skip
+    ), attacks={name: _sides_of(o) if name in attacks else () for name in ATTACKS})  # fmt: skip
     cases = _attacked(job)
     sides = _sides(job, floor)
+    if dry_run:
+        return _forecast(o, job, attacks, len(cases))
     rows, run, of_base = audit.examined(job)
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
     tries, failed = _attack_all(o, job, attacks, sides, cases)
@@ -126,6 +132,11 @@ def _attacked(job: audit.Job) -> list[Prompt]:
     return [p for p in job.own if not job.request.classes or p.label in concepts]
 
 
+def _sides_of(o: SimpleNamespace) -> list[str]:
+    """The names of the sides of every attack."""
+    return ["model", "control", *["base"] * (o.base is not None), *["floor", "floor-control"] * (o.floor is not None)]
+
+
 def _sides(job: audit.Job, floor: str | Path | Checkpoint | None) -> list[Side]:
     """What is attacked. The floor must be of the model's family and size, as it is shown the same pictures."""
     sides = [Side("model", job.audited), Side("control", job.audited, control=True)]
@@ -141,6 +152,23 @@ def _sides(job: audit.Job, floor: str | Path | Checkpoint | None) -> list[Side]:
                                  f"{what.replace('_', ' ')} is {words[1]}, and not {words[0]}.")  # fmt: skip
         sides += [Side("floor", never), Side("floor-control", never, control=True)]
     return sides
+
+
+def _forecast(o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], prompts: int) -> Forecast:
+    """What --dry-run gives: the settings of each attack, and the memory of the largest one."""
+    model, precision = job.audited, Precision.to_draw(o.dtype, default_device())
+    compute = Compute(model, precision, precision, False, sum(t.shape.numel() for t in model.unet.values()))
+    others = compute.drawing(model.image_size, draws=True).others
+    if any("base" in attack.needs for attack in attacks.values()):
+        others += others + compute.weights * precision.dtype.itemsize
+    work = Attacking(
+        model.image_size, max(getattr(attack, "batch_size", 1) for attack in attacks.values()), precision,
+        compute.weights >= LARGE, model.pixels_per_latent, others, any(attack.trains for attack in attacks.values()),
+    )  # fmt: skip
+    settings = {name: ", ".join(f"{key} {value}" for key, value in attack.settings().items())
+                for name, attack in attacks.items()}  # fmt: skip
+    most = [attack.cases[o.budget] or prompts for attack in attacks.values()]
+    return compute.forecast([work], {"prompts": min(prompts, max(most)), **settings}, {})
 
 
 class Pictures:

@@ -66,6 +66,7 @@ class Attack:
     cases: ClassVar[dict] = {"quick": 10, "paper": None}  # the most prompts that are attacked
     needs: ClassVar[frozenset] = frozenset()  # of "text", "picture", "others", "base", "adversarial", "mask"
     from_picture: ClassVar[bool] = False  # whether it begins from a picture of the concept, and so can succeed anywhere
+    trains: ClassVar[bool] = False  # whether all weights of the UNet are trained
     drawing: ClassVar[tuple[str, int] | None] = None  # scheduler and steps, where they are the attack's own
 
     @classmethod
@@ -92,10 +93,6 @@ class Attack:
         """The tries of one prompt, in the order of their numbers from 1. Here: the prompt itself, with its own seed or,
         as a control, another."""
         return [Try(prompt.text, seed_of(prompt, int(scene.control)))]
-
-    def unet_passes(self, prompts: int) -> int:
-        """Passes of one image through the UNet, about, that the search takes; a backward pass counts as two more."""
-        return 0
 
 
 def plain(prompt: Prompt) -> Try:

@@ -2,13 +2,14 @@
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 from salun_sd.audit import deliver, detectors, drawing, looked, quality
+from salun_sd.audit.bounds import NO_ATTACKS
 from salun_sd.audit.classify import Judge
 from salun_sd.audit.clip import Clip
 from salun_sd.audit.collected import Pairs, collected, digest, gathered, matched, tools, with_classes
@@ -101,9 +102,9 @@ class Job(NamedTuple):
     trackers: list[str]
 
 
-def prepared(o: SimpleNamespace) -> Job:
+def prepared(o: SimpleNamespace, attacks: Mapping[str, Collection[str]] = NO_ATTACKS) -> Job:
     """The options of `evaluate`, checked: whatever can fail without drawing fails here, and what needs no model before
-    one is opened."""
+    one is opened. `attacks` are those whose numbers the bounds may have: see `bounds.unmeasured`."""
     check_values(
         model=o.model, prompts=o.prompts, out=o.out, where=o.where, limit=o.limit, against=o.against, images=o.images,
         concept_class=o.concept_class, classifier=o.classifier, detector=o.detector, detector_model=o.detector_model,
@@ -148,7 +149,7 @@ def prepared(o: SimpleNamespace) -> Job:
     if not (names or request.classifier or o.clip or o.fid or o.against):
         raise UsageError("--detector none leaves nothing to measure: add --classifier, --clip or --against.")
     parsed = request.bounds(o.fail_if, detectors=names, against=o.against is not None, clip=bool(o.clip),
-                            fid=bool(o.fid), reference=o.reference is not None)  # fmt: skip
+                            fid=bool(o.fid), reference=o.reference is not None, attacks=attacks)  # fmt: skip
     judge = request.judge()
     measures = quality.Measures(
         o.clip and Clip(o.clip, default_device()), o.fid and extractor(o.fid, JUDGE, default_device()), o.reference

@@ -95,7 +95,7 @@ def attack(
         revision=revision, variant=variant,
     )  # fmt: skip
     if dry_run:
-        tables.show_attack_plan(report)
+        tables.show_plan(report)
         return
     tables.show_audit(report)
     tables.show_attacks(report["attacks"])

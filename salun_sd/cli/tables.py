@@ -108,10 +108,11 @@ def show_plan(plan) -> None:
         for what, size in [*sizes.items(), ("in all", sum(sizes.values()))]:
             table.add_row(what, f"{size / 2**30:.2f}")
         show(table)
-    table = Table("on the disk", "MB", box=None)
-    for what, size in plan.disk.items():
-        table.add_row(what, f"{size / 1e6:,.1f}")
-    show(table)
+    if plan.disk:
+        table = Table("on the disk", "MB", box=None)
+        for what, size in plan.disk.items():
+            table.add_row(what, f"{size / 1e6:,.1f}")
+        show(table)
     free = gib(memory.available(default_device()))
     print_lines(f"The memory {'is enough' if plan.fits else 'is too small'}: {free} are free.")
     for options, size in plan.advice:

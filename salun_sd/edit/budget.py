@@ -1,4 +1,4 @@
-"""How much memory `mask` and `erase` will take at their peak, from the UNet's config alone: no weight is loaded.
+"""How much memory `mask`, `erase` and `attack` will take at their peak, from the UNet's config: no weight is loaded.
 
 The weights and the state beside them are counted. What a forward and backward pass holds is measured on the meta
 device.
@@ -187,6 +187,25 @@ class Erasing(Work):
 
     def in_smaller_batches(self) -> dict[str, Work]:
         return {f"--parts {self.most_parts}": replace(self, parts=self.most_parts)}
+
+
+@dataclass(frozen=True)
+class Attacking(Work):
+    """A search for the concept: the gradient of what the UNet reads, whose weights are frozen."""
+
+    others: int = 0  # bytes of the pipeline's parts beside the UNet, and of a second model where one is held
+    trains: bool = False  # whether all weights are trained instead, by AdamW
+    step = "attack"
+
+    def state(self, count: int, device: torch.device) -> dict[str, int]:
+        sizes = {"weights": self.others + count * self.dtype.itemsize}
+        return sizes | ({"gradients and moments": 12 * count} if self.trains else {})
+
+    def activations(self, unet: nn.Module, device: torch.device) -> int:
+        x_t, t, condition = _inputs(unet, self, self.batch)
+        unet.requires_grad_(self.trains)
+        [value.requires_grad_() for value in condition.values() if value.is_floating_point()]
+        return peak_of([unet], lambda: predict(unet, x_t, t, condition).sum().backward(), lambda p: 0)
 
 
 def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]:

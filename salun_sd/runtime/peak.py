@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def peak_of(models: list[nn.Module], run_pass: Callable[[], None], made_from: Callable[[nn.Parameter], int]) -> int:
-    """Bytes beside the models' weights at the peak of a pass. Each gradient is freed as soon as it is made, and with it
-    the bytes that are made from it, `made_from` its parameter."""
+    """Bytes beside the models' weights at the peak of a pass. Each gradient of a weight is freed as soon as it is made,
+    and with it the bytes that are made from it, `made_from` its parameter."""
     weights = [p for model in models for p in model.parameters()]
     with Live(weights) as live, _fused_attention():
 
@@ -21,7 +21,7 @@ def peak_of(models: list[nn.Module], run_pass: Callable[[], None], made_from: Ca
             live.peak = max(live.peak, live.bytes + made_from(p))
             p.grad = None
 
-        for p in weights:
+        for p in filter(lambda p: p.requires_grad, weights):
             p.register_post_accumulate_grad_hook(take)
         run_pass()
     return live.peak
