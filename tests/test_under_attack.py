@@ -1,0 +1,121 @@
+"""`attack`: an audit, attacks on a model, its control, its base and a floor, and what of them can be refused first."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import salun_sd
+from salun_sd.cli import app as cli
+from salun_sd.draw.prompts import Prompt
+from salun_sd.errors import UsageError
+from salun_sd.under_attack import nameless
+
+PROMPTS = "case_number,prompt,evaluation_seed,evaluation_guidance,class\n" + "".join(
+    f"{n},a photo of a {name},{n},3,{name}\n" for n, name in enumerate(("sneaker", "sneaker", "bag"))
+)
+WORDS = ["--concept", "a photo of a sneaker", "--concept-class", "sneaker"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.csv"
+    file.write_text(PROMPTS)
+    return str(file)
+
+
+def command(prompts, out, *more):
+    return ["attack", "pocket", *WORDS, "--prompts", prompts, "--out", str(out), *more]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of an audit but marks of time."""
+    names = (f for f in sorted(folder.rglob("*")) if f.is_file() and not f.name.startswith("."))
+    return {str(f.relative_to(folder)): f.read_bytes() for f in names}
+
+
+@pytest.fixture(scope="module")
+def attacked(prompts, tmp_path_factory):
+    """The pocket itself, attacked: it knows the concept, so attacks succeed."""
+    out = tmp_path_factory.mktemp("attacked") / "out"
+    cli.run(command(prompts, out, "--base", "pocket", "--floor", "pocket", "--with", "prefix", "--with", "round-trip"))
+    return out
+
+
+@pytest.mark.slow
+def test_every_side_has_its_images_and_its_rates(attacked):
+    report = json.loads((attacked / "report.json").read_text())
+    assert report["attacks"]["failed"] == {}
+    for name, entry in report["attacks"]["of"].items():
+        assert set(entry["sides"]) == {"model", "control", "base", "floor", "floor-control"}
+        for side, numbers in entry["sides"].items():
+            folder = attacked / "attacks" / name / side
+            lines = (folder / "manifest.jsonl").read_text().splitlines()
+            assert len(lines) == len(list((folder / "images").glob("*.png"))) == 2 * (1 + entry["tries"])
+            assert numbers["asr"]["of"] == 2
+    prefix = report["attacks"]["of"]["prefix"]
+    assert prefix["sides"]["model"]["pre"]["rate"] == 1  # nothing was erased
+    assert prefix["sides"]["model"] == {**prefix["sides"]["floor"], "model": prefix["sides"]["model"]["model"]}
+    assert prefix["paired"]["floor"]["difference"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(attacked, prompts, tmp_path):
+    out = tmp_path / "out"
+    argv = command(prompts, out, "--base", "pocket", "--floor", "pocket", "--with", "prefix", "--with", "round-trip")
+    for seconds in (9, 14, 20):
+        process = subprocess.Popen([sys.executable, "-m", "salun_sd", *argv], stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    cli.run(argv)
+    assert content(out) == content(attacked)
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        (["--with", "prefxi"], "prefxi"),
+        (["--with", "prefix"], "--base"),
+        (["--with", "tokens"], "--base"),
+        (["--with", "prompts"], "--adversarial"),
+        (["--with", "positions"], "--mask"),
+        (["--budget", "huge"], "huge"),
+        (["--floor", "pocket-ddpm"], "pocket-ddpm"),
+        (["--base", "pocket", "--with", "prefix", "--fail-if", "floor.asr.prefix > 0"], "--floor"),
+        (["--base", "pocket", "--with", "prefix", "--fail-if", "asr.tokens > 0"], "asr.tokens"),
+    ],
+)
+def test_what_cannot_be_attacked_is_refused_before_anything_is_drawn(words, name, prompts, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(command(prompts, tmp_path / "out", *words))
+    assert stop.value.code == 2 and name in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_concept_that_no_judge_knows_is_refused(tmp_path):
+    file = tmp_path / "p.csv"
+    file.write_text("prompt,class\na photo of a dog,dog\n")
+    with pytest.raises(UsageError, match="--classifier"):
+        salun_sd.attack("pocket", concept="a photo of a dog", concept_class="dog", prompts=str(file),
+                        out=tmp_path / "out", pictures=tmp_path)  # fmt: skip
+    with pytest.raises(UsageError, match="--concept-class"):
+        salun_sd.attack("pocket", concept="a photo of a bag", prompts="pocket", out=tmp_path / "out", pictures=tmp_path)
+
+
+def test_a_dry_run_says_what_each_attack_does_and_writes_nothing(prompts, tmp_path):
+    plan = salun_sd.attack("pocket", concept="a photo of a sneaker", concept_class="sneaker", prompts=prompts,
+                           base="pocket", out=tmp_path / "out", dry_run=True)  # fmt: skip
+    assert {"prefix", "conditioning", "round-trip"} <= plan.settings.keys() and plan.settings["prompts"] == 2
+    assert sum(plan.plans["attack"].values()) > 0 and not (tmp_path / "out").exists()
+
+
+def test_a_prompt_loses_the_name_and_nothing_else():
+    prompt = Prompt(1, "A Sneaker, two sneakers, an ankle boot", 1, 3)
+    assert nameless(prompt, ["sneaker"]).text == "A thing, two sneakers, an ankle boot"
+    assert nameless(prompt, ["boot", "ankle boot"]).text == "A Sneaker, two sneakers, an thing"
+    assert nameless(prompt, []) == prompt
