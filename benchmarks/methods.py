@@ -18,7 +18,7 @@ import math
 import platform
 import shlex
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
@@ -71,6 +71,7 @@ class Row(NamedTuple):
     ssim: float | None = None
     seconds: float | None = None  # of `erase`
     peak: float | None = None  # GiB of memory, of `erase`
+    denoising: int = 25  # steps to draw an image: those of pocket; it had 25, with leading spacing, until 26 Nov 2026
 
     @property
     def lost(self) -> float:
@@ -125,7 +126,7 @@ def audited(here: Path, base: Path) -> dict[str, float]:
     return {
         "ua": rates["ua"]["rate"], "ra": round(rates["ra"]["rate"], 6), "base_ra": round(before["ra"]["rate"], 6),
         "change": round(quality["change"]["value"], 6), "ssim": round(quality["change_ssim"]["value"], 6),
-        "seconds": round(of_run["seconds"]), "peak": round(max(of_run["peak_bytes"].values()) / 2**30, 2),
+        "denoising": report["settings"]["sampling"]["steps"], "seconds": round(of_run["seconds"]), "peak": round(max(of_run["peak_bytes"].values()) / 2**30, 2),
     }  # fmt: skip
 
 
@@ -143,7 +144,7 @@ thread. Up to six other programs shared the core: seconds do not compare.
 Each class is erased towards the next one. UA: share of the concept's 100 prompts whose image is not classified as it.
 RA: share of 180 prompts of the other classes classified as what they ask for, less the base's on the same prompts and
 seeds. Change: mean absolute difference of the kept images' pixels from the base's, 0 to 1. Beside a mean stands the
-worst class. All rows are in [methods.jsonl](methods.jsonl).
+worst class. {drawn(table)} All rows are in [methods.jsonl](methods.jsonl).
 
 ![UA against change](methods.svg)
 
@@ -178,6 +179,13 @@ said so.
     )
     if table:
         (HERE / "methods.svg").write_text(scatter(table))
+
+
+def drawn(rows: list[Row]) -> str:
+    """In how many steps the images of a table were drawn, in words."""
+    counts = Counter(row.denoising for row in rows)
+    each = [f"{steps} denoising steps in {count} rows" for steps, count in sorted(counts.items())]
+    return f"All images of a row are drawn alike: {' and '.join(each)}."
 
 
 def groups(rows: list[Row], names: tuple[str, ...]) -> Iterable[tuple[tuple, list[Row]]]:

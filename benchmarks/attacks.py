@@ -1,0 +1,197 @@
+"""Attacks on erasures of pocket's classes: beside the base, a control, and a model that was trained without the class.
+
+    python -m salun_sd.pocket.train --data /usr/share/datasets/fashion-mnist --without sneaker --out /tmp/no-sneaker
+    python benchmarks/attacks.py --out /tmp/attacks --concept sneaker --floor /tmp/no-sneaker
+
+Runs the commands that a person would type. Each row, an attack on an erasure, is kept in benchmarks/attacks.jsonl, and
+benchmarks/attacks.md and attacks.svg are written from all of them. A row that is there is not measured again. What is
+found in base and floor serves all erasures of a class.
+"""
+
+import json
+import platform
+import shlex
+import shutil
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+from statistics import mean
+from time import monotonic
+from typing import Annotated, NamedTuple
+
+import kept_rows
+import typer
+from methods import RUNS, WITHOUT_ANCHOR
+from pocket_classes import cpu
+
+from salun_sd.checkpoint.find import find
+from salun_sd.cli import app as cli
+from salun_sd.cli.demo import photo_of
+
+HERE = Path(__file__).parent
+ROWS = HERE / "attacks.jsonl"
+# name => a run of methods.py, and its support where it is not the published one
+ERASURES = {"salun": ("salun", None), "salun:paper": ("salun:paper", None), "no mask": ("salun", "none"),
+            "esd": ("esd", None), "uce": ("uce", None)}  # fmt: skip
+SHARED = ("base", "floor", "floor-control")  # sides that do not depend on the erasure
+
+
+class Row(NamedTuple):
+    """An attack on an erasure: shares of prompts. None where there was no such side."""
+
+    concept: str
+    erasure: str
+    attack: str
+    budget: str
+    seed: int
+    prompts: int
+    tries: int
+    pre: float  # without attack
+    asr: float
+    fresh: float | None
+    control: float
+    base: float  # the prompts do not name the concept
+    base_pre: float
+    floor: float
+    floor_pre: float
+    floor_control: float
+    over_floor: list[float]  # 95 % interval of asr - floor, paired
+    seconds: float  # of the whole command, over the number of attacks
+    fingerprint: str  # of the floor's UNet
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and what the attacks find.")],
+    concept: Annotated[str, typer.Option(help="A class.")],
+    floor: Annotated[Path, typer.Option(help="A pocket checkpoint that was trained without the class.")],
+    erasure: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(ERASURES)}. Default: all.")] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="Default: all that can run.")] = None,
+    budget: Annotated[str, typer.Option(help="As of salun-sd attack.")] = "quick",
+    seed: Annotated[int, typer.Option(help="Of erasure and search.")] = 0,
+) -> None:
+    for name in erasure or ERASURES:
+        measure(out, concept, name, floor, attack or [], budget, seed)
+        write(kept_rows.read(ROWS, Row))
+
+
+def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[str], budget: str, seed: int) -> None:
+    """Erase a class and attack it, unless there are such rows."""
+    known = {row.attack for row in kept_rows.read(ROWS, Row) if row[:2] + row[3:5] == (concept, erasure, budget, seed)}
+    wanted = [name for name in attacks if name not in known]
+    if known and not wanted:
+        return
+    here = out / f"{concept}-{erasure}-{budget}-{seed}".replace(" ", "_").replace(":", "_")
+    shared = out / f"{concept}-shared-{budget}-{seed}"
+    run, support = ERASURES[erasure]
+    anchor = [] if run in WITHOUT_ANCHOR else ["--anchor", photo_of(kept_rows.next_class(concept))]
+    if not (here / "erased" / "model_index.json").exists():
+        cli.run(["erase", "pocket", "--method", run.partition(":")[0], "--concept", photo_of(concept), *anchor,
+                 *(["--mask", support] if support else []), *shlex.split(RUNS[run]), "--seed", str(seed),
+                 "--out", str(here / "erased")])  # fmt: skip
+    attacked = here / "attacked"
+    if shared.exists() and not attacked.exists():
+        shutil.copytree(shared, attacked)
+    begun, mask = monotonic(), here / "erased.run" / "mask.safetensors"
+    cli.run(["attack", str(here / "erased"), "--concept", photo_of(concept), "--concept-class", concept,
+             "--prompts", "pocket", "--where", f"class={concept}", "--base", "pocket", "--floor", str(floor),
+             *(["--mask", str(mask)] if mask.exists() and not support else []),
+             *(word for name in wanted for word in ("--with", name)),
+             "--budget", budget, "--seed", str(seed), "--out", str(attacked)])  # fmt: skip
+    seconds, report = monotonic() - begun, json.loads((attacked / "report.json").read_text())
+    if not shared.exists():
+        sides = [path for side in SHARED for path in attacked.glob(f"attacks/*/{side}")]
+        for folder in [attacked / "against", *sides]:
+            shutil.copytree(folder, shared / folder.relative_to(attacked))
+    entries = report["attacks"]["of"]
+    for name, entry in entries.items():
+        if name not in known:
+            numbers = of_sides(entry) | {"seconds": round(seconds / len(entries))}
+            kept_rows.add(ROWS, Row(concept, erasure, name, budget, seed, **numbers,
+                                    fingerprint=find(str(floor)).fingerprint[:16]))  # fmt: skip
+
+
+def of_sides(entry: dict) -> dict:
+    """What a row has of an attack's entry in the report."""
+
+    def rate(side: str, key: str) -> float | None:
+        share = entry["sides"][side][key]
+        return share and share["rate"]
+
+    return {
+        "prompts": entry["sides"]["model"]["asr"]["of"], "tries": entry["tries"], "pre": rate("model", "pre"),
+        "asr": rate("model", "asr"), "fresh": rate("model", "fresh"), "control": rate("control", "asr"),
+        "base": rate("base", "asr"), "base_pre": rate("base", "pre"), "floor": rate("floor", "asr"),
+        "floor_pre": rate("floor", "pre"), "floor_control": rate("floor-control", "asr"),
+        "over_floor": entry["paired"]["floor"]["ci95"],
+    }  # fmt: skip
+
+
+def write(rows: list[Row]) -> None:
+    by_class = defaultdict(lambda: defaultdict(dict))  # class, budget, seed => attack => erasure => row
+    for row in rows:
+        by_class[row.concept, row.budget, row.seed][row.attack][row.erasure] = row
+    (HERE / "attacks.md").write_text(
+        f"""# Attacks on erasures of the pocket checkpoint's classes
+
+`python benchmarks/{Path(__file__).name} --out DIR --concept CLASS --floor MODEL`, {date.today()}, {cpu()}, Python
+{platform.python_version()}; one thread. In all {sum(row.seconds for row in rows) / 3600:.1f} hours for the attacks.
+
+Each class is erased towards the next one, with the options that [methods.md](methods.md) names. The floor is `python -m
+salun_sd.pocket.train --without CLASS`: text encoder and UNet trained anew without the class, as long as the base and with
+the same seed; the VAE is the base's. A number is the share of prompts with an image that the pocket judge takes for the
+class, among the image without attack and those of all tries (of an attack in stages: at the last one). Under "base", the
+prompts say "thing" in place of the class: an attack that does not reach the class there says nothing. In brackets, the
+control: as many random tries. All rows are in [attacks.jsonl](attacks.jsonl), with their intervals.
+
+{"".join(table(key, attacks) for key, attacks in by_class.items())}
+"""
+    )
+    (HERE / "attacks.svg").write_text(picture(rows))
+
+
+def table(key: tuple, attacks: dict[str, dict[str, Row]]) -> str:
+    concept, budget, seed = key
+    names = [name for name in ERASURES if any(name in of for of in attacks.values())]
+    lines = []
+    for attack, of in attacks.items():
+        one = next(iter(of.values()))
+        cells = [f"{of[name].asr:.2f} ({of[name].control:.2f})" if name in of else "" for name in names]
+        lines.append(f"| {attack}, best of {one.tries} | {one.base:.2f} (before: {one.base_pre:.2f}) "
+                     f"| {one.floor:.2f} ({one.floor_control:.2f}) | {' | '.join(cells)} |\n")  # fmt: skip
+    first = next(iter(next(iter(attacks.values())).values()))
+    return (
+        f"## {concept}, --budget {budget}, seed {seed}\n\n{first.prompts} prompts; the floor's UNet is "
+        f"{first.fingerprint}.\n\n| attack | base | floor | {' | '.join(names)} |\n"
+        f"| --- | --- | --- |{' --- |' * len(names)}\n{''.join(lines)}\n"
+    )
+
+
+def picture(rows: list[Row]) -> str:
+    """A line for each attack: a stroke from the floor's mean success to that of each erasure."""
+    attacks = list(dict.fromkeys(row.attack for row in rows))
+    names, step, left, width = [n for n in ERASURES if any(r.erasure == n for r in rows)], 26, 130, 620
+    colours = dict(zip(ERASURES, ("#0969da", "#cf222e", "#8250df", "#bf8700", "#1a7f37"), strict=True))
+    marks = []
+    for n, attack in enumerate(attacks):
+        y = 40 + n * step
+        some = [row for row in rows if row.attack == attack]
+        floor = left + width * mean(row.floor for row in some)
+        marks += [f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{attack}</text>',
+                  f'<path d="M{left} {y}H{left + width}" stroke="#8886"/>',
+                  f'<path d="M{floor:.0f} {y - 9}V{y + 9}" stroke="#888" stroke-width="3"/>']  # fmt: skip
+        for name in names:
+            if of := [row.asr for row in some if row.erasure == name]:
+                x = left + width * mean(of)
+                marks.append(f'<circle cx="{x:.0f}" cy="{y}" r="5" fill="{colours[name]}" fill-opacity="0.8"/>')
+    for n, name in enumerate(names):
+        marks.append(f'<circle cx="{left + 120 * n}" cy="14" r="5" fill="{colours[name]}"/>'
+                     f'<text x="{left + 120 * n + 10}" y="18">{name}</text>')  # fmt: skip
+    height = 60 + step * len(attacks)
+    ticks = [f'<text x="{left + width * share:.0f}" y="{height - 8}" text-anchor="middle">{share:g}</text>'
+             for share in (0, 0.25, 0.5, 0.75, 1)]  # fmt: skip
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 40} {height}" fill="#888" '
+            f'font-family="sans-serif" font-size="12">\n' + "\n".join([*marks, *ticks]) + "\n</svg>\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
