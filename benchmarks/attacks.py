@@ -137,11 +137,11 @@ def write(rows: list[Row]) -> None:
 {platform.python_version()}; one thread. In all {sum(row.seconds for row in rows) / 3600:.1f} hours for the attacks.
 
 Each class is erased towards the next one, with the options that [methods.md](methods.md) names. The floor is `python -m
-salun_sd.pocket.train --without CLASS`: text encoder and UNet trained anew without the class, as long as the base and with
-the same seed; the VAE is the base's. A number is the share of prompts with an image that the pocket judge takes for the
-class, among the image without attack and those of all tries (of an attack in stages: at the last one). Under "base", the
-prompts say "thing" in place of the class: an attack that does not reach the class there says nothing. In brackets, the
-control: as many random tries. All rows are in [attacks.jsonl](attacks.jsonl), with their intervals.
+salun_sd.pocket.train --without CLASS`: text encoder and UNet trained anew without the class, as long as the base and
+with the same seed; the VAE is the base's. A number is the share of prompts with an image that the pocket judge takes
+for the class, among the image without attack and those of all tries (of an attack in stages: at the last one). Under
+"base", the prompts say "thing" in place of the class: an attack that does not reach the class there says nothing. In
+brackets, the control: as many random tries. All rows are in [attacks.jsonl](attacks.jsonl), with their intervals.
 
 {"".join(table(key, attacks) for key, attacks in by_class.items())}
 """

@@ -126,7 +126,8 @@ def audited(here: Path, base: Path) -> dict[str, float]:
     return {
         "ua": rates["ua"]["rate"], "ra": round(rates["ra"]["rate"], 6), "base_ra": round(before["ra"]["rate"], 6),
         "change": round(quality["change"]["value"], 6), "ssim": round(quality["change_ssim"]["value"], 6),
-        "denoising": report["settings"]["sampling"]["steps"], "seconds": round(of_run["seconds"]), "peak": round(max(of_run["peak_bytes"].values()) / 2**30, 2),
+        "denoising": report["settings"]["sampling"]["steps"], "seconds": round(of_run["seconds"]),
+        "peak": round(max(of_run["peak_bytes"].values()) / 2**30, 2),
     }  # fmt: skip
 
 
@@ -144,7 +145,9 @@ thread. Up to six other programs shared the core: seconds do not compare.
 Each class is erased towards the next one. UA: share of the concept's 100 prompts whose image is not classified as it.
 RA: share of 180 prompts of the other classes classified as what they ask for, less the base's on the same prompts and
 seeds. Change: mean absolute difference of the kept images' pixels from the base's, 0 to 1. Beside a mean stands the
-worst class. {drawn(table)} All rows are in [methods.jsonl](methods.jsonl).
+worst class.
+{drawn(table)}
+All rows are in [methods.jsonl](methods.jsonl).
 
 ![UA against change](methods.svg)
 

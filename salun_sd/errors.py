@@ -16,6 +16,12 @@ class UsageError(SalunError):
     exit_code = 2
 
 
+class OutOfTime(SalunError):
+    """What ends before it has a result, because its time is over; the same command goes on."""
+
+    exit_code = 4
+
+
 def some(names: Sequence[str], count: int = 5) -> str:
     """The first `count` names, and how many more there are."""
     rest = f" and {len(names) - count} more" if len(names) > count else ""

@@ -15,7 +15,7 @@ from salun_sd.draw import generate
 from salun_sd.draw.encode import warn_of_long
 from salun_sd.draw.kept import kept_images
 from salun_sd.draw.prompts import Prompt
-from salun_sd.errors import SalunError
+from salun_sd.errors import OutOfTime
 from salun_sd.runtime import ranks
 from salun_sd.runtime.cache import folder as cache_folder
 from salun_sd.runtime.device import Precision, default_device, dtype_name
@@ -82,7 +82,7 @@ def draw(
             takewhile(lambda p: all(out / generate.file_of(p, k) not in missing for k in range(samples)), prompts)
         )
         if not prompts:
-            raise SalunError(f"No prompt has all of its images of {model.name} yet: type the same command again to go "
+            raise OutOfTime(f"No prompt has all of its images of {model.name} yet: type the same command again to go "
                              "on, or give a longer --limit-time.")  # fmt: skip
     return prompts, {"identity": model.identity, **sampling, "samples": samples, "safety_checker": "off"}
 

@@ -143,7 +143,7 @@ def _part(pieces: list[Piece], allow_missing: bool) -> dict | None:
     if not allow_missing:
         where = [f"{piece.folder} lacks {n:,}" for piece in pieces if (n := piece.report["part"]["missing"])]
         where += [f"shard {name} is not given" for name in absent]
-        raise SalunError(f"{of - rows:,} of {of:,} prompts are missing ({some(where, 10)}): finish the shards with "
+        raise SalunError(f"Missing: {of - rows:,} of {of:,} prompts ({some(where, 10)}): finish the shards with "
                          "their evaluate commands, or give --allow-missing.")  # fmt: skip
     return part_of(rows, of, of - rows, absent=absent)
 

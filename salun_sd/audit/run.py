@@ -59,16 +59,15 @@ def evaluate(
     """
     begun = time.monotonic()
     job = prepared(SimpleNamespace(**locals()))
-    tracked = tracker.started(job.trackers, job.out, {"images": job.samples * len(job.own)})
-    rows, run, of_base = examined(job)
-    found = quality.look(job.measures, run, of_base, job.request.concepts)
-    report = assembled(job, rows, run, of_base, found)
-    if shard and ranks.is_main():
-        looked.save(found, job.out)
-    deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images)
-    if record and ranks.is_main():
-        provenance.add_audit(job.audited.path, headline_metrics(report) | {"sampling": job.settings["sampling"]})
-    with tracked:
+    with tracker.started(job.trackers, job.out, {"images": job.samples * len(job.own)}) as tracked:
+        rows, run, of_base = examined(job)
+        found = quality.look(job.measures, run, of_base, job.request.concepts)
+        report = assembled(job, rows, run, of_base, found)
+        if shard and ranks.is_main():
+            looked.save(found, job.out)
+        deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images)
+        if record and ranks.is_main():
+            provenance.add_audit(job.audited.path, headline_metrics(report) | {"sampling": job.settings["sampling"]})
         tracked.log(tracked.last + 1, numbers(report))
     return report
 

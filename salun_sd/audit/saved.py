@@ -59,7 +59,7 @@ def _report(file: Path) -> dict:
     if schema not in READ:
         advice = AGAIN if schema < SCHEMA else "Update it."
         raise SalunError(f"{file} has schema {schema}, of another salun-sd, and this one reads "
-                         f"{' and '.join(map(str, READ))}. {advice}")  # fmt: skip
+                         f"{', '.join(map(str, READ))}. {advice}")  # fmt: skip
     try:
         faults = [fault for side in (report, report["against"]) if side for fault in contradictions(side)]
         if not faults:

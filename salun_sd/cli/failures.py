@@ -79,8 +79,8 @@ def stop_on(part: dict | None) -> None:
     """Exit with code 4, and say how to go on, where --limit-time ended an audit before all was drawn."""
     if part and part["missing"]:
         if ranks.is_main():
-            logger.error(f"Stopped by --limit-time, and {part['missing']:,} prompts are missing: type the same command "
-                         "again to go on.", extra={"fields": {"code": 4}})  # fmt: skip
+            logger.error(f"Stopped by --limit-time; missing prompts: {part['missing']:,}. Type the same command again "
+                         "to go on.", extra={"fields": {"code": 4}})  # fmt: skip
         _end(4)
 
 
