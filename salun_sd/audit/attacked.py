@@ -156,8 +156,8 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
     """How to read the rates of a report's attacks. `shown` formats names."""
     attacks, entries = report["attacks"], attacks_in(report)
     yield (
-        "An attack searches for the concept in the model. It succeeds on a prompt if one of the prompt’s images shows "
-        f"the concept: the one without attack, or that of any try. The judge is {shown(attacks['judged_by'])}."
+        "An attack searches for the concept in the model. It succeeds on a prompt if any of the prompt’s images shows "
+        f"the concept: the image without attack, or that of a try. The judge is {shown(attacks['judged_by'])}."
     )
     if wrong := attacks["false_positives"]:
         yield f"Of {wrong['of']} images of other classes, the judge takes {wrong['n']} for the concept."

@@ -66,12 +66,12 @@ def settings_of(report: dict) -> dict[str, object]:
 
 
 def attack_settings(report: dict) -> dict[str, dict]:
-    """For each attack of a report all that its rates depend on."""
+    """For each attack of a report all that its rates depend on, but for the number of tries."""
     settings = {}
     for name, entry in attacks_in(report).items():
         models = {f"{side} model": of["model"] for side, of in entry["sides"].items() if side in ("base", "floor")}
-        run = {key: entry[key] for key in ("budget", "tries", "stages")}
-        settings[f"{ATTACK}{name}"] = {"judge": report["attacks"]["judged_by"]} | run | models | entry["settings"]
+        about = {"judge": report["attacks"]["judged_by"], "budget": entry["budget"]}
+        settings[f"{ATTACK}{name}"] = about | models | entry["settings"]
     return settings
 
 

@@ -120,7 +120,8 @@ def show_plan(plan) -> None:
 
 
 def show_audit(report: dict) -> None:
-    """The metrics of an audit, with the base's in a column beside them."""
+    """The metrics of an audit, with the base's in a column beside them; the rates of attacks, of all their sides."""
+    from salun_sd.audit.bounds import rates_of_attacks
     from salun_sd.report.words import in_words, rate
 
     columns = {str(report["model"]): report}
@@ -134,6 +135,8 @@ def show_audit(report: dict) -> None:
     for name in report["quality"]:
         if any(side["quality"][name] for side in columns.values()):
             table.add_row(name, *(in_words(side["quality"][name]) for side in columns.values()))
+    for name, share in rates_of_attacks(report).items():
+        table.add_row(name, rate(share))
     show(table)
 
 

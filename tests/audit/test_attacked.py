@@ -134,7 +134,7 @@ def test_rates_have_the_names_of_bounds_and_trackers(report):
 
 def test_what_rates_depend_on_is_among_the_settings(report):
     named = {name: value for name, value in settings_of(report).items() if name.startswith("attack prefix ")}
-    assert named["attack prefix lr"] == 0.01 and named["attack prefix tries"] == 2
+    assert named["attack prefix lr"] == 0.01 and named["attack prefix budget"] == "quick"
     assert named["attack prefix floor model"] == "floor" and "the judge" in named["attack prefix judge"]
 
 

@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
-from helpers.audits import blanked, judged, several, torn, without_classifier
+from helpers.audits import blanked, judged, make_entry, several, torn, without_classifier
 
-from salun_sd.audit.bounds import CHANGES, names, unmeasured
+from salun_sd.audit.attacked import in_report
+from salun_sd.audit.bounds import ATTACKED, CHANGES, names, of_attack, unmeasured
 from salun_sd.audit.report import assemble
 from salun_sd.errors import UsageError
 from salun_sd.report.gate import parse
@@ -162,3 +163,56 @@ def test_images_of_one_colour_can_be_bound_by_number_and_by_rate(base, erased):
     assert not judged(made, "against.blank_rate > 0.3543", confident=True)["holds"]
     nothing = assemble(torn(erased, *range(7)), base, prompts="p", settings={})
     assert not judged(nothing, "blank > 0")["holds"] and not judged(nothing, "blank_rate > 1")["holds"]
+
+
+WHOLE = ("model", *ATTACKED)
+UNDER_ATTACK = {"prefix": WHOLE, "round-trip": ("model", "base"), "tokens": ()}
+OF_ATTACKS = names(["t"], [], attacks=UNDER_ATTACK)
+
+
+def test_a_bound_may_name_the_rates_of_attacks_and_of_their_other_sides():
+    for name in [*of_attack("prefix"), "asr.round-trip", "base.asr.round-trip"]:
+        assert bound(f"{name} > 0", OF_ATTACKS, attacks=UNDER_ATTACK).terms == {name: 1}
+    both = bound("asr.prefix-floor-control.asr.prefix > 0.05", OF_ATTACKS, attacks=UNDER_ATTACK)
+    assert both.terms == {"asr.prefix": 1, "floor-control.asr.prefix": -1}
+
+
+@pytest.mark.parametrize(("text", "of_prefix", "give"), [
+    ("asr.tokens > 0", WHOLE, "asr.tokens .*--with tokens"),
+    ("floor.asr.tokens > 0", WHOLE, "floor.asr.tokens .*--with tokens"),
+    ("asr.prefix - floor.asr.prefix > 0.05", ("model", "control"), "floor.asr.prefix .*--floor"),
+    ("floor-control.asr.prefix > 0", ("model",), "floor-control.asr.prefix .*--floor"),
+    ("base.asr.prefix < 1", ("model",), "base.asr.prefix .*--base"),
+    ("control.asr.round-trip > 0", WHOLE, "control.asr.round-trip does not exist"),
+    ("fresh.asr.prefix > 0", ("model",), "fresh.asr.prefix does not exist"),
+    ("against.asr.prefix > 0", WHOLE, "against.asr.prefix .*base.asr"),
+    ("asr.prefx > 0", WHOLE, "asr.prefx.*asr.prefix"),
+    ("floor.asr > 0", WHOLE, "floor.asr.*floor.asr.prefix"),
+])  # fmt: skip
+def test_a_bound_on_what_no_attack_measures_is_refused_with_what_to_give(text, of_prefix, give):
+    attacks = UNDER_ATTACK | {"prefix": of_prefix, "round-trip": ("model",)}
+    with pytest.raises(UsageError, match=give):
+        bound(text, OF_ATTACKS, attacks=attacks)
+
+
+def test_a_bound_on_the_base_of_attacks_without_one_names_the_option_of_attacks():
+    with pytest.raises(UsageError, match="--base"):
+        bound("ra < against.ra", OF_ATTACKS, attacks=UNDER_ATTACK, against=False)
+
+
+def test_attacks_are_judged_beside_their_floor_in_pairs_of_cases(report, base):
+    """3 of 4 cases, 2 of the control's, 1 of the floor's; the fresh images are 2 of 4."""
+    made = report | {"attacks": in_report({"prefix": make_entry()}, report | {"settings": report["settings"] | {
+        "classifier": "the judge"}}, base)}  # fmt: skip
+    assert not judged(made, "asr.prefix > 0.74")["holds"] and judged(made, "asr.prefix > 0.75")["holds"]
+    assert judged(made, "asr.prefix - control.asr.prefix > 0.25")["holds"]
+    assert judged(made, "fresh.asr.prefix > 0.5")["holds"] and not judged(made, "floor.asr.prefix < 0.26")["holds"]
+    apart = judged(made, "asr.prefix - floor.asr.prefix > 0.5")
+    assert apart["holds"] and set(apart["values"]) == {"asr.prefix", "floor.asr.prefix"}
+    pairs = made["attacks"]["of"]["prefix"]["paired"]["floor"]
+    values = judged(made, "asr.prefix > floor.asr.prefix + 0.05", confident=True)["values"]
+    upper = pairs["ci95"][1]
+    assert values == {"asr.prefix - floor.asr.prefix": {"value": 0.5, "ci95": pairs["ci95"], "judged_at": upper}}
+    assert set(judged(made, "asr.prefix > fresh.asr.prefix", True)["values"]) == {"asr.prefix", "fresh.asr.prefix"}
+    gone = judged(made, "base.asr.prefix < 2")
+    assert not gone["holds"] and gone["values"] == {"base.asr.prefix": None}

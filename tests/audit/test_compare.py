@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from helpers.audits import EVIL, blanked, line, make_run, read_table, several
+from helpers.audits import EVIL, blanked, line, make_entry, make_run, read_table, several
 
 from salun_sd.audit.compare import compare
 from salun_sd.audit.forms import as_csv, as_json, as_markdown, lines, sentences
@@ -271,6 +271,66 @@ def test_what_is_no_report_is_named_with_what_to_do(salun, tmp_path):
 
 def share(n: int, of: int, rate: float, low: float = 0.0, high: float = 1.0) -> dict:
     return {"n": n, "of": of, "rate": rate, "ci95": [low, high], "interval": "wilson"}
+
+
+def attack(folder, judge="the judge", **about):
+    """An attack more in the report of an audit."""
+    report = json.loads((folder / "report.json").read_text())
+    under = {"judged_by": judge, "false_positives": None, "of": {"prefix": make_entry() | about}}
+    (folder / "report.json").write_text(seals.line(report | {"attacks": under}))
+    return folder
+
+
+def test_attacks_stand_beside_their_control_and_floor(salun, esd):
+    attack(salun), attack(esd)
+    [table] = compare([salun, esd])
+    names = [f"{which}asr.prefix, best of 2" for which in ("", "control.", "floor.")]
+    assert [[metric and metric["n"] for metric in table.rows[name]] for name in names] == [
+        [3, 3, None], [2, 2, None], [1, 1, None]]  # fmt: skip
+    assert list(table.rows)[3:6] == names and table.differs == {}
+    rows = list(csv.DictReader(io.StringIO(as_csv([table]))))
+    assert [row["n"] for row in rows if row["metric"] == names[0]] == ["3", "3", ""]
+
+
+def test_attacks_that_were_not_run_alike_are_said_and_have_rows_of_their_own(salun, esd, tmp_path, erased):
+    attack(salun), attack(esd, judge="another", tries=9)
+    [table] = compare([salun, esd])
+    assert [row for row in table.rows if row.startswith("asr.")] == ["asr.prefix, best of 2", "asr.prefix, best of 9"]
+    assert list(table.differs) == ["attack prefix judge"]
+    without = write(tmp_path / "without", named(erased, "none"))
+    [table] = compare([salun, without])
+    assert table.differs == {} and table.rows["asr.prefix, best of 2"][1] is None
+
+
+def test_a_report_of_the_version_before_has_no_attacks(salun, esd):
+    report = json.loads((esd / "report.json").read_text())
+    del report["attacks"]
+    (esd / "report.json").write_text(seals.line(report | {"schema": 7}))
+    [table] = compare([attack(salun), esd])
+    assert table.rows["asr.prefix, best of 2"][1] is None and "esd" in table.paired
+
+
+@pytest.mark.parametrize(("place", "value"), [
+    ("sides.model.asr", {"n": 5, "of": 4, "rate": 1.25, "ci95": [0.0, 1.0]}),
+    ("sides.floor.pre.rate", 0.5),
+    ("sides.model.curve", [{"n": 1, "of": 4, "rate": 0.5, "ci95": [0.0, 1.0]}]),
+    ("paired.floor.difference", 0.75),
+])  # fmt: skip
+def test_a_report_whose_attacks_contradict_themselves_is_refused_with_their_key(salun, esd, place, value):
+    report = json.loads((attack(salun) / "report.json").read_text())
+    *inside, last = place.split(".")
+    functools.reduce(dict.__getitem__, inside, report["attacks"]["of"]["prefix"])[last] = value
+    (salun / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SalunError, match=rf"attacks\.of\.prefix\.{'.'.join(place.split('.')[:2])}"):
+        compare([salun, esd])
+
+
+def test_a_report_whose_attacks_lack_something_is_damaged(salun, esd):
+    report = json.loads((attack(salun) / "report.json").read_text())
+    del report["attacks"]["of"]["prefix"]["sides"]["model"]["asr"]
+    (salun / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SalunError, match="damaged"):
+        compare([salun, esd])
 
 
 IMPOSSIBLE = {  # a value that the numbers of a report cannot have, by its place

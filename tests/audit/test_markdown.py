@@ -1,7 +1,7 @@
 import dataclasses
 import re
 
-from helpers.audits import EVIL, blanked, categorised, judged, line, read_table, without_classifier
+from helpers.audits import EVIL, blanked, categorised, judged, line, make_entry, read_table, without_classifier
 
 from salun_sd.audit.examine import ONE_COLOUR
 from salun_sd.audit.markdown import page
@@ -97,3 +97,27 @@ def test_what_people_wrote_is_shown_as_text(erased):
     assert got.count("@mention") >= 5 and "mention" not in outside and "<" not in outside
     metrics, *_, settings = tables(got)
     assert all(len(row) == 2 for row in metrics + settings)
+
+
+def test_page_has_attacks_beside_control_and_floor(base, erased):
+    made = assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"])
+    entries = {"prefix": make_entry(), "relearn": make_entry(stages=["no attack", EVIL, "50 steps"], from_picture=True)}
+    entries["relearn"]["sides"]["model"]["back_at"] = "50 steps"
+    under = {"judged_by": EVIL, "false_positives": None, "of": entries}
+    got = page(made | {"attacks": under})
+    whole = next(table for table in tables(got) if table[0][0] == "attack")
+    assert whole[0] == ["attack", "tries", "before", "ASR", "fresh", "control", "floor", "base",
+                        "ASR - control", "ASR - floor"]  # fmt: skip
+    prefix, relearn = whole[2:]
+    assert prefix[:4] == ["`prefix`", "`best of 2, quick`", "1 / 4 = 0.250 [0.046, 0.699]",
+                          "3 / 4 = 0.750 [0.301, 0.954]"]  # fmt: skip
+    assert [cell.partition(" [")[0] for cell in prefix[4:]] == [
+        "2 / 4 = 0.500", "2 / 4 = 0.500", "1 / 4 = 0.250", "not measured", "+0.250", "+0.500"]  # fmt: skip
+    assert relearn[1] == "`at 50 steps, quick`" and relearn[3].startswith("1 / 4")
+    [curve] = [table for table in tables(got) if table[0][0] == "stage"]
+    assert curve[0] == ["stage", "model", "control", "floor"] and len(curve) == 2 + 3 + 1
+    assert [cell.partition(" ")[0] for cell in curve[2]] == ["`no", "1", "1", "0"]
+    assert curve[5] == ["back at", "`50 steps`", "no stage", "no stage"]
+    assert "mention" not in re.sub(r"(?<!`)``(?!`).*?(?<!`)``(?!`)", "", got)
+    assert "attack prefix lr" in [row[0] for row in tables(got)[-1]]
+    assert "attack" not in page(made).lower()

@@ -6,7 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.audits import ERASED, blanked, box, categorised, judged, line, make_run, several, torn, without_classifier
+from helpers.audits import (
+    ERASED,
+    blanked,
+    box,
+    categorised,
+    judged,
+    line,
+    make_entry,
+    make_run,
+    make_tries,
+    several,
+    torn,
+    without_classifier,
+)
 from helpers.browser import CHROMIUM, Browser
 from PIL import Image
 from skimage.data import astronaut
@@ -232,7 +245,15 @@ def evil(run: Run, prompt: str) -> tuple[dict, Run]:
     extra = {"broken": {prompt: prompt}, "quality": NO_QUALITY | {"change": fid, "fid": fid}}
     made["against"] |= extra
     gate = {"bound": prompt, "holds": False, "confident": False, "values": {prompt: None}}
-    return made | extra | {"gate": [gate]}, run
+    return made | extra | {"gate": [gate], "attacks": under_attack(prompt)}, run
+
+
+def under_attack(text: str, **about) -> dict:
+    """A report's attacks: prefix, and relearn in stages, whose last is that text."""
+    relearn = make_entry(stages=["no attack", "10 steps", text], from_picture=True, **about)
+    relearn["sides"]["model"]["back_at"] = text
+    false_positives = {"n": 1, "of": 9, "rate": 0.111111, "ci95": [0.02, 0.4], "interval": "wilson"}
+    return {"judged_by": text, "false_positives": false_positives, "of": {"prefix": make_entry(), "relearn": relearn}}
 
 
 @pytest.mark.parametrize("images", [True, False])
@@ -370,6 +391,42 @@ def test_page_has_the_quality_of_both_models_with_the_metrics_whole_names(base, 
     assert 'class="metrics quality"' in page and 'class="metrics quality"' not in page_of(erased, base)
 
 
+def test_page_has_a_row_for_each_attack_beside_its_control_and_floor(base, erased):
+    made = assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"])
+    page = html(made | {"attacks": under_attack("50 steps")}, erased, base)
+    attacks = section(page, "attacks")
+    head, prefix, relearn, _, *stages = rows(attacks)
+    assert head == ["Attack", "before", "ASR", "fresh", "control", "floor", "ASR − control", "ASR − floor"]
+    assert "best of 2" in prefix[0] and "quick" in prefix[0] and "at 50 steps" in relearn[0]
+    assert prefix[1:6] == ["25.0 % 1 / 4 5 to 70 %", "75.0 % 3 / 4 30 to 95 %", "50.0 % 2 / 4 9 to 91 %",
+                           "50.0 % 2 / 4 15 to 85 %", "25.0 % 1 / 4 5 to 70 %"]  # fmt: skip
+    assert [cell.partition(" ")[0] for cell in prefix[6:]] == ["+25.0", "+50.0"]
+    assert [stage[0] for stage in stages] == ["no attack", "10 steps", "50 steps"] and len(stages[0]) == 4
+    assert "1 for the concept" in text(attacks) and "“relearn”" in text(attacks)  # which begins with a picture
+    assert 'id="attacks"' in page and "#attacks" in page and "attacks" not in html(made, erased, base)
+    assert ["attack prefix: lr", "0.01"] in rows(section(page, "settings"))
+    with_base = under_attack("50 steps")
+    with_base["of"]["prefix"]["sides"]["base"] = with_base["of"]["prefix"]["sides"]["model"]
+    head, prefix, relearn, *_ = rows(section(html(made | {"attacks": with_base}, erased, base), "attacks"))
+    assert head[4:] == ["control", "floor", "base", "ASR − control", "ASR − floor"]
+    assert prefix[6] == prefix[2] and relearn[6] == "–"
+
+
+def test_pictures_of_attacks_are_successes_and_always_blurred(base, erased, tmp_path):
+    tries = make_tries("out/erased", {n: "bbSS" for n in range(20)}, tmp_path, prompt=EVIL)
+    made = assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"]) | {"attacks": under_attack("last")}
+    attacks = section(html(made, erased, base, attacks={"prefix": tries, "relearn": tries}), "attacks")
+    assert len(sources(attacks)) == attacks.count('class="frame flagged"') == attacks.count("<input") == 12
+    assert text(attacks).count(EVIL) == 12 and "<script" not in attacks
+    shown = re.findall(r"<small><bdi>(\w+)</bdi>, case (\d+), image (\d+)", attacks)
+    assert [(name, int(case)) for name, case, _ in shown] == [(a, n) for n in range(6) for a in ("prefix", "relearn")]
+    assert {k for *_, k in shown} == {"2"}
+    bare = html(made, erased, base, images=False, attacks={"prefix": tries})
+    assert "<img" not in bare and rows(section(bare, "attacks"), "prefix")
+    none = make_tries("out/erased", {0: "Sbb"}, tmp_path)
+    assert not sources(section(html(made, erased, base, attacks={"prefix": none}), "attacks"))
+
+
 def test_page_names_what_could_not_be_read_and_shows_none_of_it(base, erased):
     why = "image file is <truncated>"
     assert not [row for row in rows(page_of(erased, base)) if why in row]
@@ -485,8 +542,9 @@ def written(tmp_path_factory) -> Path:
     manifest = [line(row, prompt=[EVIL, TURNED, "w" * 300][row["case"] % 3]) for row in run.manifest]
     run = dataclasses.replace(run, manifest=manifest)
     made = assemble(run, run, prompts="p" * 200, settings={"note": EVIL}, concepts=["sneaker", "bag"])
-    made = evil(small, EVIL)[0] | made
-    (folder / "report.html").write_text(html(made, run, run), encoding="utf-8")
+    made = evil(small, EVIL)[0] | made | {"attacks": under_attack(EVIL)}
+    tries = make_tries("out/erased", {n: "bS" for n in range(3)}, folder / "small", prompt=TURNED)
+    (folder / "report.html").write_text(html(made, run, run, attacks={"prefix": tries}), encoding="utf-8")
     return folder / "report.html"
 
 
@@ -500,7 +558,7 @@ def audit(browser, written) -> Browser:
 
 def test_browser_opens_the_page_from_disk_and_asks_for_nothing_else(audit):
     pictures = audit.value("[...document.images].map(i => [i.complete, i.naturalWidth])")
-    assert len(pictures) == 120 and all(done and width == 192 for done, width in pictures)
+    assert len(pictures) == 123 and all(done and width in (192, 32) for done, width in pictures)
     wanted = {request["request"]["url"][:11] for request in audit.happened("Network.requestWillBeSent")}
     assert {url.partition(":")[0] for url in wanted} == {"file", "data"} and len(wanted) == 2
     assert audit.happened("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown") == []
@@ -516,7 +574,7 @@ def test_browser_blurs_flagged_pictures_until_chosen_by_mouse_or_keyboard(audit)
         getComputedStyle(label.querySelector('.veil')).display)"""
     hidden = "blur(24px) saturate(0.6) grid"
     assert audit.value(state) == [hidden, hidden]
-    assert audit.value("document.querySelectorAll('.flagged').length") == 40
+    assert audit.value("document.querySelectorAll('.flagged').length") == 43
     audit.value("document.querySelector('.flagged').click()")
     assert audit.value(state) == ["none none", hidden]
     audit.value("document.querySelectorAll('.flagged input')[1].focus()")
@@ -532,7 +590,8 @@ def test_browser_blurs_flagged_pictures_until_chosen_by_mouse_or_keyboard(audit)
 def test_browser_tells_a_screen_reader_what_a_blurred_picture_is(audit):
     nodes = audit.call("Accessibility.getFullAXTree")["nodes"]
     boxes = [n["name"]["value"] for n in nodes if n.get("role", {}).get("value") == "checkbox"]
-    assert len(boxes) == 40 and all("blurred" in name and "score 0." in name for name in boxes)
+    assert len(boxes) == 43 and all("blurred" in name for name in boxes)
+    assert sum("score 0." in name for name in boxes) == 40  # the others are of an attack
     pictures = [n["name"]["value"] for n in nodes if n.get("role", {}).get("value") in ("image", "img")]
     assert pictures and all(" case " in name for name in pictures)
 

@@ -47,8 +47,8 @@ def make_run(folder: Path, model: str, predicted: list, boxes: dict[int, list]) 
 
 
 def make_tries(model: str, seen: dict[int, str], folder: Path = Path("nowhere"), **changes) -> Run:
-    """The images of an attack on a sneaker; of each case a letter for each k from 0: S is seen as a sneaker, b as a bag,
-    x is broken. Without a folder, there are no files."""
+    """The images of an attack on a sneaker. Each case has a letter for each k from 0: S is seen as a sneaker, b as a
+    bag, x is broken. Without a folder, there are no files."""
     manifest, detections = [], []
     for case, k, letter in ((case, k, letter) for case, letters in seen.items() for k, letter in enumerate(letters)):
         line_of_both = {"file": f"images/{case}_{k}.png", "case": case, "k": k}
