@@ -48,14 +48,15 @@ def unmeasured(
     by_name = "; or, for prompts without classes, --concept-class and a CLIP as --classifier"
     no_kept = "needs prompts that ask for no concept, and these all ask for one: give other --prompts"
     no_distance = "does not exist where --fid compares with the base's own images: add --reference"
+    give = "--base" if attacks else "--against"
     reasons = [
         *_of_attacks(attacks),
-        ("against", against, f"needs a base: add {'--base' if attacks else '--against'}"),
+        ("against", against, f"needs a base: add {give}"),
         *((AGAINST + name, False, "does not exist: base.asr.NAME is of the base") for name in ("asr", *ATTACKED)),
         *((AGAINST + name, False, "does not exist: it is the change from the base") for name in CHANGES),
         *((name, has_kept, no_kept) for name in CHANGES),
         ("change_features", fid, "needs an extractor: add --fid"),
-        *((name, against, "compares with a base: add --against") for name in CHANGES),
+        *((name, against, f"compares with a base: add {give}") for name in CHANGES),
         ("clip_score", clip, "needs a CLIP: add --clip"),
         *((name, fid, "needs an extractor: add --fid") for name in ("fid", "kid")),
         *((AGAINST + name, reference, no_distance) for name in ("fid", "kid")),

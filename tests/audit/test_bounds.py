@@ -196,8 +196,9 @@ def test_a_bound_on_what_no_attack_measures_is_refused_with_what_to_give(text, o
 
 
 def test_a_bound_on_the_base_of_attacks_without_one_names_the_option_of_attacks():
-    with pytest.raises(UsageError, match="--base"):
-        bound("ra < against.ra", OF_ATTACKS, attacks=UNDER_ATTACK, against=False)
+    for text in ("ra < against.ra", "change > 0.1"):
+        with pytest.raises(UsageError, match="--base"):
+            bound(text, OF_ATTACKS, attacks=UNDER_ATTACK, against=False)
 
 
 def test_attacks_are_judged_beside_their_floor_in_pairs_of_cases(report, base):
