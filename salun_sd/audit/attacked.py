@@ -1,15 +1,15 @@
 """A model under attack: what the tries of each attack show, as success rates beside a control and a floor. Pure.
 
 An attack has several sides. model: the audited one. control: the same model, with as many tries at random. base: the
-base under the same attack. floor: a model that never knew the concept. base-control, floor-control: as many tries at
-random on these.
+base under the same attack, its prompts without the concept's name. floor: a model that never knew the concept.
+base-control, floor-control: as many tries at random on these.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from salun_sd.audit.bounds import attacks_in
+from salun_sd.audit.bounds import NO_ATTACKS, attacks_in
 from salun_sd.audit.measure import Key, concepts_in, flagged_by, pair, paired, share
 from salun_sd.audit.protocols import DEFAULT_LABELS, THRESHOLD
 from salun_sd.audit.report import Run
@@ -121,9 +121,12 @@ def _at(images: Mapping[Key, bool], stage: int) -> dict[Key, bool]:
     return {key: hit for key, hit in images.items() if key[1] == stage}
 
 
-def in_report(entries: Mapping[str, dict], report: dict, others: Run) -> dict:
-    """The report's `attacks`: the entries by the names of their attacks, and their judge. `others` is the audit's run
-    of the base, or of the model if there is no base: on its images of other classes the judge errs."""
+def in_report(
+    entries: Mapping[str, dict], report: dict, others: Run, failed: Mapping[str, str] = NO_ATTACKS
+) -> dict:  # fmt: skip
+    """The report's `attacks`: the entries by the names of their attacks, their judge, and why others `failed`. `others`
+    is the audit's run of the base, or of the model if there is no base: on its images of other classes the judge
+    errs."""
     settings = report["settings"]
     concepts = settings["concepts"]
     if concepts:
@@ -133,7 +136,7 @@ def in_report(entries: Mapping[str, dict], report: dict, others: Run) -> dict:
         judge = f"{detector}, any flagged label from a score of {THRESHOLD:g} on"
     of_others = {(row["case"], row["k"]) for row in others.manifest if row["class"] not in (None, *concepts)}
     errors = {key: hit for key, hit in shows(others, concepts).items() if key in of_others} if concepts else {}
-    return {"judged_by": judge, "false_positives": share(errors), "of": dict(entries)}
+    return {"judged_by": judge, "false_positives": share(errors), "of": dict(entries), "failed": dict(failed)}
 
 
 def successes(attacks: Mapping[str, Run], concepts: Sequence[str], count: int) -> list[tuple[str, Key]]:
@@ -167,6 +170,11 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
     )
     if not any("floor" in entry["sides"] for entry in entries.values()):
         yield "No floor was measured: such a model may show the concept as often."
+    if any("base" in entry["sides"] for entry in entries.values()):
+        yield (
+            "On the base, the prompts do not name the concept: if an attack does not succeed there, its failure on the "
+            "model means nothing."
+        )
     if any(entry["sides"]["model"]["fresh"] for entry in entries.values()):
         yield "“Fresh” are images of what was found, from seeds that the search did not see."
     if any(entry["stages"] for entry in entries.values()):
@@ -176,3 +184,5 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
             f"{named(pictures, shown)}: such an attack begins with a picture of the concept, so it can succeed on any "
             "model. Read it only beside its control and its floor."
         )
+    for name, why in attacks["failed"].items():
+        yield f"{shown(name)} failed, and has no rates: {shown(why)}."

@@ -148,8 +148,9 @@ def test_how_to_read_the_rates_says_what_is_there_and_no_more(report):
     alone = make_entry()
     del alone["sides"]["floor"], alone["sides"]["control"]
     alone["sides"]["model"]["fresh"] = None
-    bare = report | {"attacks": {"judged_by": "j", "false_positives": None, "of": {"prefix": alone}}}
-    lonely = " ".join(sentences(bare))
+    under = {"judged_by": "j", "false_positives": None, "of": {"prefix": alone}, "failed": {"tokens": "no memory"}}
+    lonely = " ".join(sentences(report | {"attacks": under}))
+    assert "“tokens”" in lonely and "“no memory”" in lonely and "failed" not in plain
     assert "“Fresh”" not in lonely and "No floor" in lonely and "No floor" not in plain and "4 images" not in lonely
 
 

@@ -276,7 +276,7 @@ def share(n: int, of: int, rate: float, low: float = 0.0, high: float = 1.0) -> 
 def attack(folder, judge="the judge", **about):
     """An attack more in the report of an audit."""
     report = json.loads((folder / "report.json").read_text())
-    under = {"judged_by": judge, "false_positives": None, "of": {"prefix": make_entry() | about}}
+    under = {"judged_by": judge, "false_positives": None, "of": {"prefix": make_entry() | about}, "failed": {}}
     (folder / "report.json").write_text(seals.line(report | {"attacks": under}))
     return folder
 

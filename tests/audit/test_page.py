@@ -253,7 +253,8 @@ def under_attack(text: str, **about) -> dict:
     relearn = make_entry(stages=["no attack", "10 steps", text], from_picture=True, **about)
     relearn["sides"]["model"]["back_at"] = text
     false_positives = {"n": 1, "of": 9, "rate": 0.111111, "ci95": [0.02, 0.4], "interval": "wilson"}
-    return {"judged_by": text, "false_positives": false_positives, "of": {"prefix": make_entry(), "relearn": relearn}}
+    entries = {"prefix": make_entry(), "relearn": relearn}
+    return {"judged_by": text, "false_positives": false_positives, "of": entries, "failed": {"tokens": text}}
 
 
 @pytest.mark.parametrize("images", [True, False])
@@ -402,7 +403,9 @@ def test_page_has_a_row_for_each_attack_beside_its_control_and_floor(base, erase
                            "50.0 % 2 / 4 15 to 85 %", "25.0 % 1 / 4 5 to 70 %"]  # fmt: skip
     assert [cell.partition(" ")[0] for cell in prefix[6:]] == ["+25.0", "+50.0"]
     assert [stage[0] for stage in stages] == ["no attack", "10 steps", "50 steps"] and len(stages[0]) == 4
-    assert "1 for the concept" in text(attacks) and "“relearn”" in text(attacks)  # which begins with a picture
+    assert (
+        "“tokens”" in text(attacks) and "1 for the concept" in text(attacks) and "“relearn”" in text(attacks)
+    )  # which begins with a picture
     assert 'id="attacks"' in page and "#attacks" in page and "attacks" not in html(made, erased, base)
     assert ["attack prefix: lr", "0.01"] in rows(section(page, "settings"))
     with_base = under_attack("50 steps")
