@@ -83,7 +83,7 @@ def attack(
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
     tries, failed = _attack_all(o, job, attacks, sides, cases)
     entries = {name: _entry(o, attacks[name], of, job.request.concepts) for name, of in tries.items()}
-    report["attacks"] = attacked.in_report(entries, report, of_base or run) | {"failed": failed}
+    report["attacks"] = attacked.in_report(entries, report, of_base or run, failed)
     deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images,
                    attacks={name: of["model"].tries for name, of in tries.items()})  # fmt: skip
     return report
