@@ -1,7 +1,8 @@
 """What every attack is: settings, and up to three steps that it may take in its own way."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -11,6 +12,9 @@ from salun_sd.attacks.target import Target
 from salun_sd.core.diffusion import Condition
 from salun_sd.draw.generate import seed_of
 from salun_sd.draw.prompts import Prompt
+
+OPENING = re.compile(r"(?:(?:an?|the) )?(?:photo|photograph|image|picture|painting|drawing) of ", re.IGNORECASE)
+ARTICLE = re.compile(r"(?:an?|the) ", re.IGNORECASE)
 
 
 class Try(NamedTuple):
@@ -38,11 +42,24 @@ class Scene:
     others: Callable[[], torch.Tensor] | None = None  # pictures of other things: latents [N, C, h, w]
     base: Target | None = None
     words: Sequence[str] = ()  # descriptions of the concept, one a line of the user's file
-    adversarial: Sequence[str] = ()  # prompts of others
+    synonyms: Sequence[str] = ()  # more prompts of the concept
+    adversarial: Mapping[int, str] = field(default_factory=dict)  # prompts of others, by case
     mask: dict[str, torch.Tensor] | None = None  # the weights that the erasure could change, bool
     given: str = ""  # a digest of the pictures and texts that the user gave
     control: bool = False  # whether random draws of the same kind are tried, in place of a search
     seed: int = 0
+
+    @property
+    def thing(self) -> str:
+        """What the concept's prompt shows: "a photo of a sneaker" => "a sneaker"."""
+        opening = OPENING.match(self.concept)
+        return self.concept[opening.end() :] if opening else self.concept
+
+    @property
+    def name(self) -> str:
+        """What the concept's prompt shows, without its article: "a photo of a sneaker" => "sneaker"."""
+        article = ARTICLE.match(self.thing)
+        return self.thing[article.end() :] if article else self.thing
 
     def pictures(self) -> torch.Tensor:
         """The pictures of the concept for all prompts: latents [N, C, h, w]."""

@@ -58,31 +58,33 @@ class Target:
 
     def encode(self, before: str, vectors: Sequence[torch.Tensor] = (), after: str = "") -> Condition:
         """The condition [1, ...] of a text in which `vectors`, [k, D] for each text encoder, stand between two texts.
+        Vectors [B, k, D] give [B, ...].
 
         Gradients flow to the vectors. Raises UsageError where the text has more tokens than the model reads.
         """
         if not vectors:
             return embedded(self.pipeline, before)
-        count, first = len(vectors[0]), 1 + len(self.ids(before))
+        vectors = [values.reshape(-1, *values.shape[-2:]) for values in vectors]
+        rows, count, first = *vectors[0].shape[:2], 1 + len(self.ids(before))
         text = " ".join(filter(None, [before, *[SLOT] * count, after]))
         self.check_room(0, text)
         hooks = [
             encoder.get_input_embeddings().register_forward_hook(
                 lambda module, inputs, output, values=values: torch.cat(
-                    [output[:, :first], values[None].to(output), output[:, first + count :]], 1
+                    [output[:, :first], values.to(output), output[:, first + count :]], 1
                 )
             )
             for encoder, values in zip(self.encoders(), vectors, strict=True)
         ]
         try:
-            return embedded(self.pipeline, text)
+            return embedded(self.pipeline, [text] * rows)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def vectors(self, tokens: Sequence[int]) -> list[torch.Tensor]:
-        """The embeddings [k, D] of tokens, for each text encoder."""
-        return [table[list(tokens)] for table in self.tables()]
+    def vectors(self, tokens: Sequence[int] | torch.Tensor) -> list[torch.Tensor]:
+        """The embeddings [..., D] of tokens [...], for each text encoder."""
+        return [table[torch.as_tensor(tokens)] for table in self.tables()]
 
     def with_tokens(self, tokens: Sequence[int], text: str) -> Condition:
         """The condition of a text with tokens before it."""

@@ -71,9 +71,9 @@ def encode_prompts(pipeline, texts: list[str]) -> Condition:
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
 
 
-def embedded(pipeline, text: str) -> Condition:
-    """A prompt => "context" [1, L, D] and, for SDXL, "text_embeds" [1, E], on the pipeline's device, as the pipeline
-    encodes it to draw. Gradients flow through it."""
+def embedded(pipeline, text: str | list[str]) -> Condition:
+    """A prompt, or B of them => "context" [B, L, D] and, for SDXL, "text_embeds" [B, E], on the pipeline's device, as
+    the pipeline encodes it to draw. Gradients flow through it."""
     device = pipeline.text_encoder.device
     context, _, *pooled = pipeline.encode_prompt(
         text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
