@@ -2,18 +2,18 @@
 
 import hashlib
 import logging
-import re
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
+from collections.abc import Sequence
+from functools import cache
 from itertools import groupby, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import torch
 
 from salun_sd.attacks.attack import Attack, Scene
 from salun_sd.attacks.catalog import ATTACKS
+from salun_sd.attacks.given import Pictures, Texts, nameless
+from salun_sd.attacks.prompts import attacked_with
 from salun_sd.attacks.run import Run
 from salun_sd.attacks.target import LARGE, Target
 from salun_sd.audit import attacked, deliver, detectors, quality
@@ -21,10 +21,7 @@ from salun_sd.audit import run as audit
 from salun_sd.audit.examine import examine
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
-from salun_sd.draw.encode import encode_image, pixels
-from salun_sd.draw.folders import images_in
 from salun_sd.draw.generate import file_of
-from salun_sd.draw.images import read_image
 from salun_sd.draw.prompts import Prompt
 from salun_sd.edit.budget import Attacking
 from salun_sd.edit.resources import Compute, Forecast
@@ -35,7 +32,6 @@ from salun_sd.runtime.texts import listed
 logger = logging.getLogger(__name__)
 
 BUDGETS = ("quick", "paper")
-NAMELESS = "thing"  # the word in place of the concept's, where an attack has to find it by itself
 
 
 class Side(NamedTuple):
@@ -75,13 +71,12 @@ def attack(
         scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, no_images=no_images, fail_if=fail_if,
         confident=confident, config=config, revision=revision, variant=variant,
     ), attacks={name: _sides_of(o) if name in attacks else () for name in ATTACKS})  # fmt: skip
-    cases = _attacked(job)
-    sides = _sides(job, floor)
+    cases, sides, texts = _attacked(job), _sides(job, floor), Texts.of(o.concept, job.audited, o.words, o.adversarial)
     if dry_run:
         return _forecast(o, job, attacks, len(cases))
     rows, run, of_base = audit.examined(job)
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
-    tries, failed = _attack_all(o, job, attacks, sides, cases)
+    tries, failed = _attack_all(o, job, attacks, sides, cases, texts)
     entries = {name: _entry(o, attacks[name], of, job.request.concepts) for name, of in tries.items()}
     report["attacks"] = attacked.in_report(entries, report, of_base or run, failed)
     deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images,
@@ -171,54 +166,27 @@ def _forecast(o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], pr
     return compute.forecast([work], {"prompts": min(prompts, max(most)), **settings}, {})
 
 
-class Pictures:
-    """Pictures of the concept, one for each prompt, as latents of any target."""
-
-    def __init__(self, files: dict[int, Path], others: Sequence[tuple[Path, str]]):
-        self.files, self.others = files, others
-
-    @property
-    def digest(self) -> str:
-        whole = hashlib.sha256()
-        for file in [*self.files.values(), *(file for file, _ in self.others)]:
-            whole.update(hashlib.sha256(file.read_bytes()).digest())
-        return whole.hexdigest()
-
-    def of(self, target: Target) -> Callable[[Prompt], torch.Tensor]:
-        encoded = lru_cache(None)(partial(_latents, target))
-        return lambda prompt: encoded(self.files[prompt.case])
-
-
-def _latents(target: Target, file: Path) -> torch.Tensor:
-    """An image file as latents [1, C, h, w] of a target."""
-    values, _ = pixels(read_image(file), target.model.image_size)
-    return encode_image(target.pipeline, values)[None]
-
-
 def _pictures(o: SimpleNamespace, job: audit.Job, cases: list[Prompt]) -> Pictures | None:
     """The user's pictures of the concept, in turn; or those that the base drew for the same prompts."""
-    drawn = job.out / "against"
-    asked = {p.case for p in cases}
+    drawn, asked = job.out / "against", {p.case for p in cases}
     others = [(drawn / file_of(p, 0), p.text) for p in job.own if p.case not in asked] if job.base else []
     if o.pictures:
-        files = images_in(Path(o.pictures))
-        return Pictures({p.case: files[n % len(files)] for n, p in enumerate(cases)}, others)
+        return Pictures.of_folder(Path(o.pictures), cases, others)
     return Pictures({p.case: drawn / file_of(p, 0) for p in cases}, others) if job.base else None
 
 
-def nameless(prompt: Prompt, names: Sequence[str]) -> Prompt:
-    """The prompt with another word in place of the concept's names."""
-    pattern = "|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True))
-    return prompt._replace(text=re.sub(pattern, NAMELESS, prompt.text, flags=re.IGNORECASE) if names else prompt.text)
-
-
 def _attack_all(
-    o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], sides: list[Side], cases: list[Prompt]
+    o: SimpleNamespace,
+    job: audit.Job,
+    attacks: dict[str, Attack],
+    sides: list[Side],
+    cases: list[Prompt],
+    texts: Texts,
 ) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:
     """Run each attack on each side, a model at a time: what was drawn, and the attacks that failed, with the reason."""
     drawn, failed, dtype = {name: {} for name in attacks}, {}, job.sampling["dtype"]
     pictures, names = _pictures(o, job, cases), list(job.request.concepts)
-    given = hashlib.sha256(f"{pictures and pictures.digest}".encode()).hexdigest()
+    given = hashlib.sha256(f"{pictures and pictures.digest()} {texts}".encode()).hexdigest()
     opened_base = cache(lambda: Target(job.base, dtype))
     for model, group in groupby(sides, key=lambda side: side.model):
         target = opened_base() if model is job.base else Target(model, dtype)
@@ -228,9 +196,11 @@ def _attack_all(
             rows = cases[: attack.cases[o.budget]]
             scene = Scene(
                 target, o.concept, [nameless(p, names) for p in rows] if side.nameless else rows,
-                pictures and pictures.of(target), control=side.control, seed=o.seed, given=given,
-                base=opened_base() if "base" in attack.needs else None,
+                pictures and pictures.of(target), words=texts.words, synonyms=texts.synonyms, control=side.control,
+                seed=o.seed, given=given, base=opened_base() if "base" in attack.needs else None,
             )  # fmt: skip
+            if "adversarial" in attack.needs:
+                scene = attacked_with(scene, texts.adversarial[: attack.cases[o.budget]])
             try:
                 drawn[name][side.name] = _on_one(name, attack, scene, side, job)
             except (SalunError, OSError, RuntimeError) as e:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import salun_sd
+from salun_sd.attacks.given import nameless
 from salun_sd.cli import app as cli
 from salun_sd.draw.prompts import Prompt
 from salun_sd.errors import UsageError
-from salun_sd.under_attack import nameless
 
 PROMPTS = "case_number,prompt,evaluation_seed,evaluation_guidance,class\n" + "".join(
     f"{n},a photo of a {name},{n},3,{name}\n" for n, name in enumerate(("sneaker", "sneaker", "bag"))

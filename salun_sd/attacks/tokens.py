@@ -90,9 +90,6 @@ class Tokens(Attack):
             wanted = scene.base.predict(x_t, t, aim)
         return diffusion.mse(scene.target.predict(x_t, t, scene.target.encode("", points)), wanted).mean()
 
-    def unet_passes(self, prompts: int) -> int:
-        return 4 * self.steps * prompts
-
 
 def normal(target: Target, usable: torch.Tensor) -> list[torch.Tensor]:
     """The embeddings of the usable tokens [N, D], each of length 1, for each text encoder."""

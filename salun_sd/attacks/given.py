@@ -1,0 +1,78 @@
+"""What the user gives to an attack: pictures, and texts."""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from salun_sd.attacks.target import Target
+from salun_sd.checkpoint import provenance
+from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.draw import prompts
+from salun_sd.draw.encode import encode_image, pixels
+from salun_sd.draw.folders import images_in
+from salun_sd.draw.images import read_image
+from salun_sd.draw.prompts import Prompt
+from salun_sd.errors import UsageError
+
+NAMELESS = "thing"  # the word in place of the concept's, where an attack has to find it by itself
+
+
+class Pictures(NamedTuple):
+    """Pictures of the concept, a file for each case, and of other things, with their captions."""
+
+    files: dict[int, Path]
+    others: list[tuple[Path, str]]
+
+    @classmethod
+    def of_folder(cls, folder: Path, cases: Sequence[Prompt], others: list[tuple[Path, str]]) -> "Pictures":
+        """The images of a folder, in turn. Raises UsageError where there are none."""
+        if not (files := images_in(folder) if folder.is_dir() else []):
+            raise UsageError(f"--pictures {folder} is no folder with images: give one with pictures of the concept.")
+        for file in files:
+            read_image(file)
+        return cls({p.case: files[n % len(files)] for n, p in enumerate(cases)}, others)
+
+    def digest(self) -> str:
+        """A SHA-256 of all files."""
+        whole = hashlib.sha256()
+        for file in [*self.files.values(), *(file for file, _ in self.others)]:
+            whole.update(hashlib.sha256(file.read_bytes()).digest())
+        return whole.hexdigest()
+
+    def of(self, target: Target) -> Callable[[Prompt], torch.Tensor]:
+        """A function of a prompt that gives the picture for it, as latents [1, C, h, w] of a target."""
+        encoded = lru_cache(None)(partial(latents_of, target))
+        return lambda prompt: encoded(self.files[prompt.case])
+
+
+def latents_of(target: Target, file: Path) -> torch.Tensor:
+    """An image file as latents [1, C, h, w] of a target."""
+    values, _ = pixels(read_image(file), target.model.image_size)
+    return encode_image(target.pipeline, values)[None]
+
+
+class Texts(NamedTuple):
+    """What the user and the record of the erasure know of the concept in words."""
+
+    words: list[str]  # descriptions of it
+    synonyms: list[str]  # more prompts of it
+    adversarial: list[Prompt]  # prompts of others
+
+    @classmethod
+    def of(cls, concept: str, model: Checkpoint, words: object, adversarial: object) -> "Texts":
+        """From files, if they are given. Raises UsageError or SalunError for one that is missing, damaged or empty."""
+        record = provenance.read(model.path) or {"concepts": []}
+        synonyms = [text for one in record["concepts"] if one["prompt"] == concept for text in one["synonyms"]]
+        described, found = (prompts.read(str(file)) if file else [] for file in (words, adversarial))
+        return cls([p.text for p in described], synonyms, found)
+
+
+def nameless(prompt: Prompt, names: Sequence[str]) -> Prompt:
+    """The prompt with another word in place of the concept's names."""
+    pattern = "|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True))
+    return prompt._replace(text=re.sub(pattern, NAMELESS, prompt.text, flags=re.IGNORECASE) if names else prompt.text)
