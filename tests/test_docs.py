@@ -152,7 +152,7 @@ def test_the_tree_names_every_module_and_no_other():
             folder = name
         else:
             named.add(name if len(indent) == 2 else f"{folder}{name}")
-    files = {str(f.relative_to(PACKAGE)) for ending in ("py", "j2", "css") for f in PACKAGE.rglob(f"*.{ending}")}
+    files = {str(f.relative_to(PACKAGE)) for ending in ("py", "j2", "css", "csv") for f in PACKAGE.rglob(f"*.{ending}")}
     assert named == {file for file in files if not file.endswith("/__init__.py")}
 
 
