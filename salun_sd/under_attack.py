@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-
 from salun_sd.attacks.attack import Attack, Scene
 from salun_sd.attacks.catalog import ATTACKS
 from salun_sd.attacks.given import Pictures, Texts, nameless
