@@ -32,7 +32,7 @@ class Tokens(Attack):
     lr: float = 0.1
     weight_decay: float = 0.1
 
-    quick: ClassVar[dict] = {"steps": 50, "every": 10}
+    quick: ClassVar[dict] = {"steps": 40, "every": 8}
     needs: ClassVar[frozenset] = frozenset({"text", "picture", "base"})
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.models import write_pipeline
 from helpers.scenes import run, scene, searched, target
 
 from salun_sd.attacks.genetic import Genetic
+from salun_sd.attacks.target import Target
+from salun_sd.checkpoint.find import find
 from salun_sd.errors import UsageError
 
 SMALL = Genetic(population=12, generations=8)
@@ -60,14 +63,15 @@ def test_a_search_is_the_same_again(tmp_path):
     assert len(a) == 2 and a == b
 
 
-def test_many_texts_are_encoded_as_each_alone():
-    rows = target().words()[torch.randint(600, (3, 5), generator=torch.Generator().manual_seed(0))]
-    together = target().encode("a photo", target().vectors(rows), "of it")["context"]
-    for row, context in zip(rows, together, strict=True):
-        assert torch.allclose(
-            target().encode("a photo", target().vectors(row.tolist()), "of it")["context"][0], context, atol=1e-5
-        )
-    assert not torch.allclose(together[0], together[1], atol=1e-2)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_many_texts_are_encoded_as_each_alone(tmp_path, family):
+    model = Target(find(str(write_pipeline(tmp_path / family, family))))
+    rows = torch.randint(2, 600, (3, 5), generator=torch.Generator().manual_seed(0))
+    together = model.encode("a photo", model.vectors(rows), "of it")
+    for n, row in enumerate(rows.tolist()):
+        alone = model.encode("a photo", model.vectors(row), "of it")
+        assert all(torch.allclose(alone[key][0], together[key][n], atol=1e-5) for key in alone)
+    assert not torch.allclose(together["context"][0], together["context"][1], atol=1e-2)
 
 
 @pytest.mark.parametrize("control", [False, True])

@@ -8,7 +8,7 @@ from salun_sd.attacks.tokens import FREE, Tokens, nearest, normal
 from salun_sd.core import diffusion
 from salun_sd.errors import UsageError
 
-FEW = {"steps": 24, "every": 12}
+FEW = {"steps": 8, "every": 4}
 
 
 def distance(tokens: tuple[int, ...]) -> float:
