@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 
 class Schedule(NamedTuple):
@@ -18,7 +19,8 @@ class Schedule(NamedTuple):
 
 # The UNet's inputs besides x_t and t, a row for each image: "context" [B, L, D], the text embedding; for SDXL
 # (arXiv 2307.01952, section 2.2) also "text_embeds" [B, E], the pooled one, and "time_ids" [B, 6], size and crop. A
-# class-conditional model has "class" alone, int64 [B], the number of the class.
+# class-conditional model has "class" alone, int64 [B], the number of the class; or "embedding" [B, D], which takes the
+# place of the class's own.
 Condition = dict[str, torch.Tensor]
 
 
@@ -84,6 +86,10 @@ def predict(unet, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> t
     if "class" in condition:
         output = unet(x_t.to(dtype), t.expand(len(x_t)), class_labels=condition["class"]).sample
         return output[:, : x_t.shape[1]].float()
+    if "embedding" in condition:  # the table of classes has a row for each image
+        table, labels = condition["embedding"].to(dtype), torch.arange(len(x_t), device=x_t.device)
+        inputs = (x_t.to(dtype), t.expand(len(x_t)), labels)
+        return functional_call(unet, {"class_embedding.weight": table}, inputs, tie_weights=False).sample.float()
     rest = {k: v if k == "time_ids" else v.to(dtype) for k, v in condition.items()}  # bfloat16 rounds sizes
     return unet(x_t.to(dtype), t, encoder_hidden_states=rest.pop("context"), added_cond_kwargs=rest).sample.float()
 

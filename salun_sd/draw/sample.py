@@ -112,6 +112,16 @@ class Sampler:
         After each denoising step, `advance` is called with that step's share of the pass, above 0, at most 1. Raises
         NotFinite, which names the part of the model that gives no such values.
         """
+        images = vae.decode(self.pipeline, self.latents(rows, count, advance))
+        return self.pipeline.image_processor.postprocess(images[: len(rows)], output_type="pil")
+
+    @torch.no_grad()
+    def latents(
+        self, rows: Sequence[Row], count: int | None = None,
+        advance: Callable[[float], object] = lambda share: None, ends: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """What `draw` makes images of: latents [count, C, h, w] float32, the rows first. `ends` is the denoising step
+        before which they are taken; None: after the last one."""
         width, height = self._latent_size(rows[0].size)
         padded = [*rows, *[rows[0]] * ((count or images_per_pass(width, height)) - len(rows))]
         unet, device = self.pipeline.unet, self.pipeline.unet.device
@@ -124,11 +134,10 @@ class Sampler:
         latents = denoise(
             unet, self._new_scheduler(), torch.cat(noise).to(device), on_device(conditional, device),
             unconditional and on_device(unconditional, device), scale, steps=self.steps, generators=generators,
-            advance=advance, begins=given[0].begins,
+            advance=advance, begins=given[0].begins, ends=ends,
         )  # fmt: skip
         check_drawn(self.pipeline, latents, self.scheduler)
-        pixels = latents if self.pipeline.vae is None else vae.decode(self.pipeline, latents)
-        return self.pipeline.image_processor.postprocess(pixels[: len(rows)], output_type="pil")
+        return latents
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of an image in pixels => of its latents."""
@@ -144,7 +153,11 @@ class Sampler:
             sizes["time_ids"] = torch.tensor(ids).float()
         if rows[0].guidance <= 1:
             return conditional | sizes, None
-        unconditional = {k: torch.cat([v] * len(rows)) for k, v in self._embedding("").items()}
+        empty = self._embedding("")
+        if "embedding" in conditional:
+            null = self.pipeline.unet.class_embedding(empty["class"].to(self.pipeline.unet.device))
+            empty = {"embedding": null.to(conditional["embedding"])}
+        unconditional = {k: torch.cat([v] * len(rows)) for k, v in empty.items()}
         return conditional | sizes, unconditional | sizes
 
     def _new_scheduler(self):
@@ -184,6 +197,7 @@ def denoise(
     generators: list[torch.Generator],
     advance: Callable[[float], object],
     begins: int = 0,
+    ends: int | None = None,
 ) -> torch.Tensor:
     """Noise [B, C, h, w] => latents [B, C, h, w]: the loop of diffusers' pipelines, with a guidance scale [B].
 
@@ -191,19 +205,20 @@ def denoise(
     with `unconditional` None, it is the conditional one. A scheduler that draws noise in its steps draws each row's
     from that row's generator, with eta = 0 where it has one. After each step, `advance` is called with that step's
     share of all steps. With `begins`, the steps before it are left out, and `noise` is what they have come to; the
-    scheduler must not need the predictions of earlier steps.
+    scheduler must not need the predictions of earlier steps. With `ends`, that step and those after it are left out.
     """
     scheduler.set_timesteps(steps, device=noise.device)
     parameters = inspect.signature(scheduler.step).parameters
     extra = {name: v for name, v in {"generator": generators, "eta": 0.0}.items() if name in parameters}
     both, scale = unconditional and joined(unconditional, conditional), scale[:, None, None, None]
     x = noise if begins else noise * scheduler.init_noise_sigma
-    for t in scheduler.timesteps[begins:]:
+    timesteps = scheduler.timesteps[begins:ends]
+    for t in timesteps:
         if both is None:
             prediction = predict(unet, scheduler.scale_model_input(x, t), t, conditional)
         else:
             without, with_text = predict(unet, scheduler.scale_model_input(torch.cat([x, x]), t), t, both).chunk(2)
             prediction = without + scale * (with_text - without)
         x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
-        advance(1 / len(scheduler.timesteps[begins:]))
+        advance(1 / len(timesteps))
     return x

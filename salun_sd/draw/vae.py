@@ -20,9 +20,10 @@ def encode(pipeline, values: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def decode(pipeline, latents: torch.Tensor) -> torch.Tensor:
-    """Latents [B, C, h, w], times the scaling factor => images [B, 3, H, W] float32, about in [-1, 1]. Raises NotFinite
-    where the VAE gives no such values, also in float32."""
-    vae = pipeline.vae
+    """Latents [B, C, h, w], times the scaling factor => images [B, 3, H, W] float32, about in [-1, 1]; without a VAE,
+    latents are images. Raises NotFinite where the VAE gives no such values, also in float32."""
+    if (vae := pipeline.vae) is None:
+        return latents
     take_in_tiles(vae, max(latents.shape[2:]) * pipeline.vae_scale_factor)
     return _in_full(pipeline, lambda x: vae.decode(x, return_dict=False)[0], latents / vae.config.scaling_factor)
 

@@ -7,7 +7,7 @@ from helpers.models import damage, write_pipeline
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.draw import sample
-from salun_sd.draw.sample import Row, Sampler
+from salun_sd.draw.sample import Given, Row, Sampler
 from salun_sd.errors import UsageError
 from salun_sd.runtime.finite import NotFinite
 
@@ -53,6 +53,14 @@ def test_images_are_those_of_diffusers_pipeline(pipelines, family, guidance):
         far = levels(ours, of_diffusers(pipelines[family], wanted, 4))
         assert far <= (family == "sdxl")
     assert levels(ours[:1], ours[1:2]) > 10
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_drawing_goes_on_from_any_step(pipelines, family):
+    row = rows(5.0, (32, 32))[:1]
+    whole, part = (Sampler(pipelines[family], 4, "DDIMScheduler").latents(row, 1, ends=ends) for ends in (None, 3))
+    rest = Sampler(pipelines[family], 4, "DDIMScheduler", lambda _: Given(None, part, 3)).latents(row, 1)
+    assert torch.equal(rest, whole) and not torch.equal(part, whole)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
