@@ -11,7 +11,7 @@ import torch
 from salun_sd.attacks.target import Target
 from salun_sd.core.diffusion import Condition
 from salun_sd.draw.generate import seed_of
-from salun_sd.draw.prompts import Prompt
+from salun_sd.draw.prompts import Prompt, class_in
 
 OPENING = re.compile(r"(?:(?:an?|the) )?(?:photo|photograph|image|picture|painting|drawing) of ", re.IGNORECASE)
 ARTICLE = re.compile(r"(?:an?|the) ", re.IGNORECASE)
@@ -60,6 +60,12 @@ class Scene:
         """What the concept's prompt shows, without its article: "a photo of a sneaker" => "sneaker"."""
         article = ARTICLE.match(self.thing)
         return self.thing[article.end() :] if article else self.thing
+
+    def asked(self, prompt: Prompt) -> str:
+        """The text with which a model that knows the concept draws it: the prompt's, or the concept's where the prompt
+        does not name its class."""
+        is_named = not prompt.label or class_in(prompt.text, [prompt.label])
+        return prompt.text if is_named else self.concept
 
     def pictures(self) -> torch.Tensor:
         """The pictures of the concept for all prompts: latents [N, C, h, w]."""

@@ -2,7 +2,10 @@
 
 from salun_sd.attacks.attack import Attack
 from salun_sd.attacks.conditioning import Conditioning
+from salun_sd.attacks.continued import Continue
 from salun_sd.attacks.genetic import Genetic
+from salun_sd.attacks.inversion import Inversion
+from salun_sd.attacks.latent import Latent
 from salun_sd.attacks.paraphrase import Paraphrase
 from salun_sd.attacks.prefix import Prefix
 from salun_sd.attacks.prompts import Prompts
@@ -14,5 +17,8 @@ ATTACKS: dict[str, type[Attack]] = {
     "prefix": Prefix,
     "tokens": Tokens,
     "genetic": Genetic,
+    "inversion": Inversion,
     "conditioning": Conditioning,
+    "latent": Latent,
+    "continue": Continue,
 }

@@ -45,7 +45,7 @@ class Paraphrase(Attack):
         return [Try(text, prompt.seed) for text in texts]
 
     def _texts(self, scene: Scene, prompt: Prompt) -> list[str]:
-        word = re.compile(rf"(?<!\w){re.escape(scene.name)}(?!\w)", re.IGNORECASE)
+        word = whole(scene.name)
         before, after = word.split(prompt.text if word.search(prompt.text) else scene.concept, 1)
         others = translations(scene.name), misspellings(scene.name, scene.generator(prompt.case))
         kinds = [

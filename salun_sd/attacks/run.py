@@ -98,11 +98,14 @@ class Run:
         return self._lines(shots)
 
     def _shots(self, stage: int | None) -> list[Shot]:
-        """The images of a stage, which has one of each prompt; or of all tries."""
-        return [
-            Shot.of(prompt, stage or number, one, number)
-            for prompt in self.scene.prompts for number, one in enumerate(self.tries(prompt.case), 1)
-        ]  # fmt: skip
+        """The images of a stage, which has one of each prompt: its only try, or the try of that number. Or the images
+        of all tries."""
+        shots = []
+        for prompt in self.scene.prompts:
+            tries = self.tries(prompt.case)
+            numbers = [min(stage, len(tries))] if stage else range(1, len(tries) + 1)
+            shots += [Shot.of(prompt, stage or number, tries[number - 1], number) for number in numbers]
+        return shots
 
     def _keep_settings(self) -> None:
         """Write what the search depends on; or raise UsageError where the folder has that of another one."""
@@ -151,10 +154,9 @@ class Run:
             if not (shot := by_text.get(row.text)):
                 return Given()
             one = self.tries(shot.prompt.case)[shot.number - 1]
-            if not one.tokens:
-                return Given(one.condition, one.start, one.begins)
             with torch.no_grad():
-                return Given(on_device(target.with_tokens(one.tokens, one.text), "cpu"))
+                condition = one.condition or target.with_tokens(one.tokens, one.text)
+            return Given(on_device(condition, "cpu"), one.start, one.begins)
 
         wanted = self._wanted(shots, folder)
         for _ in generate.draw(lambda: target.pipeline, wanted, what=self.name, given=given, **self._sampling(stage)):

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
+from salun_sd.checkpoint.families import DIT
 from salun_sd.checkpoint.load import alphas_cumprod, load_pipeline
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import diffusion
-from salun_sd.core.diffusion import Condition, Schedule
-from salun_sd.draw.encode import embedded
+from salun_sd.core.diffusion import Condition, Schedule, on_device
+from salun_sd.draw.encode import embedded, encode_prompts
 from salun_sd.errors import UsageError, cut
 
 SLOT = "x"  # a word of one token, whose embedding a search replaces
@@ -38,7 +39,13 @@ class Target:
         return [getattr(self.pipeline, name) for name in names]
 
     def tables(self) -> list[torch.Tensor]:
-        """The token embeddings of each text encoder, [V, D] float32."""
+        """The token embeddings of each text encoder, [V, D] float32; of a class-conditional model those of its classes.
+        Raises UsageError for a DiT."""
+        if self.model.family is DIT:
+            raise UsageError(f"{self.model.name} is a DiT, which embeds its class anew in each of its blocks: no "
+                             "attack searches for an embedding there.")  # fmt: skip
+        if self.model.classes:
+            return [self.unet.class_embedding.weight.float()]
         return [encoder.get_input_embeddings().weight for encoder in self.encoders()]
 
     def ids(self, text: str) -> list[int]:
@@ -47,7 +54,7 @@ class Target:
 
     def check_room(self, count: int, text: str) -> None:
         """Raise UsageError where a text with `count` tokens more is longer than the model reads."""
-        if len(self.ids(text)) + count > (places := self.tokenizer.model_max_length - 2):
+        if not self.model.classes and len(self.ids(text)) + count > (places := self.tokenizer.model_max_length - 2):
             raise UsageError(f"{count} tokens and the prompt {cut(text)!r} are more than the {places} tokens that "
                              f"{self.model.name} reads: give shorter --prompts.")  # fmt: skip
 
@@ -58,12 +65,14 @@ class Target:
 
     def encode(self, before: str, vectors: Sequence[torch.Tensor] = (), after: str = "") -> Condition:
         """The condition [1, ...] of a text in which `vectors`, [k, D] for each text encoder, stand between two texts.
-        Vectors [B, k, D] give [B, ...].
+        Vectors [B, k, D] give [B, ...]. A class-conditional model reads a class, or one vector alone.
 
         Gradients flow to the vectors. Raises UsageError where the text has more tokens than the model reads.
         """
         if not vectors:
-            return embedded(self.pipeline, before)
+            return on_device(encode_prompts(self.pipeline, [before]), self.device)
+        if self.model.classes:
+            return {"embedding": vectors[0]}
         vectors = [values.reshape(-1, *values.shape[-2:]) for values in vectors]
         rows, count, first = *vectors[0].shape[:2], 1 + len(self.ids(before))
         text = " ".join(filter(None, [before, *[SLOT] * count, after]))
@@ -81,6 +90,11 @@ class Target:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def free(self, text: str) -> Condition:
+        """The condition [1, ...] of a text in numbers that a search can change: of a class, its embedding."""
+        condition = self.encode(text)
+        return self.encode("", [self.tables()[0][condition["class"]]]) if self.model.classes else condition
 
     def vectors(self, tokens: Sequence[int] | torch.Tensor) -> list[torch.Tensor]:
         """The embeddings [..., D] of tokens [...], for each text encoder."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from salun_sd.attacks.attack import Attack, Scene, Try
 from salun_sd.attacks.target import Target
 from salun_sd.core import diffusion
-from salun_sd.draw.prompts import Prompt, class_in
+from salun_sd.draw.prompts import Prompt
 from salun_sd.runtime.bar import Bar
 
 FREE = -1  # in a row of ids: a token that is searched for
@@ -59,7 +59,7 @@ class Tokens(Attack):
             return [Try("", prompt.seed, tokens=tuple(ids.masked_scatter(is_free, row).tolist())) for row in random]
         copies = [vectors.clone().requires_grad_() for vectors in target.vectors(random[0])]
         adam, tables = torch.optim.AdamW(copies, self.lr, weight_decay=self.weight_decay), normal(target, usable)
-        aim, x0, losses, tries = self._aim(scene, prompt), scene.picture(prompt), [], []
+        aim, x0, losses, tries = scene.base.encode(scene.asked(prompt)), scene.picture(prompt), [], []
         for n in Bar(range(1, self.steps + 1), desc=f"case {prompt.case}", leave=None):
             ids[is_free] = usable[nearest(copies, tables)]
             points = [vectors.requires_grad_() for vectors in target.vectors(ids)]
@@ -73,11 +73,6 @@ class Tokens(Attack):
                 mean = sum(losses[-self.every :]) / self.every
                 tries.append(Try("", prompt.seed, loss=mean, tokens=tuple(ids.tolist())))
         return tries
-
-    def _aim(self, scene: Scene, prompt: Prompt) -> diffusion.Condition:
-        """What the base is asked for."""
-        is_named = not prompt.label or class_in(prompt.text, [prompt.label])
-        return scene.base.encode(prompt.text if is_named else scene.concept)
 
     def _loss(
         self, scene: Scene, points: list[torch.Tensor], aim: diffusion.Condition, x0: torch.Tensor, g: torch.Generator

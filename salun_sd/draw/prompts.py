@@ -291,8 +291,10 @@ def class_in(text: str, classes: Iterable[str | None]) -> str | None:
     So "a photo of a T-shirt" names "t-shirt", not "shirt".
     """
 
-    def is_named(label: str) -> bool:
-        return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, re.IGNORECASE) is not None
-
     text = unicodedata.normalize("NFC", text)
-    return max((c for c in set(classes) if c and is_named(c)), key=lambda c: (len(c), c), default=None)
+    return max((c for c in set(classes) if c and whole(c).search(text)), key=lambda c: (len(c), c), default=None)
+
+
+def whole(name: str) -> re.Pattern:
+    """A name where it is a whole word of a text, in any case."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)

@@ -1,0 +1,71 @@
+"""The noise that a picture of the concept comes from."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from helpers.by_class import write_ddpm
+from helpers.scenes import pictures, scene, searched, target
+
+from salun_sd.attacks.attack import Scene
+from salun_sd.attacks.latent import Latent, inverted
+from salun_sd.attacks.target import Target
+from salun_sd.checkpoint.find import find
+from salun_sd.draw import prompts
+from salun_sd.draw.sample import Given, Row, Sampler
+from salun_sd.errors import UsageError
+
+
+@cache
+def by_class() -> Scene:
+    """The bundled model of classes, which draws pixels and predicts v."""
+    model = Target(find("pocket-ddpm"))
+    prompt = prompts.read("classes", ["class=sneaker"], model=model.model)
+    picture = Sampler(model.pipeline, 5).latents([Row("sneaker", 3, 3.0, (32, 32))], 1).clamp(-1, 1)
+    return Scene(model, "sneaker", prompt, lambda _: picture)
+
+
+@pytest.mark.parametrize("of", [scene, by_class])
+def test_the_noise_gives_the_picture_back_and_is_likely(of):
+    (one,) = searched(Latent(), of())
+    assert one.facts["psnr"] > 25 and one.start.shape == of().picture(of().prompts[0]).shape
+    assert -1.6 < one.facts["log_likelihood"] < -1 and (one.text, one.guidance) == ("", 1.0)
+    (control,) = searched(Latent(), replace(of(), control=True))
+    assert control.start is None and control.text == "" and control.guidance == 1.0 and control.seed != one.seed
+
+
+@pytest.mark.parametrize("of", [scene, by_class])
+@torch.no_grad()
+def test_the_inversion_is_the_loop_written_out(of):
+    """x at a lower noise level a => at the next level b: sqrt(b) x0 + sqrt(1 - b) noise, both as predicted at b."""
+    model, picture = of().target, of().picture(of().prompts[0])
+    times, first = (range(19, 1000, 20), 0) if of is scene else (range(0, 1000, 20), 1.0)
+    alphas = model.schedule.alphas_cumprod
+    x, a, null = picture, alphas[0] if of is scene else torch.tensor(1.0), model.encode("")
+    for t in times:
+        output, b = model.predict(x, torch.tensor([t]), null), alphas[t]
+        if of is scene:
+            noise, x0 = output, (x - (1 - a).sqrt() * output) / a.sqrt()
+        else:
+            noise, x0 = a.sqrt() * output + (1 - a).sqrt() * x, a.sqrt() * x - (1 - a).sqrt() * output
+        x, a = b.sqrt() * x0 + (1 - b).sqrt() * noise, b
+    torch.testing.assert_close(inverted(model, picture), x, rtol=0, atol=1e-3)
+
+
+def test_a_scheduler_whose_steps_cannot_be_taken_backwards_has_near_ones(monkeypatch):
+    spaced = EulerDiscreteScheduler.from_config(target().pipeline.scheduler.config, timestep_spacing="linspace")
+    monkeypatch.setattr(target().pipeline, "scheduler", spaced)
+    (picture, *_) = pictures().values()
+    noise = inverted(target(), picture)
+    redrawn = Sampler(target().pipeline, 50, "DDIMScheduler", lambda _: Given(start=noise)).latents(
+        [Row("", 0, 1.0, (32, 32))], 1
+    )
+    assert (redrawn - picture).square().mean() < picture.square().mean() / 100
+
+
+def test_a_model_without_a_null_class_is_refused(tmp_path):
+    model = Target(find(str(write_ddpm(tmp_path / "bare", None, embeddings=3, guidance=1.0))))
+    with pytest.raises(UsageError, match="null class"):
+        Latent().prepare(Scene(model, "1", [], None))
