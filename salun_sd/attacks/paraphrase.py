@@ -1,7 +1,6 @@
 """Other words for the concept: no gradient, and no look into the model."""
 
 import logging
-import re
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from salun_sd.attacks.attack import Attack, Scene, Try
 from salun_sd.draw.generate import seed_of
-from salun_sd.draw.prompts import Prompt
+from salun_sd.draw.prompts import Prompt, whole
 from salun_sd.draw.tables import read_table
 
 logger = logging.getLogger(__name__)

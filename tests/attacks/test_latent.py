@@ -1,5 +1,6 @@
 """The noise that a picture of the concept comes from."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -7,14 +8,14 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 from helpers.by_class import write_ddpm
-from helpers.scenes import pictures, scene, searched, target
+from helpers.scenes import scene, searched, target
 
-from salun_sd.attacks.attack import Scene
-from salun_sd.attacks.latent import Latent, inverted
+from salun_sd.attacks.attack import Scene, Try
+from salun_sd.attacks.latent import Latent
 from salun_sd.attacks.target import Target
 from salun_sd.checkpoint.find import find
 from salun_sd.draw import prompts
-from salun_sd.draw.sample import Given, Row, Sampler
+from salun_sd.draw.sample import Row, Sampler
 from salun_sd.errors import UsageError
 
 
@@ -27,9 +28,14 @@ def by_class() -> Scene:
     return Scene(model, "sneaker", prompt, lambda _: picture)
 
 
+@cache
+def tried(of: Callable[[], Scene]) -> Try:
+    return searched(Latent(), of())[0]
+
+
 @pytest.mark.parametrize("of", [scene, by_class])
 def test_the_noise_gives_the_picture_back_and_is_likely(of):
-    (one,) = searched(Latent(), of())
+    one = tried(of)
     assert one.facts["psnr"] > 25 and one.start.shape == of().picture(of().prompts[0]).shape
     assert -1.6 < one.facts["log_likelihood"] < -1 and (one.text, one.guidance) == ("", 1.0)
     (control,) = searched(Latent(), replace(of(), control=True))
@@ -40,29 +46,23 @@ def test_the_noise_gives_the_picture_back_and_is_likely(of):
 @torch.no_grad()
 def test_the_inversion_is_the_loop_written_out(of):
     """x at a lower noise level a => at the next level b: sqrt(b) x0 + sqrt(1 - b) noise, both as predicted at b."""
-    model, picture = of().target, of().picture(of().prompts[0])
-    times, first = (range(19, 1000, 20), 0) if of is scene else (range(0, 1000, 20), 1.0)
-    alphas = model.schedule.alphas_cumprod
-    x, a, null = picture, alphas[0] if of is scene else torch.tensor(1.0), model.encode("")
-    for t in times:
+    model = of().target
+    alphas, null, x = model.schedule.alphas_cumprod, model.encode(""), of().picture(of().prompts[0])
+    first, a = (19, alphas[0]) if of is scene else (0, torch.tensor(1.0))
+    for t in range(first, 1000, 20):
         output, b = model.predict(x, torch.tensor([t]), null), alphas[t]
         if of is scene:
             noise, x0 = output, (x - (1 - a).sqrt() * output) / a.sqrt()
         else:
             noise, x0 = a.sqrt() * output + (1 - a).sqrt() * x, a.sqrt() * x - (1 - a).sqrt() * output
         x, a = b.sqrt() * x0 + (1 - b).sqrt() * noise, b
-    torch.testing.assert_close(inverted(model, picture), x, rtol=0, atol=1e-3)
+    torch.testing.assert_close(tried(of).start, x, rtol=0, atol=1e-3)
 
 
 def test_a_scheduler_whose_steps_cannot_be_taken_backwards_has_near_ones(monkeypatch):
     spaced = EulerDiscreteScheduler.from_config(target().pipeline.scheduler.config, timestep_spacing="linspace")
     monkeypatch.setattr(target().pipeline, "scheduler", spaced)
-    (picture, *_) = pictures().values()
-    noise = inverted(target(), picture)
-    redrawn = Sampler(target().pipeline, 50, "DDIMScheduler", lambda _: Given(start=noise)).latents(
-        [Row("", 0, 1.0, (32, 32))], 1
-    )
-    assert (redrawn - picture).square().mean() < picture.square().mean() / 100
+    assert searched(Latent(), scene())[0].facts["psnr"] > 25
 
 
 def test_a_model_without_a_null_class_is_refused(tmp_path):
