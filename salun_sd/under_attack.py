@@ -70,6 +70,8 @@ def attack(
         scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, no_images=no_images, fail_if=fail_if,
         confident=confident, config=config, revision=revision, variant=variant,
     ), attacks={name: _sides_of(o) if name in attacks else () for name in ATTACKS})  # fmt: skip
+    if job.audited.classes:
+        attacks = _without_texts(job.audited, attacks, listed(with_))
     cases, sides, texts = _attacked(job), _sides(job, floor), Texts.of(o.concept, job.audited, o.words, o.adversarial)
     if dry_run:
         return _forecast(o, job, attacks, len(cases))
@@ -98,6 +100,14 @@ def _chosen(o: SimpleNamespace) -> dict[str, Attack]:
     return {name: ATTACKS[name].of(o.budget) for name in ATTACKS if (name in names if names else not lacks[name])}
 
 
+def _without_texts(model: Checkpoint, attacks: dict[str, Attack], named: Sequence[str]) -> dict[str, Attack]:
+    """The attacks on a model that draws a class and reads no text. Raises UsageError for one of --with that needs a
+    text."""
+    if wrong := [name for name, attack in attacks.items() if name in named and "text" in attack.needs]:
+        raise UsageError(f"--with {wrong[0]} searches for a text, and {model.name} draws a class: leave it out.")
+    return {name: attack for name, attack in attacks.items() if "text" not in attack.needs}
+
+
 def _lacking(kind: type[Attack], o: SimpleNamespace) -> str | None:
     """What an attack needs and is not given, with the option that gives it."""
     needs = {
@@ -108,6 +118,11 @@ def _lacking(kind: type[Attack], o: SimpleNamespace) -> str | None:
         "mask": (o.mask, "the positions of the erased weights: give --mask with a mask file"),
     }
     return next((text for name, (given, text) in needs.items() if name in kind.needs and not given), None)
+
+
+def _most(o: SimpleNamespace, attack: Attack) -> int | None:
+    """The most prompts that are attacked: those of --limit, or of the budget; None for all."""
+    return o.limit or attack.cases[o.budget]
 
 
 def _attacked(job: audit.Job) -> list[Prompt]:
@@ -161,7 +176,7 @@ def _forecast(o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], pr
     )  # fmt: skip
     settings = {name: ", ".join(f"{key} {value}" for key, value in attack.settings().items())
                 for name, attack in attacks.items()}  # fmt: skip
-    most = [attack.cases[o.budget] or prompts for attack in attacks.values()]
+    most = [_most(o, attack) or prompts for attack in attacks.values()]
     return compute.forecast([work], {"prompts": min(prompts, max(most)), **settings}, {})
 
 
@@ -192,14 +207,14 @@ def _attack_all(
         for side, (name, attack) in product(group, attacks.items()):
             if name in failed:
                 continue
-            rows = cases[: attack.cases[o.budget]]
+            rows = cases[: _most(o, attack)]
             scene = Scene(
                 target, o.concept, [nameless(p, names) for p in rows] if side.nameless else rows,
                 pictures and pictures.of(target), words=texts.words, synonyms=texts.synonyms, control=side.control,
                 seed=o.seed, given=given, base=opened_base() if "base" in attack.needs else None,
             )  # fmt: skip
             if "adversarial" in attack.needs:
-                scene = attacked_with(scene, texts.adversarial[: attack.cases[o.budget]])
+                scene = attacked_with(scene, texts.adversarial[: _most(o, attack)])
             try:
                 drawn[name][side.name] = _on_one(name, attack, scene, side, job)
             except (SalunError, OSError, RuntimeError) as e:

@@ -50,6 +50,3 @@ class Continue(Attack):
         sampler = Sampler(scene.base.pipeline, STEPS, SCHEDULER)
         starts = {count: sampler.latents([row], 1, ends=count).cpu() for count in self.begun}
         return [Try(prompt.text, prompt.seed, start=start, begins=count) for count, start in starts.items()]
-
-    def unet_passes(self, prompts: int) -> int:
-        return 2 * sum(self.begun) * prompts

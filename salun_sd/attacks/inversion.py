@@ -54,9 +54,6 @@ class Inversion(Attack):
         condition = scene.target.encode(before, [found[n] for n in sorted(found)], after)
         return [Try(f"{before} {WORD} {after}".strip(), prompt.seed, condition=on_device(condition, "cpu"))]
 
-    def unet_passes(self, prompts: int) -> int:
-        return 3 * self.steps * self.batch_size
-
 
 def around(scene: Scene, prompt: Prompt) -> tuple[str, str]:
     """What stands before and after the concept's name in a prompt; in the concept's prompt, where it is not there."""

@@ -52,9 +52,6 @@ class Latent(Attack):
         likelihood = -(noise.square().mean().item() + math.log(2 * math.pi)) / 2
         return [one._replace(start=noise, facts={"psnr": psnr(*images), "log_likelihood": likelihood})]
 
-    def unet_passes(self, prompts: int) -> int:
-        return 2 * STEPS * prompts
-
 
 def inverted(target: Target, picture: torch.Tensor) -> torch.Tensor:
     """Latents [1, C, h, w] of a picture => the noise [1, C, h, w] from which DDIM draws it, about: a step assumes that
