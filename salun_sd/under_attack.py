@@ -208,8 +208,10 @@ def _attack_all(
             if name in failed:
                 continue
             rows = cases[: _most(o, attack)]
+            if side.nameless and model.is_guided:  # else it draws nothing without a class
+                rows = [nameless(p, names) for p in rows]
             scene = Scene(
-                target, o.concept, [nameless(p, names) for p in rows] if side.nameless else rows,
+                target, o.concept, rows,
                 pictures and pictures.of(target), words=texts.words, synonyms=texts.synonyms, control=side.control,
                 seed=o.seed, given=given, base=opened_base() if "base" in attack.needs else None,
             )  # fmt: skip

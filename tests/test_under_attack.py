@@ -119,3 +119,4 @@ def test_a_prompt_loses_the_name_and_nothing_else():
     assert nameless(prompt, ["sneaker"]).text == "A thing, two sneakers, an ankle boot"
     assert nameless(prompt, ["boot", "ankle boot"]).text == "A Sneaker, two sneakers, an thing"
     assert nameless(prompt, []) == prompt
+    assert nameless(prompt._replace(text="Sneaker"), ["sneaker"]).text == ""  # no class

@@ -73,6 +73,8 @@ class Texts(NamedTuple):
 
 
 def nameless(prompt: Prompt, names: Sequence[str]) -> Prompt:
-    """The prompt with another word in place of the concept's names."""
+    """The prompt with another word in place of the concept's names; the empty one in place of a name alone, which asks
+    a class-conditional model for no class."""
     pattern = "|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True))
-    return prompt._replace(text=re.sub(pattern, NAMELESS, prompt.text, flags=re.IGNORECASE) if names else prompt.text)
+    text = re.sub(pattern, NAMELESS, prompt.text, flags=re.IGNORECASE) if names else prompt.text
+    return prompt._replace(text="" if text == NAMELESS else text)

@@ -33,7 +33,7 @@ class Inversion(Attack):
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
         g, tables, texts = scene.generator(), scene.target.tables(), sorted({around(scene, p) for p in scene.prompts})
-        for text in texts:
+        for text in () if scene.target.model.classes else texts:
             scene.target.check_room(1, " ".join(text))
         if scene.control:
             found = [alike(table[torch.randint(len(table), (1,), generator=g)], g) for table in tables]

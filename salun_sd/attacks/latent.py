@@ -36,7 +36,8 @@ class Latent(Attack):
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
         if not scene.target.model.is_guided:
-            raise UsageError(f"{scene.target.model.name} has no null class, and latent needs one: leave it out.")
+            raise UsageError(f"{scene.target.model.name} has no null class, which latent draws from: give --with and "
+                             "other attacks.")  # fmt: skip
         return {}
 
     @torch.no_grad()

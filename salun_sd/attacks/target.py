@@ -31,6 +31,10 @@ class Target:
 
     @property
     def tokenizer(self):
+        """Raises UsageError for a class-conditional model."""
+        if self.model.classes:
+            raise UsageError(f"{self.model.name} draws from a class and reads no text, so no attack searches for one: "
+                             "give --with and inversion, conditioning, latent or continue.")  # fmt: skip
         return self.pipeline.tokenizer
 
     def encoders(self) -> list[torch.nn.Module]:
@@ -42,8 +46,8 @@ class Target:
         """The token embeddings of each text encoder, [V, D] float32; of a class-conditional model those of its classes.
         Raises UsageError for a DiT."""
         if self.model.family is DIT:
-            raise UsageError(f"{self.model.name} is a DiT, which embeds its class anew in each of its blocks: no "
-                             "attack searches for an embedding there.")  # fmt: skip
+            raise UsageError(f"{self.model.name} is a DiT, which embeds its class anew in each block, so no attack "
+                             "searches for an embedding: give --with latent or --with continue.")  # fmt: skip
         if self.model.classes:
             return [self.unet.class_embedding.weight.float()]
         return [encoder.get_input_embeddings().weight for encoder in self.encoders()]
@@ -54,7 +58,7 @@ class Target:
 
     def check_room(self, count: int, text: str) -> None:
         """Raise UsageError where a text with `count` tokens more is longer than the model reads."""
-        if not self.model.classes and len(self.ids(text)) + count > (places := self.tokenizer.model_max_length - 2):
+        if len(self.ids(text)) + count > (places := self.tokenizer.model_max_length - 2):
             raise UsageError(f"{count} tokens and the prompt {cut(text)!r} are more than the {places} tokens that "
                              f"{self.model.name} reads: give shorter --prompts.")  # fmt: skip
 
