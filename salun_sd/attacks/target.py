@@ -31,10 +31,6 @@ class Target:
 
     @property
     def tokenizer(self):
-        """Raises UsageError for a class-conditional model."""
-        if self.model.classes:
-            raise UsageError(f"{self.model.name} draws from a class and reads no text, so no attack searches for one: "
-                             "give --with and inversion, conditioning, latent or continue.")  # fmt: skip
         return self.pipeline.tokenizer
 
     def encoders(self) -> list[torch.nn.Module]:
