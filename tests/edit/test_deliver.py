@@ -68,6 +68,12 @@ def made(request, here):
     return made
 
 
+def test_what_helps_to_bring_the_concept_back_is_not_in_the_folder_and_the_card_says_why(made):
+    assert not {"mask.safetensors", "losses.jsonl"} & {file.name for file in made.folder.rglob("*")}
+    for folder in (made.folder, provenance.run_folder(made.file), provenance.run_folder(made.patch)):
+        assert "2603.06640" in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_command_gives_the_same_weights_in_each_form_and_moves_them_inside_the_mask_alone(made):
     before, after = models.load_parts(made.base), models.load_parts(made.folder)
     bits = maskfile.read(provenance.run_folder(made.folder) / "mask.safetensors").bits
