@@ -39,12 +39,13 @@ class Scene:
     concept: str  # a prompt for it, such as "a photo of a sneaker"
     prompts: Sequence[Prompt]  # those that are attacked
     picture: Callable[[Prompt], torch.Tensor] | None  # a picture of the concept for a prompt: latents [1, C, h, w]
-    others: Callable[[], torch.Tensor] | None = None  # pictures of other things: latents [N, C, h, w]
+    # pictures of other things: latents [N, C, h, w], and their captions
+    others: Callable[[], tuple[torch.Tensor, list[str]]] | None = None
     base: Target | None = None
     words: Sequence[str] = ()  # descriptions of the concept, one a line of the user's file
     synonyms: Sequence[str] = ()  # more prompts of the concept
     adversarial: Mapping[int, str] = field(default_factory=dict)  # prompts of others, by case
-    mask: dict[str, torch.Tensor] | None = None  # the weights that the erasure could change, bool
+    mask: Mapping[str, torch.Tensor] | None = None  # the weights that the erasure could change, bool
     given: str = ""  # a digest of the pictures and texts that the user gave
     control: bool = False  # whether random draws of the same kind are tried, in place of a search
     seed: int = 0

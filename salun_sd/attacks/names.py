@@ -11,6 +11,7 @@ SUMMARIES = {
     "latent": "the noise that pictures of the concept come from (TINA)",
     "continue": "finish what the base began to draw",
     "relearn": "fine-tune on pictures of the concept",
+    "relearn-lora": "the same with few weights beside the model's (LoRA); needs pip install 'salun-sd[lora]'",
     "benign": "fine-tune on pictures of other things",
     "round-trip": "store the weights in fewer bits",
     "positions": "the values of masked weights, guessed from the others (Roots Beneath the Cut)",

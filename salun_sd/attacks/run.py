@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from contextlib import closing
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -79,8 +80,9 @@ class Run:
         stages = {n: self._shots(n) for n in range(1, len(self.labels))} if self.labels else {1: self._shots(None)}
         self._draw(first, 0)
         if any(self._missing(shots, stage) for stage, shots in stages.items()):
-            for stage in self.attack.stages(self.scene):
-                self._draw(stages[stage], stage)
+            with closing(self.attack.stages(self.scene)) as changes:  # so that a failure ends them, too
+                for stage in changes:
+                    self._draw(stages[stage], stage)
         return self._lines([*first, *chain(*stages.values())])
 
     def fresh(self, chosen: dict[int, int]) -> list[dict]:

@@ -1,0 +1,57 @@
+"""Attacks that change a model's weights, stage by stage."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from salun_sd.attacks.attack import Attack, Scene, Try
+from salun_sd.draw.generate import seed_of
+from salun_sd.draw.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Weights(Attack):
+    """The UNet's weights change stage by stage, and each stage draws every prompt with its own seed. The control is the
+    untouched model with another seed for each stage; or, with `control_changes`, another change."""
+
+    control_changes: ClassVar[bool] = False
+
+    def names(self) -> list[str]:
+        """The names of the stages, without that of the untouched model."""
+        raise NotImplementedError
+
+    def change(self, scene: Scene, before: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Give the UNet the weights of one stage after the other. `before`: those that it had, on the CPU."""
+        raise NotImplementedError
+
+    def labels(self) -> list[str]:
+        return ["untouched", *self.names()]
+
+    def stages(self, scene: Scene) -> Iterator[int]:
+        if scene.control and not self.control_changes:
+            yield from range(1, len(self.labels()))
+            return
+        with put_back(scene.target.unet) as before, closing(self.change(scene, before)) as changes:
+            for stage, _ in enumerate(changes, 1):
+                yield stage
+
+    def tries(self, scene: Scene, prompt: Prompt, found: dict[str, torch.Tensor]) -> list[Try]:
+        """One for each stage."""
+        other = scene.control and not self.control_changes
+        return [Try(prompt.text, seed_of(prompt, stage * other)) for stage in range(1, len(self.labels()))]
+
+
+@contextmanager
+def put_back(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """The module's weights, copied to the CPU. In the end the module has them again, to the last bit."""
+    before = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                p.copy_(before[name])
