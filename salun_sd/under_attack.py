@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import groupby, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,10 @@ from salun_sd.audit import run as audit
 from salun_sd.audit.examine import examine
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.core.mask import Bits
 from salun_sd.draw.generate import file_of
 from salun_sd.draw.prompts import Prompt
+from salun_sd.edit import maskfile
 from salun_sd.edit.budget import Attacking
 from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.errors import SalunError, UsageError, first_line
@@ -70,14 +73,13 @@ def attack(
         scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, no_images=no_images, fail_if=fail_if,
         confident=confident, config=config, revision=revision, variant=variant,
     ), attacks={name: _sides_of(o) if name in attacks else () for name in ATTACKS})  # fmt: skip
-    if job.audited.classes:
-        attacks = _without_texts(job.audited, attacks, listed(with_))
-    cases, sides, texts = _attacked(job), _sides(job, floor), Texts.of(o.concept, job.audited, o.words, o.adversarial)
+    attacks, cases, sides = _possible(job, attacks, listed(with_)), _attacked(job), _sides(job, floor)
+    texts, bits = Texts.of(o.concept, job.audited, o.words, o.adversarial), mask and maskfile.read(Path(mask)).bits
     if dry_run:
         return _forecast(o, job, attacks, len(cases))
     rows, run, of_base = audit.examined(job)
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
-    tries, failed = _attack_all(o, job, attacks, sides, cases, texts)
+    tries, failed = _attack_all(o, job, attacks, sides, cases, texts, bits)
     entries = {name: _entry(o, attacks[name], of, job.request.concepts) for name, of in tries.items()}
     report["attacks"] = attacked.in_report(entries, report, of_base or run, failed)
     deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images,
@@ -100,12 +102,17 @@ def _chosen(o: SimpleNamespace) -> dict[str, Attack]:
     return {name: ATTACKS[name].of(o.budget) for name in ATTACKS if (name in names if names else not lacks[name])}
 
 
-def _without_texts(model: Checkpoint, attacks: dict[str, Attack], named: Sequence[str]) -> dict[str, Attack]:
-    """The attacks on a model that draws a class and reads no text. Raises UsageError for one of --with that needs a
-    text."""
-    if wrong := [name for name, attack in attacks.items() if name in named and "text" in attack.needs]:
-        raise UsageError(f"--with {wrong[0]} searches for a text, and {model.name} draws a class: leave it out.")
-    return {name: attack for name, attack in attacks.items() if "text" not in attack.needs}
+def _possible(job: audit.Job, attacks: dict[str, Attack], named: Sequence[str]) -> dict[str, Attack]:
+    """The attacks that this model and these prompts allow. Raises UsageError for one of --with that they do not."""
+    lacks = {}
+    if job.audited.classes:
+        lacks["text"] = f"searches for a text, and {job.audited.name} draws a class: leave it out"
+    if not any(p.label not in job.request.concepts for p in job.own):
+        lacks["others"] = "trains on pictures of other things, and these prompts ask for none: give other --prompts"
+    for name, attack in attacks.items():
+        if name in named and (wrong := [need for need in lacks if need in attack.needs]):
+            raise UsageError(f"--with {name} {lacks[wrong[0]]}.")
+    return {name: attack for name, attack in attacks.items() if attack.needs.isdisjoint(lacks)}
 
 
 def _lacking(kind: type[Attack], o: SimpleNamespace) -> str | None:
@@ -116,6 +123,7 @@ def _lacking(kind: type[Attack], o: SimpleNamespace) -> str | None:
         "others": (o.base, "pictures of other things, which the base draws: give --base"),
         "adversarial": (o.adversarial, "prompts of others: give --adversarial with a CSV file"),
         "mask": (o.mask, "the positions of the erased weights: give --mask with a mask file"),
+        "peft": (find_spec("peft"), "the package peft: pip install 'salun-sd[lora]'"),
     }
     return next((text for name, (given, text) in needs.items() if name in kind.needs and not given), None)
 
@@ -196,11 +204,14 @@ def _attack_all(
     sides: list[Side],
     cases: list[Prompt],
     texts: Texts,
+    bits: Bits | None,
 ) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:
     """Run each attack on each side, a model at a time: what was drawn, and the attacks that failed, with the reason."""
     drawn, failed, dtype = {name: {} for name in attacks}, {}, job.sampling["dtype"]
     pictures, names = _pictures(o, job, cases), list(job.request.concepts)
-    given = hashlib.sha256(f"{pictures and pictures.digest()} {texts}".encode()).hexdigest()
+    given = hashlib.sha256(
+        f"{pictures and pictures.digest()} {texts} {maskfile.digest(o.mask and str(o.mask))}".encode()
+    ).hexdigest()
     opened_base = cache(lambda: Target(job.base, dtype))
     for model, group in groupby(sides, key=lambda side: side.model):
         target = opened_base() if model is job.base else Target(model, dtype)
@@ -213,7 +224,8 @@ def _attack_all(
             scene = Scene(
                 target, o.concept, rows,
                 pictures and pictures.of(target), words=texts.words, synonyms=texts.synonyms, control=side.control,
-                seed=o.seed, given=given, base=opened_base() if "base" in attack.needs else None,
+                seed=o.seed, given=given, mask=bits, others=pictures and pictures.captioned(target),
+                base=opened_base() if "base" in attack.needs else None,
             )  # fmt: skip
             if "adversarial" in attack.needs:
                 scene = attacked_with(scene, texts.adversarial[: _most(o, attack)])

@@ -49,6 +49,11 @@ class Pictures(NamedTuple):
         encoded = lru_cache(None)(partial(latents_of, target))
         return lambda prompt: encoded(self.files[prompt.case])
 
+    def captioned(self, target: Target) -> Callable[[], tuple[torch.Tensor, list[str]]]:
+        """A function that gives the pictures of other things, latents [N, C, h, w], and their captions."""
+        return lambda: (torch.cat([latents_of(target, file) for file, _ in self.others]),
+                        [text for _, text in self.others])  # fmt: skip
+
 
 def latents_of(target: Target, file: Path) -> torch.Tensor:
     """An image file as latents [1, C, h, w] of a target."""

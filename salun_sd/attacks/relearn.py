@@ -87,9 +87,6 @@ class FineTune(Weights):
             ) from e
         return LoraConfig(r=self.lora, lora_alpha=self.lora, init_lora_weights="gaussian", target_modules=ATTENTION)
 
-    def unet_passes(self, prompts: int) -> int:
-        return 3 * self.batch_size * self.steps[-1]
-
 
 @dataclass(frozen=True)
 class Relearn(FineTune):
@@ -123,7 +120,7 @@ class RelearnLora(Relearn):
     pictures: int | None = 6
 
     quick: ClassVar[dict] = {"steps": (10, 50), "lr": 1e-3}
-    needs: ClassVar[frozenset] = frozenset({"text", "picture"})
+    needs: ClassVar[frozenset] = frozenset({"text", "picture", "peft"})
 
 
 @dataclass(frozen=True)
