@@ -218,17 +218,17 @@ def _attack_all(
         for side, (name, attack) in product(group, attacks.items()):
             if name in failed:
                 continue
-            rows = cases[: _most(o, attack)]
-            if side.nameless and model.is_guided:  # else it draws nothing without a class
-                rows = [nameless(p, names) for p in rows]
             scene = Scene(
-                target, o.concept, rows,
+                target, o.concept, cases,
                 pictures and pictures.of(target), words=texts.words, synonyms=texts.synonyms, control=side.control,
                 seed=o.seed, given=given, mask=bits, others=pictures and pictures.captioned(target),
                 base=opened_base() if "base" in attack.needs else None,
             )  # fmt: skip
             if "adversarial" in attack.needs:
-                scene = attacked_with(scene, texts.adversarial[: _most(o, attack)])
+                scene = attacked_with(scene, texts.adversarial)
+            scene.prompts = scene.prompts[: _most(o, attack)]
+            if side.nameless and model.is_guided:  # else it draws nothing without a class
+                scene.prompts = [nameless(p, names) for p in scene.prompts]
             try:
                 drawn[name][side.name] = _on_one(name, attack, scene, side, job)
             except (SalunError, OSError, RuntimeError) as e:
