@@ -27,13 +27,17 @@ from pocket_classes import cpu
 from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import photo_of
+from salun_sd.draw import prompts
+from salun_sd.draw.prompts import Prompt
+from salun_sd.pocket.fashion import CLASSES
 
 HERE = Path(__file__).parent
 ROWS = HERE / "attacks.jsonl"
 # name => a run of methods.py, and its support where it is not the published one
 ERASURES = {"salun": ("salun", None), "salun:paper": ("salun:paper", None), "no mask": ("salun", "none"),
             "esd": ("esd", None), "uce": ("uce", None)}  # fmt: skip
-SHARED = ("base", "floor", "floor-control")  # sides that do not depend on the erasure
+PROMPTS, OTHERS = 16, 3  # prompts of the class, and of each other one
+SHARED = ("base", "floor", "floor-control")  # sides that do not depend on the erasure, but for its mask
 
 
 class Row(NamedTuple):
@@ -92,14 +96,18 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
     if shared.exists() and not attacked.exists():
         shutil.copytree(shared, attacked)
     begun, mask = monotonic(), here / "erased.run" / "mask.safetensors"
+    (here / "prompts.csv").write_text(prompts.as_csv(some_prompts(concept)))
     cli.run(["attack", str(here / "erased"), "--concept", photo_of(concept), "--concept-class", concept,
-             "--prompts", "pocket", "--where", f"class={concept}", "--base", "pocket", "--floor", str(floor),
+             "--prompts", str(here / "prompts.csv"), "--limit", str(PROMPTS + 9 * OTHERS), "--base", "pocket",
+             "--floor", str(floor), "--detector", "none",
              *(["--mask", str(mask)] if mask.exists() and not support else []),
              *(word for name in wanted for word in ("--with", name)),
              "--budget", budget, "--seed", str(seed), "--out", str(attacked)])  # fmt: skip
     seconds, report = monotonic() - begun, json.loads((attacked / "report.json").read_text())
     if not shared.exists():
-        sides = [path for side in SHARED for path in attacked.glob(f"attacks/*/{side}")]
+        sides = [
+            path for side in SHARED for path in attacked.glob(f"attacks/*/{side}") if "positions" not in path.parts
+        ]
         for folder in [attacked / "against", *sides]:
             shutil.copytree(folder, shared / folder.relative_to(attacked))
     entries = report["attacks"]["of"]
@@ -108,6 +116,14 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
             numbers = of_sides(entry) | {"seconds": round(seconds / len(entries))}
             kept_rows.add(ROWS, Row(concept, erasure, name, budget, seed, **numbers,
                                     fingerprint=find(str(floor)).fingerprint[:16]))  # fmt: skip
+
+
+def some_prompts(concept: str) -> list[Prompt]:
+    """The first prompts of a class, and fewer of each other class: the base's images of these are what `benign` trains
+    on."""
+    rows = prompts.read("pocket")
+    of = {name: [p for p in rows if p.label == name][: PROMPTS if name == concept else OTHERS] for name in CLASSES}
+    return [p for some in of.values() for p in some]
 
 
 def of_sides(entry: dict) -> dict:

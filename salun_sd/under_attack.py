@@ -1,6 +1,5 @@
 """The work of `attack`: an audit of the model, then each attack, and what its images show."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from functools import cache
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 from salun_sd.attacks.attack import Attack, Scene
 from salun_sd.attacks.catalog import ATTACKS
-from salun_sd.attacks.given import Pictures, Texts, nameless
+from salun_sd.attacks.given import Pictures, Texts, digest_of, nameless
 from salun_sd.attacks.prompts import attacked_with
 from salun_sd.attacks.run import Run
 from salun_sd.attacks.target import LARGE, Target
@@ -198,20 +197,13 @@ def _pictures(o: SimpleNamespace, job: audit.Job, cases: list[Prompt]) -> Pictur
 
 
 def _attack_all(
-    o: SimpleNamespace,
-    job: audit.Job,
-    attacks: dict[str, Attack],
-    sides: list[Side],
-    cases: list[Prompt],
-    texts: Texts,
-    bits: Bits | None,
-) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:
+    o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], sides: list[Side], cases: list[Prompt],
+    texts: Texts, bits: Bits | None,
+) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:  # fmt: skip
     """Run each attack on each side, a model at a time: what was drawn, and the attacks that failed, with the reason."""
     drawn, failed, dtype = {name: {} for name in attacks}, {}, job.sampling["dtype"]
     pictures, names = _pictures(o, job, cases), list(job.request.concepts)
-    given = hashlib.sha256(
-        f"{pictures and pictures.digest()} {texts} {maskfile.digest(o.mask and str(o.mask))}".encode()
-    ).hexdigest()
+    mask = maskfile.digest(o.mask and str(o.mask))
     opened_base = cache(lambda: Target(job.base, dtype))
     for model, group in groupby(sides, key=lambda side: side.model):
         target = opened_base() if model is job.base else Target(model, dtype)
@@ -221,7 +213,7 @@ def _attack_all(
             scene = Scene(
                 target, o.concept, cases,
                 pictures and pictures.of(target), words=texts.words, synonyms=texts.synonyms, control=side.control,
-                seed=o.seed, given=given, mask=bits, others=pictures and pictures.captioned(target),
+                seed=o.seed, given=digest_of(attack.needs, pictures, texts, mask), mask=bits, others=pictures and pictures.captioned(target),
                 base=opened_base() if "base" in attack.needs else None,
             )  # fmt: skip
             if "adversarial" in attack.needs:

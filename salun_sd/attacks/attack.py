@@ -88,7 +88,9 @@ class Attack:
 
     quick: ClassVar[dict] = {}
     cases: ClassVar[dict] = {"quick": 10, "paper": None}  # the most prompts that are attacked
-    needs: ClassVar[frozenset] = frozenset()  # of "text", "picture", "others", "base", "adversarial", "mask", "peft"
+    needs: ClassVar[frozenset] = (
+        frozenset()
+    )  # of "text", "picture", "others", "base", "words", "adversarial", "mask", "peft"
     from_picture: ClassVar[bool] = False  # whether it begins from a picture of the concept, and so can succeed anywhere
     trains: ClassVar[bool] = False  # whether all weights of the UNet are trained
     drawing: ClassVar[tuple[str, int] | None] = None  # scheduler and steps, where they are the attack's own

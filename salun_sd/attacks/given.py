@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,13 +37,6 @@ class Pictures(NamedTuple):
             read_image(file)
         return cls({p.case: files[n % len(files)] for n, p in enumerate(cases)}, others)
 
-    def digest(self) -> str:
-        """A SHA-256 of all files."""
-        whole = hashlib.sha256()
-        for file in [*self.files.values(), *(file for file, _ in self.others)]:
-            whole.update(hashlib.sha256(file.read_bytes()).digest())
-        return whole.hexdigest()
-
     def of(self, target: Target) -> Callable[[Prompt], torch.Tensor]:
         """A function of a prompt that gives the picture for it, as latents [1, C, h, w] of a target."""
         encoded = lru_cache(None)(partial(latents_of, target))
@@ -75,6 +68,19 @@ class Texts(NamedTuple):
         synonyms = [text for one in record["concepts"] if one["prompt"] == concept for text in one["synonyms"]]
         described, found = (prompts.read(str(file)) if file else [] for file in (words, adversarial))
         return cls([p.text for p in described], synonyms, found)
+
+
+def digest_of(needs: Container[str], pictures: Pictures | None, texts: Texts, mask: str | None) -> str:
+    """A SHA-256 of what the user gave, as far as an attack needs it; `mask` is that of the mask file."""
+    files = {"picture": pictures and pictures.files.values(),
+             "others": pictures and [file for file, _ in pictures.others]}  # fmt: skip
+    texts = {"words": (texts.words, texts.synonyms), "adversarial": texts.adversarial, "mask": mask}
+    whole = hashlib.sha256()
+    for value in [value for need, value in texts.items() if need in needs]:
+        whole.update(repr(value).encode())
+    for file in [file for need, of in files.items() if need in needs for file in of or ()]:
+        whole.update(hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()
 
 
 def nameless(prompt: Prompt, names: Sequence[str]) -> Prompt:

@@ -30,7 +30,7 @@ class Paraphrase(Attack):
     most: int = 50  # tries of a prompt
 
     quick: ClassVar[dict] = {"most": 10}
-    needs: ClassVar[frozenset] = frozenset({"text"})
+    needs: ClassVar[frozenset] = frozenset({"text", "words"})
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
         if not scene.control and not translations(scene.name):
