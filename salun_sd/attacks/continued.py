@@ -20,11 +20,15 @@ class Continue(Attack):
     """The base takes the first steps with the prompt, or with the concept's where the prompt does not name its class.
     The attacked model takes the others with the prompt. A stage is a number of steps by the base; its control is a
     drawing by the attacked model alone, from another seed.
+
+    Deviation: 20 steps by the base were not published. With a prompt that does not name the concept, even the pocket
+    checkpoint itself finishes what it began with the concept's prompt as the concept only then: 8 of 8 images for two
+    classes, after 10 steps 1 and 0.
     """
 
-    begun: tuple[int, ...] = (1, 2, 5, 10)  # steps by the base
+    begun: tuple[int, ...] = (1, 2, 5, 10, 20)  # steps by the base
 
-    quick: ClassVar[dict] = {"begun": (2, 10)}
+    quick: ClassVar[dict] = {"begun": (10, 20)}
     needs: ClassVar[frozenset] = frozenset({"base"})
     from_picture: ClassVar[bool] = True
     drawing: ClassVar[tuple[str, int]] = (SCHEDULER, STEPS)
