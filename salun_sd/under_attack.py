@@ -12,6 +12,7 @@ from typing import NamedTuple
 from salun_sd.attacks.attack import Attack, Scene
 from salun_sd.attacks.catalog import ATTACKS
 from salun_sd.attacks.given import Pictures, Texts, digest_of, nameless
+from salun_sd.attacks.positions import check_mask
 from salun_sd.attacks.prompts import attacked_with
 from salun_sd.attacks.run import Run
 from salun_sd.attacks.target import LARGE, Target
@@ -27,6 +28,7 @@ from salun_sd.edit import maskfile
 from salun_sd.edit.budget import Attacking
 from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.runtime.contents import no_file
 from salun_sd.runtime.device import Precision, default_device
 from salun_sd.runtime.texts import listed
 
@@ -73,7 +75,8 @@ def attack(
         confident=confident, config=config, revision=revision, variant=variant,
     ), attacks={name: _sides_of(o) if name in attacks else () for name in ATTACKS})  # fmt: skip
     attacks, cases, sides = _possible(job, attacks, listed(with_)), _attacked(job), _sides(job, floor)
-    texts, bits = Texts.of(o.concept, job.audited, o.words, o.adversarial), mask and maskfile.read(Path(mask)).bits
+    texts = Texts.of(o.concept, job.audited, o.words, o.adversarial)
+    bits = _mask(Path(o.mask), job.audited) if "positions" in attacks else None
     if dry_run:
         return _forecast(o, job, attacks, len(cases))
     rows, run, of_base = audit.examined(job)
@@ -187,6 +190,15 @@ def _forecast(o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], pr
     return compute.forecast([work], {"prompts": min(prompts, max(most)), **settings}, {})
 
 
+def _mask(file: Path, model: Checkpoint) -> Bits:
+    """The bits of --mask. Raises UsageError or SalunError where it is no mask of the model's UNet."""
+    if fault := no_file(file):
+        raise UsageError(f"--mask {file} {fault}: give mask.safetensors of the run folder of the erasure.")
+    bits = maskfile.read(file).bits
+    check_mask(bits, {name: t.shape for name, t in model.unet.items()}, model.name)
+    return bits
+
+
 def _pictures(o: SimpleNamespace, job: audit.Job, cases: list[Prompt]) -> Pictures | None:
     """The user's pictures of the concept, in turn; or those that the base drew for the same prompts."""
     drawn, asked = job.out / "against", {p.case for p in cases}
@@ -213,7 +225,8 @@ def _attack_all(
             scene = Scene(
                 target, o.concept, cases,
                 pictures and pictures.of(target), words=texts.words, synonyms=texts.synonyms, control=side.control,
-                seed=o.seed, given=digest_of(attack.needs, pictures, texts, mask), mask=bits, others=pictures and pictures.captioned(target),
+                seed=o.seed, given=digest_of(attack.needs, pictures, texts, mask), mask=bits,
+                others=pictures and pictures.captioned(target),
                 base=opened_base() if "base" in attack.needs else None,
             )  # fmt: skip
             if "adversarial" in attack.needs:

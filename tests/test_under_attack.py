@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import salun_sd
+from salun_sd.attacks.catalog import ATTACKS
 from salun_sd.attacks.given import nameless
+from salun_sd.attacks.names import SUMMARIES
 from salun_sd.cli import app as cli
 from salun_sd.draw.prompts import Prompt
 from salun_sd.errors import UsageError
@@ -84,6 +86,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(attacked, prompts, tmp_p
         (["--with", "tokens"], "--base"),
         (["--with", "prompts"], "--adversarial"),
         (["--with", "positions"], "--mask"),
+        (["--mask", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--budget", "huge"], "huge"),
         (["--floor", "pocket-ddpm"], "pocket-ddpm"),
         (["--base", "pocket", "--with", "prefix", "--fail-if", "floor.asr.prefix > 0"], "--floor"),
@@ -112,6 +115,10 @@ def test_a_dry_run_says_what_each_attack_does_and_writes_nothing(prompts, tmp_pa
                            base="pocket", out=tmp_path / "out", dry_run=True)  # fmt: skip
     assert {"prefix", "conditioning", "round-trip"} <= plan.settings.keys() and plan.settings["prompts"] == 2
     assert sum(plan.plans["attack"].values()) > 0 and not (tmp_path / "out").exists()
+
+
+def test_the_help_names_every_attack():
+    assert list(SUMMARIES) == list(ATTACKS)
 
 
 def test_a_prompt_loses_the_name_and_nothing_else():

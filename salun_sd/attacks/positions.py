@@ -1,6 +1,6 @@
 """Roots Beneath the Cut (Zhang et al., CVPR 2026, arXiv 2603.06640): the positions of the changed weights alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,17 +35,12 @@ class Positions(Weights):
         return ["guessed"]
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        weights, mask, model = dict(scene.target.unet.named_parameters()), scene.mask, scene.target.model.name
-        both = weights.keys() & mask.keys()
-        if odd := weights.keys() ^ mask.keys() | {name for name in both if weights[name].shape != mask[name].shape}:
-            raise UsageError(f"The mask and {model} differ in {some(sorted(odd), 3)}: give the --mask of its erasure.")
-        if not any(is_partial(mask[name]) for name in weights):
-            raise UsageError(f"The mask has all or nothing of each matrix of {model}, and nothing to guess from: give "
-                             "--mask with a mask of single weights.")  # fmt: skip
+        weights = scene.target.unet.named_parameters()
+        check_mask(scene.mask, {name: p.shape for name, p in weights}, scene.target.model.name)
         return {}
 
     @torch.no_grad()
-    def change(self, scene: Scene, before: dict[str, torch.Tensor]) -> Iterator[None]:
+    def change(self, scene: Scene) -> Iterator[None]:
         g = scene.generator()
         for name, p in Bar(list(scene.target.unet.named_parameters()), desc="impute", leave=None):
             if is_partial(missing := scene.mask[name]):
@@ -59,10 +54,20 @@ class Positions(Weights):
         """A matrix [n, m] float64 with guesses where entries are missing, bool [n, m]."""
         complete = soft_imputed(matrix, missing, self.iterations, self.tolerance)
         magnitudes = complete[missing].abs()
-        fewest = magnitudes.kthvalue(max(1, round((1 - self.kept) * len(magnitudes)))).values
+        cutoff = magnitudes.kthvalue(max(1, round((1 - self.kept) * len(magnitudes)))).values
         largest = matrix.masked_fill(missing, 0).abs().amax(1, keepdim=True)
-        guesses = complete.sign() * largest * (complete.abs() > fewest)
+        guesses = complete.sign() * largest * (complete.abs() > cutoff)
         return torch.where(missing, guesses, matrix)
+
+
+def check_mask(mask: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], model: str) -> None:
+    """Raise UsageError unless a mask has the weights of a UNet, and leaves something to guess from."""
+    odd = mask.keys() ^ shapes.keys() | {n for n in mask.keys() & shapes.keys() if mask[n].shape != shapes[n]}
+    if odd:
+        raise UsageError(f"--mask and {model} differ in {some(sorted(odd), 3)}: give the mask of its own erasure.")
+    if not any(map(is_partial, mask.values())):
+        raise UsageError(f"--mask has all or nothing of each matrix of {model}, and leaves nothing to guess from: give "
+                         "a mask of single weights.")  # fmt: skip
 
 
 def is_partial(bits: torch.Tensor) -> bool:
@@ -87,8 +92,7 @@ def soft_imputed(matrix: torch.Tensor, missing: torch.Tensor, iterations: int, t
 
 
 def with_smaller_values(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix [n, m] with each singular value less the smallest one; by the eigenvectors of the smaller square, which
-    a GPU finds much faster than a singular value decomposition."""
+    """A matrix [n, m] with each singular value less the smallest one, by the eigenvectors of the smaller square."""
     if matrix.shape[0] > matrix.shape[1]:
         return with_smaller_values(matrix.T).T
     squares, vectors = torch.linalg.eigh(matrix @ matrix.T)  # in ascending order

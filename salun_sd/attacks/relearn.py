@@ -17,13 +17,14 @@ from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import Bar
 
+QUICK = {"steps": (10, 50), "lr": 1e-4}  # a tenth of the published steps, at a tenfold rate
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # the layers that LoRA adds to
 
 
 @dataclass(frozen=True)
 class FineTune(Weights):
-    """The denoising loss on captioned pictures, by Adam. A stage is a number of steps. Deviation: the
-    published runs take AdamW, whose decay takes less than a thousandth of a weight in 500 steps.
+    """The denoising loss on captioned pictures, by Adam. A stage is a number of steps. Deviation: the published runs
+    take AdamW, whose decay takes less than a thousandth of a weight in 500 steps.
 
     The weights are trained in float32, whatever the UNet's dtype is. The whole UNet takes 12 bytes for each weight on
     the device (10 GiB for SD 1.x), and a copy of its weights on the CPU.
@@ -46,7 +47,7 @@ class FineTune(Weights):
             self._adapter()
         return {}
 
-    def change(self, scene: Scene, before: dict[str, torch.Tensor]) -> Iterator[None]:
+    def change(self, scene: Scene) -> Iterator[None]:
         target, g, (latents, texts) = scene.target, scene.generator(), self.examples(scene)
         conditions = encode_prompts(target.pipeline, texts)
         with self._optimizer(target.unet, scene.seed) as adam:
@@ -90,17 +91,19 @@ class FineTune(Weights):
 
 @dataclass(frozen=True)
 class Relearn(FineTune):
-    """TIU's relearning: the whole UNet, on the pictures of the concept, each with the text of its prompt.
+    """The Illusion of Unlearning (TIU; George et al., CVPR 2025): the whole UNet is trained on pictures of the concept,
+    each with the text of its prompt.
 
     Deviation: TIU stops at the first of 50 ... 500 pictures with which the concept is back. Here there are as many as
-    prompts, and it is the steps that grow. `quick` takes a tenfold rate, for a tenth of the steps.
+    prompts, and it is the steps that grow.
     """
 
     pictures: int | None = None  # the most that it takes; None: one for each prompt
 
-    quick: ClassVar[dict] = {"steps": (10, 50), "lr": 1e-4}
+    quick: ClassVar[dict] = QUICK
     needs: ClassVar[frozenset] = frozenset({"picture"})
     from_picture: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
 
     def examples(self, scene: Scene) -> tuple[torch.Tensor, list[str]]:
         latents = scene.pictures()[: self.pictures]
@@ -109,9 +112,8 @@ class Relearn(FineTune):
 
 @dataclass(frozen=True)
 class RelearnLora(Relearn):
-    """MemoRa's relearning: LoRA of rank 4 in the attention layers, on 6 pictures of the concept.
-
-    Its authors take 10 or 500 steps. `quick` takes a tenfold rate, for a tenth of the steps.
+    """MemoRa (Polowczyk et al., arXiv 2510.03263): LoRA of rank 4 on 6 pictures of the concept, 10 or 500 steps. Ours:
+    the layers that it adds to, those of attention; and the pictures, which MemoRa mixes by inversion, are as they are.
     """
 
     steps: tuple[int, ...] = (10, 500)
@@ -119,21 +121,23 @@ class RelearnLora(Relearn):
     lora: int = 4
     pictures: int | None = 6
 
-    quick: ClassVar[dict] = {"steps": (10, 50), "lr": 1e-3}
+    quick: ClassVar[dict] = QUICK | {"lr": 1e-3}
     needs: ClassVar[frozenset] = frozenset({"text", "picture", "peft"})
+    trains: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class Benign(FineTune):
-    """Fine-tuning that means no harm, on pictures of other things: does the concept come back by itself? (SPQR, arXiv
-    2511.19558; ResAlign, 2507.16302.)
+    """Fine-tuning that means no harm, on pictures of other things: does the concept come back by itself? (Suriyakumar
+    et al., arXiv 2410.08074; SPQR, 2511.19558; ResAlign, 2507.16302.)
 
-    Steps and rate are those of `relearn`, to compare. SPQR takes 1,000 to 5,000 pictures; here there are those
-    that the scene has.
+    Ours: steps and rate are those of `relearn`, to compare, and the pictures are those of the other prompts. SPQR takes
+    1,000 to 5,000.
     """
 
-    quick: ClassVar[dict] = Relearn.quick
+    quick: ClassVar[dict] = QUICK
     needs: ClassVar[frozenset] = frozenset({"others"})
+    trains: ClassVar[bool] = True
 
     def examples(self, scene: Scene) -> tuple[torch.Tensor, list[str]]:
         return scene.others()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from salun_sd.attacks.attack import Scene
-from salun_sd.attacks.weights import Weights
+from salun_sd.attacks.weights import Weights, put_back
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,13 @@ class RoundTrip(Weights):
         return list(self.formats)
 
     @torch.no_grad()
-    def change(self, scene: Scene, before: dict[str, torch.Tensor]) -> Iterator[None]:
+    def change(self, scene: Scene) -> Iterator[None]:
         for format in self.formats:
-            for name, p in scene.target.unet.named_parameters():
-                is_rounded = p.ndim > 1 or format in ("float16", "bfloat16")
-                p.copy_(rounded(before[name], format) if is_rounded else before[name])
-            yield
+            with put_back(scene.target.unet):
+                for p in scene.target.unet.parameters():
+                    if p.ndim > 1 or format in ("float16", "bfloat16"):
+                        p.copy_(rounded(p, format))
+                yield
 
 
 def rounded(weights: torch.Tensor, format: str) -> torch.Tensor:

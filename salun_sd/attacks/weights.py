@@ -24,8 +24,8 @@ class Weights(Attack):
         """The names of the stages, without that of the untouched model."""
         raise NotImplementedError
 
-    def change(self, scene: Scene, before: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Give the UNet the weights of one stage after the other. `before`: those that it had, on the CPU."""
+    def change(self, scene: Scene) -> Iterator[None]:
+        """Give the UNet the weights of one stage after the other."""
         raise NotImplementedError
 
     def labels(self) -> list[str]:
@@ -35,7 +35,7 @@ class Weights(Attack):
         if scene.control and not self.control_changes:
             yield from range(1, len(self.labels()))
             return
-        with put_back(scene.target.unet) as before, closing(self.change(scene, before)) as changes:
+        with put_back(scene.target.unet), closing(self.change(scene)) as changes:
             for stage, _ in enumerate(changes, 1):
                 yield stage
 
@@ -46,11 +46,11 @@ class Weights(Attack):
 
 
 @contextmanager
-def put_back(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """The module's weights, copied to the CPU. In the end the module has them again, to the last bit."""
+def put_back(module: nn.Module) -> Iterator[None]:
+    """In the end, the module has the weights of the beginning again, to the last bit. They are kept on the CPU."""
     before = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()}
     try:
-        yield before
+        yield
     finally:
         with torch.no_grad():
             for name, p in module.named_parameters():

@@ -194,7 +194,7 @@ class Attacking(Work):
     """A search for the concept: the gradient of what the UNet reads, whose weights are frozen."""
 
     others: int = 0  # bytes of the pipeline's parts beside the UNet, and of a second model where one is held
-    trains: bool = False  # whether all weights are trained instead, by AdamW
+    trains: bool = False  # whether all weights are trained instead, by Adam
     step = "attack"
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:

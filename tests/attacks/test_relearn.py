@@ -6,18 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from salun_sd.attacks.attack import Scene
-from salun_sd.attacks.catalog import ATTACKS
 from salun_sd.attacks.relearn import Benign, Relearn, RelearnLora
-from salun_sd.attacks.run import Run
 from salun_sd.attacks.target import Target
-from salun_sd.audit import classify
-from salun_sd.checkpoint.find import find
-from salun_sd.checkpoint.model import POCKET
-from salun_sd.draw import prompts
-from salun_sd.draw.encode import encode_image, encode_prompts, pixels
-from salun_sd.draw.generate import row_of
-from salun_sd.draw.sample import Sampler
+from salun_sd.draw.encode import encode_prompts
 from salun_sd.errors import UsageError
 
 STEPS = {"steps": (5,), "batch_size": 2}
@@ -90,22 +81,3 @@ def test_lora_without_peft_is_refused_before_the_first_step(tiny, monkeypatch):
     with pytest.raises(UsageError, match="lora"):
         BESIDE.prepare(tiny)
     assert FULL.prepare(tiny) == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["relearn", "relearn-lora"])
-def test_the_base_learns_to_call_a_sneaker_a_thing(name, tmp_path):
-    """The before-check: on the bundled checkpoint, whose prompts do not name the concept."""
-    target, classes = Target(find("pocket")), sorted({prompt.label for prompt in prompts.read("pocket")})
-    judge = classify.load(POCKET / "judge", classes, [])
-    rows, shown = prompts.read("pocket", ["class=sneaker"], 10), {}
-    images = Sampler(target.pipeline, 5).draw([row_of(prompt, 0, (32, 32)) for prompt in rows])
-    latents = {p.case: encode_image(target.pipeline, pixels(i, 32)[0])[None] for p, i in zip(rows, images, strict=True)}
-    rows = [prompt._replace(text=prompt.text.replace("sneaker", "thing")) for prompt in rows]
-    for control in (False, True):
-        scene = Scene(target, "a sneaker", rows, lambda prompt: latents[prompt.case], control=control)
-        one = Run(name, ATTACKS[name].of("quick"), scene, tmp_path / str(control), scheduler="DDIMScheduler", steps=10)
-        one.search()
-        files = [one.out / line["file"] for line in one.draw() if line["k"] == 2]
-        shown[control] = sum(answer["predicted"] == "sneaker" for answer in judge.classify(files, 32))
-    assert shown[False] >= 7 and shown[True] == 0
