@@ -113,7 +113,8 @@ class Relearn(FineTune):
 @dataclass(frozen=True)
 class RelearnLora(Relearn):
     """MemoRa (Polowczyk et al., arXiv 2510.03263): LoRA of rank 4 on 6 pictures of the concept, 10 or 500 steps. Ours
-    are the layers that it is added to, those of attention. Deviation: MemoRa blends its pictures by DDIM inversion, too.
+    are the layers that it is added to, those of attention. Deviation: MemoRa also blends its pictures, by DDIM
+    inversion.
     """
 
     steps: tuple[int, ...] = (10, 500)
