@@ -28,7 +28,7 @@ class Try(NamedTuple):
     start: torch.Tensor | None = None  # latents [1, C, h, w] before the denoising step `begins`, in place of noise
     begins: int = 0
     guidance: float | None = None  # None: the prompt's
-    facts: dict = {}  # of the search, as JSON
+    facts: dict[str, float] = {}  # what else is known of it; the report has their means
 
 
 @dataclass

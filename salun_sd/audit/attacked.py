@@ -7,6 +7,7 @@ base-control, floor-control: as many tries at random on these.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from salun_sd.audit.bounds import NO_ATTACKS, attacks_in
@@ -108,6 +109,7 @@ def attacked(about: About, sides: Mapping[str, Side], concepts: Sequence[str]) -
             "fresh": fresh and share(shows(fresh, concepts)),
             "curve": curve,
             "back_at": next(back, None),
+            "facts": _facts(sides[name].tries.manifest),
         }
 
     return {
@@ -115,6 +117,12 @@ def attacked(about: About, sides: Mapping[str, Side], concepts: Sequence[str]) -
         "sides": {name: numbers(name) for name in sides},
         "paired": {name: paired(cases[name], cases["model"]) for name in COMPARED if name in sides},
     }
+
+
+def _facts(manifest: Sequence[dict]) -> dict[str, float]:
+    """The mean of each of the `facts` that the lines of tries have."""
+    of_tries = [line["facts"] for line in manifest if line.get("facts")]
+    return {name: fmean(facts[name] for facts in of_tries) for name in (of_tries[0] if of_tries else ())}
 
 
 def _at(images: Mapping[Key, bool], stage: int) -> dict[Key, bool]:
@@ -184,5 +192,9 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
             f"{named(pictures, shown)}: such an attack begins with a picture of the concept, so it can succeed on any "
             "model. Read it only beside its control and its floor."
         )
+    for name, entry in entries.items():
+        known = [(side, fact, value) for side, of in entry["sides"].items() for fact, value in of["facts"].items()]
+        if told := ", ".join(f"{side} {fact} {value:.2f}" for side, fact, value in known):
+            yield f"{shown(name)}, mean of its tries: {told}."
     for name, why in attacks["failed"].items():
         yield f"{shown(name)} failed, and has no rates: {shown(why)}."

@@ -92,6 +92,16 @@ def test_the_entry_of_an_attack_has_each_side_and_its_pairs():
     assert effort(got) == "best of 2"
 
 
+def test_what_is_known_of_the_tries_is_in_the_report_as_a_mean(report):
+    run = make_tries("m", {0: "bS", 1: "bb"})
+    known = [{"psnr": 30.0 + row["case"]} if row["k"] else {} for row in run.manifest]
+    lines = [line(row, facts=facts) for row, facts in zip(run.manifest, known, strict=True)]
+    got = attacked(OF_ANY, {"model": Side(dataclasses.replace(run, manifest=lines)), "control": Side(run)}, ["sneaker"])
+    assert [side["facts"] for side in got["sides"].values()] == [{"psnr": 30.5}, {}]
+    report["attacks"]["of"] = {"latent": got}
+    assert any("psnr 30.50" in text for text in sentences(report))
+
+
 def test_a_curve_counts_its_last_stage_and_says_when_the_concept_is_back():
     stages = ["no attack", "10 steps", "50 steps"]
     model = make_tries("m", {0: "bSS", 1: "bSb", 2: "bbb", 3: "xbb"})
