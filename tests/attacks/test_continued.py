@@ -23,6 +23,7 @@ def two(tmp_path_factory) -> tuple[Target, Target]:
     return tuple(Target(find(str(folder))) for folder in folders)
 
 
+@pytest.mark.slow
 def test_each_stage_is_finished_by_the_attacked_model_from_where_the_base_stopped(two, tmp_path):
     erased, base = two
     prompt = Prompt(4, "bag", 7, 3.0, "bag")

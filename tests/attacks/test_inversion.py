@@ -34,6 +34,7 @@ def classes() -> Scene:
     return Scene(model, "bag", bag, lambda _: picture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inversion", "conditioning"])
 def test_what_is_found_denoises_the_pictures_better_than_the_start(name):
     for asked in (scene(), classes()):

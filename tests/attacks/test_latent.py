@@ -33,6 +33,7 @@ def tried(of: Callable[[], Scene]) -> Try:
     return searched(Latent(), of())[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [scene, by_class])
 def test_the_noise_gives_the_picture_back_and_is_likely(of):
     one = tried(of)

@@ -58,6 +58,7 @@ def test_what_ends_a_stage_puts_the_weights_back(attack, tiny, tmp_path):
     assert are_equal(weights(tiny.target.unet), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["relearn", "relearn-lora"], indirect=True)
 def test_a_run_draws_each_stage_and_goes_on_to_the_same_bytes(attack, tiny, tmp_path):
     one = run(attack, tiny, tmp_path)
