@@ -24,6 +24,7 @@ import typer
 from methods import RUNS, WITHOUT_ANCHOR
 from pocket_classes import cpu
 
+from salun_sd.attacks.catalog import ATTACKS
 from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import photo_of
@@ -172,7 +173,9 @@ def table(key: tuple, attacks: dict[str, dict[str, Row]]) -> str:
     for attack, of in attacks.items():
         one = next(iter(of.values()))
         cells = [f"{of[name].asr:.2f} ({of[name].control:.2f})" if name in of else "" for name in names]
-        lines.append(f"| {attack}, best of {one.tries} | {one.base:.2f} (before: {one.base_pre:.2f}) "
+        stages = ATTACKS[attack].of(budget).labels()
+        effort = f"at {stages[-1]}" if stages else f"best of {one.tries}"
+        lines.append(f"| {attack}, {effort} | {one.base:.2f} (before: {one.base_pre:.2f}) "
                      f"| {one.floor:.2f} ({one.floor_control:.2f}) | {' | '.join(cells)} |\n")  # fmt: skip
     first = next(iter(next(iter(attacks.values())).values()))
     return (
