@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from salun_sd.attacks.attack import Attack, Scene
 from salun_sd.attacks.catalog import ATTACKS
-from salun_sd.attacks.given import Pictures, Texts, digest_of, nameless
+from salun_sd.attacks.given import Pictures, Texts, digest_of, without_name
 from salun_sd.attacks.positions import check_mask
 from salun_sd.attacks.prompts import attacked_with
 from salun_sd.attacks.run import Run
@@ -28,9 +28,11 @@ from salun_sd.edit import maskfile
 from salun_sd.edit.budget import Attacking
 from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.runtime import ranks
 from salun_sd.runtime.contents import no_file
-from salun_sd.runtime.device import Precision, default_device
-from salun_sd.runtime.texts import listed
+from salun_sd.runtime.device import Precision, default_device, dtype_name
+from salun_sd.runtime.ranges import check_numbers
+from salun_sd.runtime.texts import check_given, listed
 
 logger = logging.getLogger(__name__)
 
@@ -67,21 +69,25 @@ def attack(
     or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
     """
     o = SimpleNamespace(**locals())
+    check_given(concept=concept, floor=floor, pictures=pictures, words=words, adversarial=adversarial, mask=mask)
+    check_numbers(seed=seed)
     attacks = _chosen(o)
     job = audit.prepared(audit.options(
         model=model, prompts=prompts, out=out, against=base, concept_class=concept_class or (), classifier=classifier,
         detector=detector, detector_model=detector_model, where=where, limit=limit, denoising_steps=denoising_steps,
         scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, no_images=no_images, fail_if=fail_if,
         confident=confident, config=config, revision=revision, variant=variant,
-    ), attacks={name: _sides_of(o) if name in attacks else () for name in ATTACKS})  # fmt: skip
-    attacks, cases, sides = _possible(job, attacks, listed(with_)), _attacked(job), _sides(job, floor)
-    texts = Texts.of(o.concept, job.audited, o.words, o.adversarial)
+    ), attacks={name: _measured(o, attacks[name]) if name in attacks else () for name in ATTACKS})  # fmt: skip
+    cases, sides = _attacked(job), _sides(job, floor)
+    attacks = _possible(job, attacks, cases, listed(with_))
+    pictures, size = _pictures(o, job, cases), None if o.size is None else cases[0].size
+    texts = Texts.of(o.concept, job.audited, o.words, o.adversarial, o.guidance, size)
     bits = _mask(Path(o.mask), job.audited) if "positions" in attacks else None
     if dry_run:
         return _forecast(o, job, attacks, len(cases))
     rows, run, of_base = audit.examined(job)
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
-    tries, failed = _attack_all(o, job, attacks, sides, cases, texts, bits)
+    tries, failed = _attack_all(o, job, attacks, sides, cases, pictures, texts, bits)
     entries = {name: _entry(o, attacks[name], of, job.request.concepts) for name, of in tries.items()}
     report["attacks"] = attacked.in_report(entries, report, of_base or run, failed)
     deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images,
@@ -104,12 +110,14 @@ def _chosen(o: SimpleNamespace) -> dict[str, Attack]:
     return {name: ATTACKS[name].of(o.budget) for name in ATTACKS if (name in names if names else not lacks[name])}
 
 
-def _possible(job: audit.Job, attacks: dict[str, Attack], named: Sequence[str]) -> dict[str, Attack]:
+def _possible(
+    job: audit.Job, attacks: dict[str, Attack], cases: list[Prompt], named: Sequence[str]
+) -> dict[str, Attack]:  # fmt: skip
     """The attacks that this model and these prompts allow. Raises UsageError for one of --with that they do not."""
     lacks = {}
     if job.audited.classes:
         lacks["text"] = f"searches for a text, and {job.audited.name} draws a class: leave it out"
-    if not any(p.label not in job.request.concepts for p in job.own):
+    if len(cases) == len(job.own):
         lacks["others"] = "trains on pictures of other things, and these prompts ask for none: give other --prompts"
     for name, attack in attacks.items():
         if name in named and (wrong := [need for need in lacks if need in attack.needs]):
@@ -151,31 +159,38 @@ def _attacked(job: audit.Job) -> list[Prompt]:
     return [p for p in job.own if not job.request.classes or p.label in concepts]
 
 
-def _sides_of(o: SimpleNamespace) -> list[str]:
-    """The names of the sides of every attack."""
-    return ["model", "control", *["base"] * (o.base is not None), *["floor", "floor-control"] * (o.floor is not None)]
+def _measured(o: SimpleNamespace, attack: Attack) -> list[str]:
+    """What is measured of an attack: its sides, and fresh seeds where it draws them."""
+    return ["model", "control", *["fresh"] * attack.has_fresh(), *["base"] * (o.base is not None),
+            *["floor", "floor-control"] * (o.floor is not None)]  # fmt: skip
 
 
 def _sides(job: audit.Job, floor: str | Path | Checkpoint | None) -> list[Side]:
-    """What is attacked. The floor must be of the model's family and size, as it is shown the same pictures."""
+    """What is attacked."""
     sides = [Side("model", job.audited), Side("control", job.audited, control=True)]
     if job.base:
+        _check_alike("base", job.base, job.audited)
         sides.append(Side("base", job.base, nameless=True))
     if floor is not None:
-        never = opened(floor)
-        for what in ("family", "image_size", "prediction_type"):
-            values = [getattr(model, what) for model in (job.audited, never)]
-            if values[0] != values[1]:
-                words = [getattr(value, "name", value) for value in values]
-                raise UsageError(f"--floor {never.name} is no floor for {job.audited.name}: its "
-                                 f"{what.replace('_', ' ')} is {words[1]}, and not {words[0]}.")  # fmt: skip
+        _check_alike("floor", never := opened(floor), job.audited)
         sides += [Side("floor", never), Side("floor-control", never, control=True)]
     return sides
 
 
+def _check_alike(option: str, other: Checkpoint, model: Checkpoint) -> None:
+    """Raise UsageError unless another model is of the model's family and size, and predicts the same: it is shown the
+    same pictures, and their predictions are compared."""
+    for what in ("family", "image_size", "prediction_type"):
+        values = [getattr(one, what) for one in (other, model)]
+        if values[0] != values[1]:
+            words = [getattr(value, "name", value) for value in values]
+            raise UsageError(f"--{option} {other.name} is no {option} for {model.name}: its {what.replace('_', ' ')} "
+                             f"is {words[0]}, and not {words[1]}. Give another one.")  # fmt: skip
+
+
 def _forecast(o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], prompts: int) -> Forecast:
     """What --dry-run gives: the settings of each attack, and the memory of the largest one."""
-    model, precision = job.audited, Precision.to_draw(o.dtype, default_device())
+    model, precision = job.audited, _precision(job)
     compute = Compute(model, precision, precision, False, sum(t.shape.numel() for t in model.unet.values()))
     others = compute.drawing(model.image_size, draws=True).others
     if any("base" in attack.needs for attack in attacks.values()):
@@ -188,6 +203,11 @@ def _forecast(o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], pr
                 for name, attack in attacks.items()}  # fmt: skip
     most = [_most(o, attack) or prompts for attack in attacks.values()]
     return compute.forecast([work], {"prompts": min(prompts, max(most)), **settings}, {})
+
+
+def _precision(job: audit.Job) -> Precision:
+    """That of an attack: the audit's, but for float16, in which gradients vanish."""
+    return Precision.of(dtype_name(job.sampling["dtype"]), default_device())
 
 
 def _mask(file: Path, model: Checkpoint) -> Bits:
@@ -210,11 +230,10 @@ def _pictures(o: SimpleNamespace, job: audit.Job, cases: list[Prompt]) -> Pictur
 
 def _attack_all(
     o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], sides: list[Side], cases: list[Prompt],
-    texts: Texts, bits: Bits | None,
+    pictures: Pictures | None, texts: Texts, bits: Bits | None,
 ) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:  # fmt: skip
     """Run each attack on each side, a model at a time: what was drawn, and the attacks that failed, with the reason."""
-    drawn, failed, dtype = {name: {} for name in attacks}, {}, job.sampling["dtype"]
-    pictures, names = _pictures(o, job, cases), list(job.request.concepts)
+    drawn, failed, dtype = {name: {} for name in attacks}, {}, _precision(job).dtype
     mask = maskfile.digest(o.mask and str(o.mask))
     opened_base = cache(lambda: Target(job.base, dtype))
     for model, group in groupby(sides, key=lambda side: side.model):
@@ -233,28 +252,36 @@ def _attack_all(
                 scene = attacked_with(scene, texts.adversarial)
             scene.prompts = scene.prompts[: _most(o, attack)]
             if side.nameless and model.is_guided:  # else it draws nothing without a class
-                scene.prompts = [nameless(p, names) for p in scene.prompts]
+                scene = without_name(scene, job.request.concepts)
+            run = _run(name, attack, scene, side, job)
+            run.keep_settings()
             try:
-                drawn[name][side.name] = _on_one(name, attack, scene, side, job)
+                drawn[name][side.name] = _on_one(run, side, job)
             except (SalunError, OSError, RuntimeError) as e:
+                if ranks.count() > 1:  # the other processes wait for this one
+                    raise
                 logger.warning(f"The attack {name} failed on {model.name}, and the others go on: {first_line(e)}.")
                 failed[name] = f"{side.name}: {first_line(e)}"
-        del target
+        target = scene = run = None  # before the next model is loaded
     if not (whole := {name: of for name, of in drawn.items() if name not in failed}):
         raise SalunError(f"Every attack failed; the first is {next(iter(failed))}, {next(iter(failed.values()))}.")
     return whole, failed
 
 
-def _on_one(name: str, attack: Attack, scene: Scene, side: Side, job: audit.Job) -> attacked.Side:
+def _run(name: str, attack: Attack, scene: Scene, side: Side, job: audit.Job) -> Run:
+    scheduler = job.sampling["scheduler"] or side.model.scheduler
+    steps = job.sampling["steps"] or side.model.sampling[0]
+    return Run(name, attack, scene, job.out / "attacks" / name / side.name, scheduler=scheduler, steps=steps)
+
+
+def _on_one(run: Run, side: Side, job: audit.Job) -> attacked.Side:
     """One attack on one side: its tries, and what it found on fresh seeds."""
-    out, model, concepts = job.out / "attacks" / name / side.name, side.model, job.request.concepts
-    scheduler, steps = job.sampling["scheduler"] or model.scheduler, job.sampling["steps"] or model.sampling[0]
-    run = Run(name, attack, scene, out, scheduler=scheduler, steps=steps)
+    out, model, concepts = run.out, side.model.name, job.request.concepts
     looking = detectors.load([], None, default_device()) if concepts else job.detectors
     run.search()
-    tries = examine(model.name, run.draw(), job.judge, looking, out)
+    tries = examine(model, run.draw(), job.judge, looking, out)
     lines = [] if side.control else run.fresh(attacked.chosen(tries, concepts))
-    return attacked.Side(tries, examine(model.name, lines, job.judge, looking, out / "fresh") if lines else None)
+    return attacked.Side(tries, examine(model, lines, job.judge, looking, out / "fresh") if lines else None)
 
 
 def _entry(o: SimpleNamespace, attack: Attack, sides: dict[str, attacked.Side], concepts: Sequence[str]) -> dict:

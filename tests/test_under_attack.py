@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.models import write_pipeline
 
 import salun_sd
+from salun_sd.attacks.attack import Scene
 from salun_sd.attacks.catalog import ATTACKS
-from salun_sd.attacks.given import nameless
+from salun_sd.attacks.given import nameless, without_name
 from salun_sd.attacks.names import SUMMARIES
 from salun_sd.cli import app as cli
 from salun_sd.draw.prompts import Prompt
@@ -89,6 +91,11 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(attacked, prompts, tmp_p
         (["--mask", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--budget", "huge"], "huge"),
         (["--floor", "pocket-ddpm"], "pocket-ddpm"),
+        (["--pictures", "nowhere"], "--pictures nowhere"),
+        (["--pictures", " "], "--pictures"),
+        (["--words", "nowhere.txt"], "nowhere.txt"),
+        (["--concept", " "], "--concept"),
+        (["--base", "pocket", "--where", "class=sneaker", "--with", "benign"], "benign"),
         (["--base", "pocket", "--with", "prefix", "--fail-if", "floor.asr.prefix > 0"], "--floor"),
         (["--base", "pocket", "--with", "prefix", "--fail-if", "asr.tokens > 0"], "asr.tokens"),
     ],
@@ -121,9 +128,41 @@ def test_the_help_names_every_attack():
     assert list(SUMMARIES) == list(ATTACKS)
 
 
-def test_a_prompt_loses_the_name_and_nothing_else():
-    prompt = Prompt(1, "A Sneaker, two sneakers, an ankle boot", 1, 3)
-    assert nameless(prompt, ["sneaker"]).text == "A thing, two sneakers, an ankle boot"
-    assert nameless(prompt, ["boot", "ankle boot"]).text == "A Sneaker, two sneakers, an thing"
-    assert nameless(prompt, []) == prompt
-    assert nameless(prompt._replace(text="Sneaker"), ["sneaker"]).text == ""  # no class
+def test_a_text_loses_the_name_and_nothing_else():
+    text = "A Sneaker, two sneakers, an ankle boot"
+    assert nameless(text, ["sneaker"]) == "A thing, two sneakers, an ankle boot"
+    assert nameless(text, ["boot", "ankle boot"]) == "A Sneaker, two sneakers, an thing"
+    assert nameless(text, []) == text and nameless("ein C++-Buch", ["C++"]) == "ein thing-Buch"
+    assert nameless("Sneaker", ["sneaker"]) == ""  # no class
+
+
+def test_on_the_base_prompts_without_classes_lose_the_name_in_the_concepts_prompt():
+    row = Prompt(1, "a boot in snow", 1, 3)
+    asked = without_name(Scene(None, "a photo of a boot", [row], None), [])
+    assert [p.text for p in asked.prompts] == ["a thing in snow"]
+    assert asked.asked(asked.prompts[0]) == "a photo of a boot"  # of the model that knows it
+
+
+def test_a_base_of_another_kind_and_a_seed_that_is_none_are_refused(prompts, tmp_path):
+    other = write_pipeline(tmp_path / "v", "sd1", prediction="v_prediction")
+    given = {"concept": "a photo of a sneaker", "concept_class": "sneaker", "prompts": prompts, "out": tmp_path / "out"}
+    for wrong, named in (({"base": other, "with_": "tokens"}, "--base"), ({"seed": -1}, "--seed")):
+        with pytest.raises(UsageError, match=named):
+            salun_sd.attack("pocket", **given, **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_is_found_without_a_noise_or_weights_has_fresh_seeds(prompts):
+    without = {name for name, kind in ATTACKS.items() if not kind().has_fresh()}
+    assert without == {"latent", "continue", "relearn", "relearn-lora", "benign", "round-trip", "positions"}
+    assert salun_sd.attack("pocket", concept="a photo of a sneaker", concept_class="sneaker", prompts=prompts,
+                           with_="genetic", fail_if="fresh.asr.genetic > 0.5", out="nowhere", dry_run=True)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_another_search_in_the_same_folder_is_refused_and_not_taken_for_a_failed_attack(prompts, tmp_path):
+    given = {"concept": "a photo of a sneaker", "concept_class": "sneaker", "prompts": prompts, "out": tmp_path,
+             "with_": "paraphrase", "limit": 1, "denoising_steps": 1, "detector": "none"}  # fmt: skip
+    salun_sd.attack("pocket", **given)
+    with pytest.raises(UsageError, match="--out"):
+        salun_sd.attack("pocket", seed=1, **given)

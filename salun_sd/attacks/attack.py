@@ -47,6 +47,7 @@ class Scene:
     adversarial: Mapping[int, str] = field(default_factory=dict)  # prompts of others, by case
     mask: Mapping[str, torch.Tensor] | None = None  # the weights that the erasure could change, bool
     given: str = ""  # a digest of the pictures and texts that the user gave
+    nameless: bool = False  # whether the concept's name was taken out of the prompts
     control: bool = False  # whether random draws of the same kind are tried, in place of a search
     seed: int = 0
 
@@ -54,7 +55,7 @@ class Scene:
     def thing(self) -> str:
         """What the concept's prompt shows: "a photo of a sneaker" => "a sneaker"."""
         opening = OPENING.match(self.concept)
-        return self.concept[opening.end() :] if opening else self.concept
+        return self.concept[opening.end() if opening else 0 :].strip() or self.concept.strip()
 
     @property
     def name(self) -> str:
@@ -64,8 +65,8 @@ class Scene:
 
     def asked(self, prompt: Prompt) -> str:
         """The text with which a model that knows the concept draws it: the prompt's, or the concept's where the prompt
-        does not name its class."""
-        is_named = not prompt.label or class_in(prompt.text, [prompt.label])
+        does not name its class, or lost the name."""
+        is_named = class_in(prompt.text, [prompt.label]) if prompt.label else not self.nameless
         return prompt.text if is_named else self.concept
 
     def pictures(self) -> torch.Tensor:
@@ -88,9 +89,8 @@ class Attack:
 
     quick: ClassVar[dict] = {}
     cases: ClassVar[dict] = {"quick": 10, "paper": None}  # the most prompts that are attacked
-    needs: ClassVar[frozenset] = (
-        frozenset()
-    )  # of "text", "picture", "others", "base", "words", "adversarial", "mask", "peft"
+    # of "text", "picture", "others", "base", "words", "adversarial", "mask", "peft"
+    needs: ClassVar[frozenset] = frozenset()
     from_picture: ClassVar[bool] = False  # whether it begins from a picture of the concept, and so can succeed anywhere
     trains: ClassVar[bool] = False  # whether all weights of the UNet are trained
     drawing: ClassVar[tuple[str, int] | None] = None  # scheduler and steps, where they are the attack's own
@@ -105,6 +105,10 @@ class Attack:
     def labels(self) -> list[str] | None:
         """The names of the stages, the first that of the untouched model; None for an attack that has tries."""
         return None
+
+    def has_fresh(self) -> bool:
+        """Whether what it finds can be drawn from other seeds: not a change of the weights, nor a noise."""
+        return self.labels() is None and not self.from_picture
 
     def stages(self, scene: Scene) -> Iterator[int]:
         """Change the target's weights stage by stage, and give the number of each, from 1, while it is there. They are

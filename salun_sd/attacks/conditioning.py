@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from salun_sd.attacks.attack import Attack, Scene, Try
+from salun_sd.attacks.given import nameless
 from salun_sd.core.diffusion import Condition
 from salun_sd.draw.prompts import Prompt
 from salun_sd.runtime.bar import Bar
@@ -15,8 +16,8 @@ from salun_sd.runtime.bar import Bar
 @dataclass(frozen=True)
 class Conditioning(Attack):
     """Every embedding that the UNet reads is trained, from those of the concept's prompt, to denoise pictures of the
-    concept; for a class-conditional model, the embedding of the concept's class. Not published as an attack: the
-    settings are ours. One search serves all prompts."""
+    concept; for a class-conditional model, the embedding of the concept's class. Where the prompts lost the concept's
+    name, so does the start. Not published as an attack: the settings are ours. One search serves all prompts."""
 
     steps: int = 300
     batch_size: int = 16
@@ -26,7 +27,8 @@ class Conditioning(Attack):
     needs: ClassVar[frozenset] = frozenset({"picture"})
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        start, g = scene.target.free(scene.concept), scene.generator()
+        text = nameless(scene.concept, [scene.name]) if scene.nameless else scene.concept
+        start, g = scene.target.free(text), scene.generator()
         if scene.control:
             return {key: alike(value, g) for key, value in start.items()}
         found = {key: value.detach().clone().requires_grad_() for key, value in start.items()}

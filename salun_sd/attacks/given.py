@@ -1,14 +1,15 @@
 """What the user gives to an attack: pictures, and texts."""
 
 import hashlib
-import re
 from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from salun_sd.attacks.attack import Scene
 from salun_sd.attacks.target import Target
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.model import Checkpoint
@@ -16,7 +17,7 @@ from salun_sd.draw import prompts
 from salun_sd.draw.encode import encode_image, pixels
 from salun_sd.draw.folders import images_in
 from salun_sd.draw.images import read_image
-from salun_sd.draw.prompts import Prompt
+from salun_sd.draw.prompts import Prompt, whole
 from salun_sd.errors import UsageError
 
 NAMELESS = "thing"  # the word in place of the concept's, where an attack has to find it by itself
@@ -62,12 +63,16 @@ class Texts(NamedTuple):
     adversarial: list[Prompt]  # prompts of others
 
     @classmethod
-    def of(cls, concept: str, model: Checkpoint, words: object, adversarial: object) -> "Texts":
-        """From files, if they are given. Raises UsageError or SalunError for one that is missing, damaged or empty."""
+    def of(
+        cls, concept: str, model: Checkpoint, words: object, adversarial: object, guidance: float | None,
+        size: tuple[int, int] | None,
+    ) -> "Texts":  # fmt: skip
+        """From files, if they are given; the adversarial prompts with this guidance and size, if they are given. Raises
+        UsageError or SalunError for a file that is missing, damaged or empty."""
         record = provenance.read(model.path) or {"concepts": []}
         synonyms = [text for one in record["concepts"] if one["prompt"] == concept for text in one["synonyms"]]
         described, found = (prompts.read(str(file)) if file else [] for file in (words, adversarial))
-        return cls([p.text for p in described], synonyms, found)
+        return cls([p.text for p in described], synonyms, prompts.overridden(found, guidance, size))
 
 
 def digest_of(needs: Container[str], pictures: Pictures | None, texts: Texts, mask: str | None) -> str:
@@ -83,9 +88,15 @@ def digest_of(needs: Container[str], pictures: Pictures | None, texts: Texts, ma
     return whole.hexdigest()
 
 
-def nameless(prompt: Prompt, names: Sequence[str]) -> Prompt:
-    """The prompt with another word in place of the concept's names; the empty one in place of a name alone, which asks
-    a class-conditional model for no class."""
-    pattern = "|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True))
-    text = re.sub(pattern, NAMELESS, prompt.text, flags=re.IGNORECASE) if names else prompt.text
-    return prompt._replace(text="" if text == NAMELESS else text)
+def without_name(scene: Scene, names: Sequence[str]) -> Scene:
+    """The scene whose prompts have another word in place of the concept's names: those given, and its own."""
+    prompts = [p._replace(text=nameless(p.text, [*names, scene.name])) for p in scene.prompts]
+    return replace(scene, nameless=True, prompts=prompts)
+
+
+def nameless(text: str, names: Sequence[str]) -> str:
+    """A text with another word in place of names; the empty text in place of a name alone, which asks a
+    class-conditional model for no class."""
+    for name in sorted(names, key=len, reverse=True):
+        text = whole(name).sub(NAMELESS, text)
+    return "" if text == NAMELESS else text

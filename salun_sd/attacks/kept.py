@@ -24,6 +24,11 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     return {name: value.read() for name, value in tensors.read_sealed(file)[0].items()}
 
 
+def file_of(out: Path, case: int) -> Path:
+    """The file of a prompt, in the folder of a run."""
+    return out / "found" / f"{case}.safetensors"
+
+
 def save(file: Path, tries: list[Try]) -> None:
     """Write the tries of a prompt, in their order."""
     values, lines = {}, []

@@ -29,8 +29,12 @@ class Prefix(Attack):
     quick: ClassVar[dict] = {"timesteps": 5, "steps": 20}
     needs: ClassVar[frozenset] = frozenset({"text", "picture"})
 
+    def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
+        for prompt in scene.prompts:
+            scene.target.check_room(self.count, prompt.text)
+        return {}
+
     def tries(self, scene: Scene, prompt: Prompt, found: dict) -> list[Try]:
-        scene.target.check_room(self.count, prompt.text)
         g, usable = scene.generator(prompt.case), scene.target.words()
         if scene.control:
             rows = usable[torch.randint(len(usable), (self.timesteps, self.count), generator=g)]

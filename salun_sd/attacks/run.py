@@ -20,7 +20,7 @@ from salun_sd.draw.sample import Given, Row
 from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import Bar
-from salun_sd.runtime.device import dtype_name
+from salun_sd.runtime.device import dtype_mark, dtype_name
 from salun_sd.runtime.documents import read_json
 from salun_sd.runtime.files import write_atomic
 
@@ -56,21 +56,23 @@ class Run:
     def __init__(self, name: str, attack: Attack, scene: Scene, out: Path, *, scheduler: str, steps: int):
         self.name, self.attack, self.scene, self.out = name, attack, scene, out
         self.scheduler, self.steps = attack.drawing or (scheduler, steps)
-        self.model, self.labels = scene.target.model, attack.labels()
-        self.tries = lru_cache(8)(lambda case: kept.read(self._file(case)))  # of a prompt: its tensors may be large
+        self.model, self.labels, self.dtype = scene.target.model, attack.labels(), dtype_name(scene.target.unet.dtype)
+        # of a prompt, whose tensors may be large; it does not know the run, which could then not free the model at once
+        self.tries = lru_cache(8)(lambda case: kept.read(kept.file_of(out, case)))
 
     def search(self) -> None:
         """Search for what is not found yet. Several processes share the prompts. Raises UsageError where the folder has
         another search."""
-        self._keep_settings()
+        self.keep_settings()
         together = self.out / "found.safetensors"
         if ranks.is_main() and not together.is_file():
             kept.save_tensors(together, self.attack.prepare(self.scene))
         ranks.wait()
         found, prompts = kept.read_tensors(together), self.scene.prompts
-        left = [prompt for prompt in prompts[ranks.rank() :: ranks.count()] if not self._file(prompt.case).is_file()]
+        files = {prompt: kept.file_of(self.out, prompt.case) for prompt in prompts[ranks.rank() :: ranks.count()]}
+        left = [prompt for prompt, file in files.items() if not file.is_file()]
         for prompt in Bar(left, desc=f"search {self.name}", unit="prompt", leave=None):
-            kept.save(self._file(prompt.case), self.attack.tries(self.scene, prompt, found))
+            kept.save(files[prompt], self.attack.tries(self.scene, prompt, found))
         ranks.wait()
 
     def draw(self) -> list[dict]:
@@ -87,10 +89,10 @@ class Run:
 
     def fresh(self, chosen: dict[int, int]) -> list[dict]:
         """Draw the chosen try of each case with seeds that the search did not see, into the folder `out`/fresh. Returns
-        the lines of the manifest; none where a seed changes nothing, or nothing was searched for."""
-        tries = {case: self.tries(case)[k - 1] for case, k in chosen.items()}
-        if self.labels or any(one.start is not None for one in tries.values()):
+        the lines of the manifest; none of an attack whose finds have no other seeds."""
+        if not self.attack.has_fresh():
             return []
+        tries = {case: self.tries(case)[k - 1] for case, k in chosen.items()}
         shots = []
         for prompt in self.scene.prompts:
             one, number = tries[prompt.case], chosen[prompt.case]
@@ -109,7 +111,7 @@ class Run:
             shots += [Shot.of(prompt, stage or number, tries[number - 1], number) for number in numbers]
         return shots
 
-    def _keep_settings(self) -> None:
+    def keep_settings(self) -> None:
         """Write what the search depends on; or raise UsageError where the folder has that of another one."""
         content = json.dumps(self._settings(), indent=2) + "\n"
         file = self.out / SETTINGS
@@ -124,11 +126,8 @@ class Run:
         scene, base = self.scene, self.scene.base
         prompts = hashlib.sha256(repr(list(scene.prompts)).encode()).hexdigest()
         return {"attack": self.name, **self.attack.settings(), "concept": scene.concept, "control": scene.control,
-                "seed": scene.seed, "model": self.model.identity, "base": base and base.model.identity,
-                "prompts": prompts, "given": scene.given}  # fmt: skip
-
-    def _file(self, case: int) -> Path:
-        return self.out / "found" / f"{case}.safetensors"
+                "seed": scene.seed, "model": self.model.identity + dtype_mark(self.dtype),
+                "base": base and base.model.identity, "prompts": prompts, "given": scene.given}  # fmt: skip
 
     def _row(self, shot: Shot) -> Row:
         row = generate.row_of(shot.prompt, 0, (self.model.image_size, self.model.image_size))
@@ -141,9 +140,8 @@ class Run:
     def _sampling(self, stage: int) -> dict:
         """What images are drawn with. Their identity has the whole search: it may find something else next time."""
         search = hashlib.sha256(json.dumps(self._settings()).encode()).hexdigest()[:16]
-        dtype = dtype_name(self.scene.target.unet.dtype)
         return {"identity": f"{self.model.identity} {self.name}={search}.{stage}", "scheduler": self.scheduler,
-                "steps": self.steps, "dtype": dtype}  # fmt: skip
+                "steps": self.steps, "dtype": self.dtype}  # fmt: skip
 
     def _missing(self, shots: list[Shot], stage: int) -> bool:
         return bool(generate.missing(self._wanted(shots, ""), **self._sampling(stage)))

@@ -180,8 +180,8 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
         yield "No floor was measured: such a model may show the concept as often."
     if any("base" in entry["sides"] for entry in entries.values()):
         yield (
-            "On the base, the prompts do not name the concept: if an attack does not succeed there, its failure on the "
-            "model means nothing."
+            "On the base, the concept’s name is taken out of the prompts: if an attack does not succeed there, its "
+            "failure on the model means nothing."
         )
     if any(entry["sides"]["model"]["fresh"] for entry in entries.values()):
         yield "“Fresh” are images of what was found, from seeds that the search did not see."

@@ -1,5 +1,7 @@
 """One new embedding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.by_class import write_dit
@@ -7,6 +9,7 @@ from helpers.scenes import NAME, named, run, scene, searched, target
 
 from salun_sd.attacks.attack import Attack, Scene
 from salun_sd.attacks.catalog import ATTACKS
+from salun_sd.attacks.conditioning import Conditioning
 from salun_sd.attacks.inversion import Inversion, around
 from salun_sd.attacks.target import Target
 from salun_sd.checkpoint.find import find
@@ -51,6 +54,12 @@ def test_the_new_word_stands_where_the_concepts_name_stood():
     assert NAME not in one.text and one.text.startswith(prompt.text.partition(NAME)[0])
     assert around(scene(), prompt._replace(text=f"Two {NAME.upper()}, red")) == ("Two", ", red")
     assert around(scene(), prompt._replace(text="shoes")) == ("a photo of a", "")
+
+
+def test_a_conditioning_starts_without_the_name_where_the_prompts_have_none():
+    for asked, text in ((scene(), "a photo of a sneaker"), (replace(scene(), nameless=True), "a photo of a thing")):
+        torch.testing.assert_close(Conditioning(steps=0).prepare(asked), target().encode(text))
+    assert Conditioning(steps=0).prepare(replace(classes(), nameless=True))["embedding"].shape[0] == 1
 
 
 def test_a_classs_own_embedding_draws_the_class():
