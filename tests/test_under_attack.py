@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.models import write_pipeline
 
 import salun_sd
@@ -17,7 +18,9 @@ from salun_sd.attacks.given import nameless, without_name
 from salun_sd.attacks.names import SUMMARIES
 from salun_sd.cli import app as cli
 from salun_sd.draw.prompts import Prompt
+from salun_sd.edit.budget import Attacking
 from salun_sd.errors import UsageError
+from salun_sd.runtime.device import Precision
 
 PROMPTS = "case_number,prompt,evaluation_seed,evaluation_guidance,class\n" + "".join(
     f"{n},a photo of a {name},{n},3,{name}\n" for n, name in enumerate(("sneaker", "sneaker", "bag"))
@@ -122,6 +125,13 @@ def test_a_dry_run_says_what_each_attack_does_and_writes_nothing(prompts, tmp_pa
                            base="pocket", out=tmp_path / "out", dry_run=True)  # fmt: skip
     assert {"prefix", "conditioning", "round-trip"} <= plan.settings.keys() and plan.settings["prompts"] == 2
     assert sum(plan.plans["attack"].values()) > 0 and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_knows_models_of_classes_and_advises_no_option_of_other_commands(tmp_path):
+    plan = salun_sd.attack("pocket-ddpm", concept="sneaker", concept_class="sneaker", prompts="classes", out=tmp_path,
+                           base="pocket-ddpm", with_="latent", dry_run=True)  # fmt: skip
+    assert plan.plans["attack"]["activations"] > 0
+    assert set(Attacking(32, 1, Precision.of(None, "cpu")).cheaper({}, torch.device("cpu"))) <= {"--dtype bfloat16"}
 
 
 def test_the_help_names_every_attack():

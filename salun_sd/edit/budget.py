@@ -204,8 +204,14 @@ class Attacking(Work):
     def activations(self, unet: nn.Module, device: torch.device) -> int:
         x_t, t, condition = _inputs(unet, self, self.batch)
         unet.requires_grad_(self.trains)
-        [value.requires_grad_() for value in condition.values() if value.is_floating_point()]
+        for value in [value for value in condition.values() if value.is_floating_point()] or [x_t]:  # a class has none
+            value.requires_grad_()
         return peak_of([unet], lambda: predict(unet, x_t, t, condition).sum().backward(), lambda p: 0)
+
+    def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
+        """The dtype alone: a search has the model's own size, and computes a large UNet's activations again anyway."""
+        half = Precision.of("bfloat16", device.type)
+        return {} if half.widens else {"--dtype bfloat16": replace(self, precision=half)}
 
 
 def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]:
