@@ -21,7 +21,7 @@ def test_the_attack_reaches_the_concept_on_the_base_and_chance_does_not(tmp_path
     judge = classify.load(Path(salun_sd.__file__).parent / "pocket" / "judge", classes, [])
     shown = {}
     for control in (False, True):
-        attack = run(ATTACKS[name].of("quick"), scene(3, control=control), tmp_path / str(control))
+        attack = run(ATTACKS[name].of("quick"), scene(3, control=control, nameless=True), tmp_path / str(control))
         attack.search()
         lines = attack.draw()
         answers = judge.classify([attack.out / line["file"] for line in lines], 32)
