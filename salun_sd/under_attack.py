@@ -19,11 +19,12 @@ from salun_sd.attacks.target import LARGE, Target
 from salun_sd.audit import attacked, deliver, detectors, quality
 from salun_sd.audit import run as audit
 from salun_sd.audit.examine import examine
+from salun_sd.checkpoint.families import DIT
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.mask import Bits
 from salun_sd.draw.generate import file_of
-from salun_sd.draw.prompts import Prompt
+from salun_sd.draw.prompts import Prompt, class_in
 from salun_sd.edit import maskfile
 from salun_sd.edit.budget import Attacking
 from salun_sd.edit.resources import Compute, Forecast
@@ -78,7 +79,7 @@ def attack(
         scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, no_images=no_images, fail_if=fail_if,
         confident=confident, config=config, revision=revision, variant=variant,
     ), attacks={name: _measured(o, attacks[name]) if name in attacks else () for name in ATTACKS})  # fmt: skip
-    cases, sides = _attacked(job), _sides(job, floor)
+    cases, sides = _attacked(o, job), _sides(job, floor)
     attacks = _possible(job, attacks, cases, listed(with_))
     pictures, size = _pictures(o, job, cases), None if o.size is None else cases[0].size
     texts = Texts.of(o.concept, job.audited, o.words, o.adversarial, o.guidance, size)
@@ -114,9 +115,13 @@ def _possible(
     job: audit.Job, attacks: dict[str, Attack], cases: list[Prompt], named: Sequence[str]
 ) -> dict[str, Attack]:  # fmt: skip
     """The attacks that this model and these prompts allow. Raises UsageError for one of --with that they do not."""
-    lacks = {}
-    if job.audited.classes:
-        lacks["text"] = f"searches for a text, and {job.audited.name} draws a class: leave it out"
+    lacks, model = {}, job.audited
+    if model.classes:
+        lacks["text"] = f"is for models that read a text, and {model.name} draws a class: leave it out"
+    if model.family is DIT:
+        lacks["embedding"] = f"searches for an embedding, and the DiT {model.name} has one in each block: leave it out"
+    if not model.is_guided:
+        lacks["null"] = f"draws without a class, and {model.name} has no null class: leave it out"
     if len(cases) == len(job.own):
         lacks["others"] = "trains on pictures of other things, and these prompts ask for none: give other --prompts"
     for name, attack in attacks.items():
@@ -143,9 +148,9 @@ def _most(o: SimpleNamespace, attack: Attack) -> int | None:
     return o.limit or attack.cases[o.budget]
 
 
-def _attacked(job: audit.Job) -> list[Prompt]:
+def _attacked(o: SimpleNamespace, job: audit.Job) -> list[Prompt]:
     """The prompts that are attacked: those that ask for the concept, or all where none has a class. Raises UsageError
-    where there are none, or nothing can tell whether an image shows the concept."""
+    where the concept is not clear, or nothing can tell whether an image shows it."""
     concepts = job.request.concepts
     if len(concepts) > 1:
         raise UsageError(f"An attack is for one concept, and the model lost {', '.join(concepts)}: give one as "
@@ -156,6 +161,10 @@ def _attacked(job: audit.Job) -> list[Prompt]:
     if not job.judge and (concepts or not job.settings["detector"]):
         raise UsageError("Nothing can tell whether an image shows the concept: give --classifier, or for nudity "
                          "--detector nudenet.")  # fmt: skip
+    if job.audited.classes:
+        job.audited.classes.number(o.concept)
+    elif concepts and not class_in(o.concept, concepts):
+        logger.warning(f"--concept {o.concept!r} does not name the class {concepts[0]!r}, which the judge has to see.")
     return [p for p in job.own if not job.request.classes or p.label in concepts]
 
 

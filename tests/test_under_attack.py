@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.by_class import write_ddpm, write_dit
 from helpers.models import write_pipeline
 
 import salun_sd
@@ -159,6 +160,18 @@ def test_a_base_of_another_kind_and_a_seed_that_is_none_are_refused(prompts, tmp
     for wrong, named in (({"base": other, "with_": "tokens"}, "--base"), ({"seed": -1}, "--seed")):
         with pytest.raises(UsageError, match=named):
             salun_sd.attack("pocket", **given, **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_classes_is_asked_for_one_of_them_and_for_no_attack_that_it_cannot_have(tmp_path):
+    unguided = write_ddpm(tmp_path / "bare", None, embeddings=3, guidance=1.0)
+    (file := tmp_path / "p.csv").write_text("prompt,class,evaluation_guidance\n1,bag,1\n0,dress,1\n")
+    given = {"concept_class": "bag", "prompts": str(file), "out": tmp_path / "out", "pictures": tmp_path}
+    for wrong in ({"model": "pocket-ddpm", "concept": "a photo of a bag", "with_": "latent"},
+                  {"model": unguided, "concept": "1", "with_": "latent"},
+                  {"model": write_dit(tmp_path / "dit"), "concept": "1", "with_": "inversion"}):  # fmt: skip
+        with pytest.raises(UsageError, match="photo|latent|inversion"):
+            salun_sd.attack(**given | wrong)
     assert not (tmp_path / "out").exists()
 
 

@@ -89,7 +89,7 @@ class Attack:
 
     quick: ClassVar[dict] = {}
     cases: ClassVar[dict] = {"quick": 10, "paper": None}  # the most prompts that are attacked
-    # of "text", "picture", "others", "base", "words", "adversarial", "mask", "peft"
+    # of "text", "embedding", "null", "picture", "others", "base", "words", "adversarial", "mask", "peft"
     needs: ClassVar[frozenset] = frozenset()
     from_picture: ClassVar[bool] = False  # whether it begins from a picture of the concept, and so can succeed anywhere
     trains: ClassVar[bool] = False  # whether all weights of the UNet are trained

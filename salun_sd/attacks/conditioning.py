@@ -24,7 +24,7 @@ class Conditioning(Attack):
     lr: float = 0.02
 
     quick: ClassVar[dict] = {"steps": 60}
-    needs: ClassVar[frozenset] = frozenset({"picture"})
+    needs: ClassVar[frozenset] = frozenset({"picture", "embedding"})
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
         text = nameless(scene.concept, [scene.name]) if scene.nameless else scene.concept

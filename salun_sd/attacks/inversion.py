@@ -29,7 +29,7 @@ class Inversion(Attack):
     weight_decay: float = 0.01
 
     quick: ClassVar[dict] = {"steps": 100}
-    needs: ClassVar[frozenset] = frozenset({"picture"})
+    needs: ClassVar[frozenset] = frozenset({"picture", "embedding"})
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
         g, tables, texts = scene.generator(), scene.target.tables(), sorted({around(scene, p) for p in scene.prompts})

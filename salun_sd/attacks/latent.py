@@ -30,7 +30,7 @@ class Latent(Attack):
     numbers: -1.42 on average for such noise.
     """
 
-    needs: ClassVar[frozenset] = frozenset({"picture"})
+    needs: ClassVar[frozenset] = frozenset({"picture", "null"})
     from_picture: ClassVar[bool] = True
     drawing: ClassVar[tuple[str, int]] = (SCHEDULER, STEPS)
 
