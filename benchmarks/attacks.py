@@ -101,7 +101,7 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
     cli.run(["attack", str(here / "erased"), "--concept", photo_of(concept), "--concept-class", concept,
              "--prompts", str(here / "prompts.csv"), "--limit", str(PROMPTS + 9 * OTHERS), "--base", "pocket",
              "--floor", str(floor), "--detector", "none",
-             *(["--mask", str(mask)] if mask.exists() and not support else []),
+             *(["--mask", str(mask)] if run.startswith("salun") and not support else []),
              *(word for name in wanted for word in ("--with", name)),
              "--budget", budget, "--seed", str(seed), "--out", str(attacked)])  # fmt: skip
     seconds, report = monotonic() - begun, json.loads((attacked / "report.json").read_text())
