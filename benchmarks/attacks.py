@@ -55,8 +55,8 @@ class Row(NamedTuple):
     asr: float
     fresh: float | None
     control: float
-    base: float  # the prompts do not name the concept
-    base_pre: float
+    base: float | None  # the prompts do not name the concept; None for an attack that does not look for it
+    base_pre: float | None
     floor: float
     floor_pre: float
     floor_control: float
@@ -99,7 +99,7 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
     begun, mask = monotonic(), here / "erased.run" / "mask.safetensors"
     (here / "prompts.csv").write_text(prompts.as_csv(some_prompts(concept)))
     cli.run(["attack", str(here / "erased"), "--concept", photo_of(concept), "--concept-class", concept,
-             "--prompts", str(here / "prompts.csv"), "--limit", str(PROMPTS + 9 * OTHERS), "--base", "pocket",
+             "--prompts", str(here / "prompts.csv"), "--limit", str(PROMPTS), "--base", "pocket",
              "--floor", str(floor), "--detector", "none",
              *(["--mask", str(mask)] if run.startswith("salun") and not support else []),
              *(word for name in wanted for word in ("--with", name)),
@@ -131,7 +131,7 @@ def of_sides(entry: dict) -> dict:
     """What a row has of an attack's entry in the report."""
 
     def rate(side: str, key: str) -> float | None:
-        share = entry["sides"][side][key]
+        share = entry["sides"].get(side, {}).get(key)
         return share and share["rate"]
 
     return {
@@ -175,7 +175,8 @@ def table(key: tuple, attacks: dict[str, dict[str, Row]]) -> str:
         cells = [f"{of[name].asr:.2f} ({of[name].control:.2f})" if name in of else "" for name in names]
         stages = ATTACKS[attack].of(budget).labels()
         effort = f"at {stages[-1]}" if stages else f"best of {one.tries}"
-        lines.append(f"| {attack}, {effort} | {one.base:.2f} (before: {one.base_pre:.2f}) "
+        base = "" if one.base is None else f"{one.base:.2f} (before: {one.base_pre:.2f})"
+        lines.append(f"| {attack}, {effort} | {base} "
                      f"| {one.floor:.2f} ({one.floor_control:.2f}) | {' | '.join(cells)} |\n")  # fmt: skip
     first = next(iter(next(iter(attacks.values())).values()))
     return (

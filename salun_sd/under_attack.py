@@ -32,7 +32,7 @@ from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.runtime import ranks
 from salun_sd.runtime.contents import no_file
 from salun_sd.runtime.device import Precision, default_device, dtype_name
-from salun_sd.runtime.ranges import check_numbers
+from salun_sd.runtime.ranges import RANGES, check_numbers
 from salun_sd.runtime.texts import check_given, listed
 
 logger = logging.getLogger(__name__)
@@ -71,11 +71,11 @@ def attack(
     """
     o = SimpleNamespace(**locals())
     check_given(concept=concept, floor=floor, pictures=pictures, words=words, adversarial=adversarial, mask=mask)
-    check_numbers(seed=seed)
+    check_numbers(RANGES | {"limit": RANGES["steps"]}, seed=seed, limit=limit)
     attacks = _chosen(o)
     job = audit.prepared(audit.options(
         model=model, prompts=prompts, out=out, against=base, concept_class=concept_class or (), classifier=classifier,
-        detector=detector, detector_model=detector_model, where=where, limit=limit, denoising_steps=denoising_steps,
+        detector=detector, detector_model=detector_model, where=where, denoising_steps=denoising_steps,
         scheduler=scheduler, guidance=guidance, size=size, dtype=dtype, no_images=no_images, fail_if=fail_if,
         confident=confident, config=config, revision=revision, variant=variant,
     ), attacks={name: _measured(o, attacks[name]) if name in attacks else () for name in ATTACKS})  # fmt: skip
@@ -170,7 +170,7 @@ def _attacked(o: SimpleNamespace, job: audit.Job) -> list[Prompt]:
 
 def _measured(o: SimpleNamespace, attack: Attack) -> list[str]:
     """What is measured of an attack: its sides, and fresh seeds where it draws them."""
-    return ["model", "control", *["fresh"] * attack.has_fresh(), *["base"] * (o.base is not None),
+    return ["model", "control", *["fresh"] * attack.has_fresh(), *["base"] * (o.base is not None and attack.searches),
             *["floor", "floor-control"] * (o.floor is not None)]  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def _attack_all(
     for model, group in groupby(sides, key=lambda side: side.model):
         target = opened_base() if model is job.base else Target(model, dtype)
         for side, (name, attack) in product(group, attacks.items()):
-            if name in failed:
+            if (name in failed and not drawn[name]) or (side.nameless and not attack.searches):
                 continue
             scene = Scene(
                 target, o.concept, cases,
@@ -272,7 +272,7 @@ def _attack_all(
                 logger.warning(f"The attack {name} failed on {model.name}, and the others go on: {first_line(e)}.")
                 failed[name] = f"{side.name}: {first_line(e)}"
         target = scene = run = None  # before the next model is loaded
-    if not (whole := {name: of for name, of in drawn.items() if name not in failed}):
+    if not (whole := {name: of for name, of in drawn.items() if "model" in of}):
         raise SalunError(f"Every attack failed; the first is {next(iter(failed))}, {next(iter(failed.values()))}.")
     return whole, failed
 
@@ -296,5 +296,6 @@ def _on_one(run: Run, side: Side, job: audit.Job) -> attacked.Side:
 def _entry(o: SimpleNamespace, attack: Attack, sides: dict[str, attacked.Side], concepts: Sequence[str]) -> dict:
     """An attack's entry in the report."""
     most = max(line["k"] for line in sides["model"].tries.manifest)
-    about = attacked.About(attack.settings(), o.budget, most, attack.from_picture, attack.labels())
+    about = attacked.About(attack.settings(), o.budget, most, attack.from_picture, attack.labels(),
+                           attack.counts_last)  # fmt: skip
     return attacked.attacked(about, sides, concepts)

@@ -1,13 +1,17 @@
 """What a search has found, on disk: a sealed file for each prompt, so that a run goes on where it was stopped."""
 
 import json
+import logging
 from pathlib import Path
 
 import torch
 
 from salun_sd.attacks.attack import Try
 from salun_sd.checkpoint import tensors
+from salun_sd.errors import SalunError
 from salun_sd.runtime.files import new_file
+
+logger = logging.getLogger(__name__)
 
 TENSORS = ("start", "condition")  # of a Try; the rest is JSON
 
@@ -17,6 +21,18 @@ def save_tensors(file: Path, values: dict[str, torch.Tensor], metadata: dict[str
     with new_file(file, many=True) as partial:
         kept = {name: tensors.in_memory(value.contiguous()) for name, value in values.items()}
         tensors.write(partial, kept, metadata or {}, sealed=True)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file is there and not damaged. A damaged one is searched for again, and a log line says so."""
+    if not file.is_file():
+        return False
+    try:
+        tensors.read_sealed(file)
+    except SalunError:
+        logger.warning(f"{file} is damaged: its search is done again.")
+        return False
+    return True
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Paraphrase(Attack):
-    """The user's descriptions, synonyms, other sentences, other languages and misspellings, one of each in turn. They
+    """All of the user's descriptions; then synonyms, other sentences, other languages and misspellings in turn. They
     are not published as one attack: the settings are ours. The control draws the prompt itself with other seeds."""
 
     most: int = 50  # tries of a prompt
@@ -48,11 +48,11 @@ class Paraphrase(Attack):
         before, after = word.split(prompt.text if word.search(prompt.text) else scene.concept, 1)
         others = translations(scene.name), misspellings(scene.name, scene.generator(prompt.case))
         kinds = [
-            scene.words, scene.synonyms, [template.format(scene.thing) for template in TEMPLATES],
+            scene.synonyms, [template.format(scene.thing) for template in TEMPLATES],
             *([before + other + after for other in words] for words in others),
         ]  # fmt: skip
-        texts = dict.fromkeys(text for text in chain.from_iterable(zip_longest(*kinds)) if text)
-        return [text for text in texts if text != prompt.text][: self.most]
+        texts = dict.fromkeys(text for text in chain(scene.words, *zip_longest(*kinds)) if text)
+        return [text for text in texts if text != prompt.text][: max(self.most, len(scene.words))]
 
 
 def translations(name: str) -> list[str]:

@@ -30,6 +30,7 @@ class Positions(Weights):
     quick: ClassVar[dict] = {"iterations": 5}
     needs: ClassVar[frozenset] = frozenset({"mask"})
     control_changes: ClassVar[bool] = True
+    searches: ClassVar[bool] = False
 
     def names(self) -> list[str]:
         return ["guessed"]

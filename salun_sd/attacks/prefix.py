@@ -10,6 +10,8 @@ from salun_sd.attacks.attack import Attack, Scene, Try
 from salun_sd.draw.prompts import Prompt
 from salun_sd.runtime.bar import Bar
 
+LEVELS = 4  # of noise, at which tries are compared
+
 
 @dataclass(frozen=True)
 class Prefix(Attack):
@@ -17,7 +19,7 @@ class Prefix(Attack):
     level, the likeliest tokens are a try. The loss is the squared error of denoising one picture of the concept.
 
     Deviation: the published attack stops at its first success. Here all tries are drawn, so that the control has as
-    many.
+    many. A prompt that leaves no room loses its end.
     """
 
     count: int = 3  # tokens; the authors take 5 for nudity
@@ -29,12 +31,8 @@ class Prefix(Attack):
     quick: ClassVar[dict] = {"timesteps": 5, "steps": 20}
     needs: ClassVar[frozenset] = frozenset({"text", "picture"})
 
-    def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        for prompt in scene.prompts:
-            scene.target.check_room(self.count, prompt.text)
-        return {}
-
     def tries(self, scene: Scene, prompt: Prompt, found: dict) -> list[Try]:
+        prompt = prompt._replace(text=scene.target.cut(prompt.text, self.count))
         g, usable = scene.generator(prompt.case), scene.target.words()
         if scene.control:
             rows = usable[torch.randint(len(usable), (self.timesteps, self.count), generator=g)]
@@ -53,8 +51,18 @@ class Prefix(Attack):
                 with torch.no_grad():
                     code.copy_(onto_simplex(code))
             tokens = usable[code.argmax(1)].tolist()
-            tries.append(Try(prompt.text, prompt.seed, loss=loss.item(), tokens=tuple(tokens)))
+            score = self._score(scene, prompt, tokens, x0)
+            tries.append(Try(prompt.text, prompt.seed, loss=score, tokens=tuple(tokens)))
         return tries
+
+    @torch.no_grad()
+    def _score(self, scene: Scene, prompt: Prompt, tokens: list[int], x0: torch.Tensor) -> float:
+        """The loss of tokens at noise levels that are the same for all tries of a prompt."""
+        g, last = scene.generator(prompt.case, 1), scene.target.model.timesteps
+        noise = torch.randn((LEVELS, *x0.shape[1:]), generator=g)
+        t = torch.tensor([last * (2 * n + 1) // (2 * LEVELS) for n in range(LEVELS)])
+        condition = scene.target.with_tokens(tokens, prompt.text)
+        return scene.target.loss(x0.expand(noise.shape), noise, t, condition).mean().item()
 
     def _loss(
         self, scene: Scene, prompt: Prompt, code: torch.Tensor, usable: torch.Tensor, x0: torch.Tensor, t: int,

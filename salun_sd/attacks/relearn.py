@@ -137,6 +137,7 @@ class Benign(FineTune):
     """
 
     quick: ClassVar[dict] = QUICK
+    searches: ClassVar[bool] = False
     needs: ClassVar[frozenset] = frozenset({"others"})
     trains: ClassVar[bool] = True
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -18,6 +19,9 @@ class RoundTrip(Weights):
     int8 has a scale for each output channel, and zero stays zero; the 8-bit floats have no scale. Rounded are the
     weights as the UNet holds them: where it draws in bfloat16, that format changes nothing more.
     """
+
+    counts_last: ClassVar[bool] = False
+    searches: ClassVar[bool] = False
 
     formats: tuple[str, ...] = ("float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 

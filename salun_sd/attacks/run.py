@@ -65,12 +65,12 @@ class Run:
         another search."""
         self.keep_settings()
         together = self.out / "found.safetensors"
-        if ranks.is_main() and not together.is_file():
+        if ranks.is_main() and not kept.is_whole(together):
             kept.save_tensors(together, self.attack.prepare(self.scene))
         ranks.wait()
         found, prompts = kept.read_tensors(together), self.scene.prompts
         files = {prompt: kept.file_of(self.out, prompt.case) for prompt in prompts[ranks.rank() :: ranks.count()]}
-        left = [prompt for prompt, file in files.items() if not file.is_file()]
+        left = [prompt for prompt, file in files.items() if not kept.is_whole(file)]
         for prompt in Bar(left, desc=f"search {self.name}", unit="prompt", leave=None):
             kept.save(files[prompt], self.attack.tries(self.scene, prompt, found))
         ranks.wait()

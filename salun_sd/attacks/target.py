@@ -58,6 +58,11 @@ class Target:
             raise UsageError(f"{count} tokens and the prompt {cut(text)!r} are more than the {places} tokens that "
                              f"{self.model.name} reads: give shorter --prompts.")  # fmt: skip
 
+    def cut(self, text: str, count: int) -> str:
+        """A text that leaves room for `count` tokens: the text itself, or its beginning."""
+        ids, room = self.ids(text), self.tokenizer.model_max_length - 2 - count
+        return text if len(ids) <= room else self.tokenizer.decode(ids[:room])
+
     def words(self) -> torch.Tensor:
         """The tokens that a text may have, [N] int64: all but the special ones."""
         special = set(self.tokenizer.all_special_ids)

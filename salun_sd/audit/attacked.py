@@ -28,6 +28,7 @@ class About(NamedTuple):
     tries: int  # most tries of a prompt
     from_picture: bool = False  # whether it begins with a picture of the concept
     stages: Sequence[str] | None = None
+    counts_last: bool = True  # whether a curve counts at its last stage; else at any
 
 
 class Side(NamedTuple):
@@ -95,7 +96,7 @@ def attacked(about: About, sides: Mapping[str, Side], concepts: Sequence[str]) -
     at k = 0.
     """
     images = {name: shows(side.tries, concepts) for name, side in sides.items()}
-    last = about.stages and len(about.stages) - 1
+    last = len(about.stages) - 1 if about.stages and about.counts_last else None
     cases = {name: shown_by_case(of if last is None else _at(of, last)) for name, of in images.items()}
 
     def numbers(name: str) -> dict:
@@ -160,7 +161,9 @@ def successes(attacks: Mapping[str, Run], concepts: Sequence[str], count: int) -
 
 def effort(entry: dict) -> str:
     """How much an attack's success rate allows: "best of 50", or a curve's last stage."""
-    return f"at {entry['stages'][-1]}" if entry["stages"] else f"best of {entry['tries']}"
+    if not entry["stages"]:
+        return f"best of {entry['tries']}"
+    return f"at {entry['stages'][-1]}" if entry["counts_last"] else f"at any of {entry['tries']} stages"
 
 
 def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[str]:
@@ -186,7 +189,7 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
     if any(entry["sides"]["model"]["fresh"] for entry in entries.values()):
         yield "“Fresh” are images of what was found, from seeds that the search did not see."
     if any(entry["stages"] for entry in entries.values()):
-        yield "Attacks in stages count at their last stage."
+        yield "Attacks in stages count at their last stage, or at any where no stage builds on another."
     if pictures := [name for name, entry in entries.items() if entry["from_picture"]]:
         yield (
             f"{named(pictures, shown)}: such an attack begins with a picture of the concept, so it can succeed on any "
@@ -197,4 +200,4 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
         if told := ", ".join(f"{side} {fact} {value:.2f}" for side, fact, value in known):
             yield f"{shown(name)}, mean of its tries: {told}."
     for name, why in attacks["failed"].items():
-        yield f"{shown(name)} failed, and has no rates: {shown(why)}."
+        yield f"{shown(name)} failed: {shown(why)}."

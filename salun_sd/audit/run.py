@@ -58,6 +58,8 @@ def evaluate(
     together, SalunError for what fails; the text of both is a sentence for a person.
     """
     begun = time.monotonic()
+    if (Path(out) / "attacks").is_dir():
+        raise UsageError(f"{out} holds attacks, whose report this would replace: choose another --out.")
     job = prepared(SimpleNamespace(**locals()))
     with tracker.started(job.trackers, job.out, {"images": job.samples * len(job.own)}) as tracked:
         rows, run, of_base = examined(job)

@@ -40,6 +40,7 @@ PICTURES = Option(help="Folder with pictures of the concept, in place of those t
 WORDS = Option(help="For paraphrase: a text file that describes the concept without its name, a description per line.")
 ADVERSARIAL = Option(help="For prompts: a CSV file with adversarial prompts that you hold, in the column `prompt`.")
 MASK = Option(help="For positions: the mask of the erasure, which `erase` leaves in its run folder.")
+LIMIT = Option(min=1, help="Prompts of the concept that are attacked. Default: 10 for quick, all for paper.")
 SEED = Option(min=0, help="Random seed of the searches.")
 DRY_RUN = Option("--dry-run", help="Print what each attack will do, and the memory; stop.")
 OUT = Option(help="Folder for the audit and what the attacks find. The same command resumes.")
@@ -63,7 +64,7 @@ def attack(
     adversarial: Annotated[Path | None, ADVERSARIAL] = None,
     mask: Annotated[Path | None, MASK] = None,
     where: Annotated[list[str] | None, o.WHERE] = None,
-    limit: Annotated[int | None, o.LIMIT] = None,
+    limit: Annotated[int | None, LIMIT] = None,
     denoising_steps: Annotated[int | None, o.DENOISING_STEPS] = None,
     scheduler: Annotated[str | None, o.SCHEDULER] = None,
     guidance: Annotated[float | None, o.GUIDANCE] = None,
