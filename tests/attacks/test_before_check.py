@@ -14,7 +14,18 @@ from salun_sd.draw import prompts
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["paraphrase", "tokens", "genetic", "inversion", "conditioning", "latent", "continue", "relearn", "relearn-lora"],
+    [
+        "paraphrase",
+        "prefix",
+        "tokens",
+        "genetic",
+        "inversion",
+        "conditioning",
+        "latent",
+        "continue",
+        "relearn",
+        "relearn-lora",
+    ],
 )
 def test_the_attack_reaches_the_concept_on_the_base_and_chance_does_not(tmp_path, name):
     classes = sorted({prompt.label for prompt in prompts.read("pocket")})
