@@ -186,6 +186,12 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
             "On the base, the concept’s name is taken out of the prompts: if an attack does not succeed there, its "
             "failure on the model means nothing."
         )
+    at_once = {name: entry["sides"]["base"]["pre"] for name, entry in entries.items() if "base" in entry["sides"]}
+    if shown_anyway := [name for name, share in at_once.items() if share and share["n"]]:
+        yield (
+            f"{named(shown_anyway, shown)}: the base shows the concept on some prompts without attack, though they do "
+            "not name it. There, its rate is no proof that the attack works."
+        )
     if any(entry["sides"]["model"]["fresh"] for entry in entries.values()):
         yield "“Fresh” are images of what was found, from seeds that the search did not see."
     if any(entry["stages"] for entry in entries.values()):
