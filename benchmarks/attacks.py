@@ -160,6 +160,8 @@ for the class, among the image without attack and those of all tries (of an atta
 "base", the prompts say "thing" in place of the class: an attack that does not reach the class there says nothing. In
 brackets, the control: as many random tries. All rows are in [attacks.jsonl](attacks.jsonl), with their intervals.
 
+![Success of each attack; a grey stroke is the floor](attacks.svg)
+
 {"".join(table(key, attacks) for key, attacks in by_class.items())}
 """
     )
@@ -173,9 +175,9 @@ def table(key: tuple, attacks: dict[str, dict[str, Row]]) -> str:
     for attack, of in attacks.items():
         one = next(iter(of.values()))
         cells = [f"{of[name].asr:.2f} ({of[name].control:.2f})" if name in of else "" for name in names]
-        stages = ATTACKS[attack].of(budget).labels()
-        effort = f"at {stages[-1]}" if stages else f"best of {one.tries}"
-        base = "" if one.base is None else f"{one.base:.2f} (before: {one.base_pre:.2f})"
+        kind = ATTACKS[attack].of(budget)
+        effort = f"at {kind.labels()[-1]}" if kind.labels() and kind.counts_last else f"best of {one.tries}"
+        base = "" if one.base is None or not kind.searches else f"{one.base:.2f} (before: {one.base_pre:.2f})"
         lines.append(f"| {attack}, {effort} | {base} "
                      f"| {one.floor:.2f} ({one.floor_control:.2f}) | {' | '.join(cells)} |\n")  # fmt: skip
     first = next(iter(next(iter(attacks.values())).values()))
