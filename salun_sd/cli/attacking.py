@@ -79,10 +79,11 @@ def attack(
     revision: Annotated[str | None, o.REVISION] = None,
     variant: Annotated[str | None, o.VARIANT] = None,
 ) -> None:
-    """Attack an erased checkpoint: can the concept be found in it again?
+    """Search for an erased concept in a checkpoint.
 
-    For owners who check a checkpoint before they publish it. Each attack stands beside a control, as many random tries;
-    with --floor, beside a model that never knew the concept. The audit gets a section "Under attack".
+    For owners who check a checkpoint before they publish it: does the concept come back? Each attack stands beside a
+    control, as many random tries; with --floor, beside a model that never knew the concept. The audit gets a section
+    "Under attack".
     """
     begin()
     from salun_sd import under_attack

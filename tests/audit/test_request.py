@@ -12,6 +12,7 @@ FOREIGN = {
     "notes": {"report.md": "# What I found\n"},
     "a file beside an audit": {"report.md": "# Audit of `x` on `y`\n", "thesis.tex": ""},
     "a folder for a file": {"report.json": None},
+    "what attacks found": {"attacks": None},
     "other things of the base": {"report.md": "# Audit of `x` on `y`\n", "against": None, "against/photo.jpg": ""},
 }
 OWN = {
@@ -19,7 +20,6 @@ OWN = {
     "images of a run that was stopped": {"images": None},
     "what a kill leaves of a write": {".report.json.0123456789abcdef.partial": "", ".report.json.ab.partial-lock": ""},
     "what a kill leaves of a pass": {"images": None, ".detections.0.partial": "", ".stamps-0": ""},
-    "what attacks found": {"attacks": None},
     "a whole audit": {
         "report.json": '{\n  "schema": 4',
         "report.html": "<title>Audit of x",
