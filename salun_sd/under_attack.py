@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import groupby, product
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from salun_sd.attacks.attack import Attack, Scene
 from salun_sd.attacks.catalog import ATTACKS
-from salun_sd.attacks.given import Pictures, Texts, digest_of, without_name
+from salun_sd.attacks.given import Material, Pictures, Texts, without_name
 from salun_sd.attacks.positions import check_mask
 from salun_sd.attacks.prompts import attacked_with
 from salun_sd.attacks.run import Run
@@ -36,8 +37,6 @@ from salun_sd.runtime.ranges import RANGES, check_numbers
 from salun_sd.runtime.texts import check_given, listed
 
 logger = logging.getLogger(__name__)
-
-BUDGETS = ("quick", "paper")
 
 
 class Side(NamedTuple):
@@ -84,11 +83,12 @@ def attack(
     pictures, size = _pictures(o, job, cases), None if o.size is None else cases[0].size
     texts = Texts.of(o.concept, job.audited, o.words, o.adversarial, o.guidance, size)
     bits = _mask(Path(o.mask), job.audited) if "positions" in attacks else None
+    material = Material(pictures, texts, bits, maskfile.digest(o.mask and str(o.mask)))
     if dry_run:
         return _forecast(o, job, attacks, len(cases))
     rows, run, of_base = audit.examined(job)
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
-    tries, failed = _attack_all(o, job, attacks, sides, cases, pictures, texts, bits)
+    tries, failed = _attack_all(o, job, attacks, sides, cases, material)
     entries = {name: _entry(o, attacks[name], of, job.request.concepts) for name, of in tries.items()}
     report["attacks"] = attacked.in_report(entries, report, of_base or run, failed)
     deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images,
@@ -99,8 +99,8 @@ def attack(
 def _chosen(o: SimpleNamespace) -> dict[str, Attack]:
     """The attacks of --with, or all that can run with what is given. Raises UsageError for one that is unknown, or
     lacks what it needs."""
-    if o.budget not in BUDGETS:
-        raise UsageError(f"There is no --budget {o.budget}: give {' or '.join(BUDGETS)}.")
+    if o.budget not in Attack.cases:
+        raise UsageError(f"There is no --budget {o.budget}: give {' or '.join(Attack.cases)}.")
     names = listed(o.with_)
     if unknown := [name for name in names if name not in ATTACKS]:
         raise UsageError(f"There is no attack {unknown[0]}: give --with one of {', '.join(ATTACKS)}.")
@@ -239,26 +239,22 @@ def _pictures(o: SimpleNamespace, job: audit.Job, cases: list[Prompt]) -> Pictur
 
 def _attack_all(
     o: SimpleNamespace, job: audit.Job, attacks: dict[str, Attack], sides: list[Side], cases: list[Prompt],
-    pictures: Pictures | None, texts: Texts, bits: Bits | None,
+    material: Material,
 ) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:  # fmt: skip
     """Run each attack on each side, a model at a time: what was drawn, and the attacks that failed, with the reason."""
     drawn, failed, dtype = {name: {} for name in attacks}, {}, _precision(job).dtype
-    mask = maskfile.digest(o.mask and str(o.mask))
+    given = {name: material.digest(attack.needs) for name, attack in attacks.items()}
     opened_base = cache(lambda: Target(job.base, dtype))
     for model, group in groupby(sides, key=lambda side: side.model):
         target = opened_base() if model is job.base else Target(model, dtype)
+        of_all = material.scene(target, o.concept, cases, o.seed)
         for side, (name, attack) in product(group, attacks.items()):
             if (name in failed and not drawn[name]) or (side.nameless and not attack.searches):
                 continue
-            scene = Scene(
-                target, o.concept, cases,
-                pictures and pictures.of(target), words=texts.words, synonyms=texts.synonyms, control=side.control,
-                seed=o.seed, given=digest_of(attack.needs, pictures, texts, mask), mask=bits,
-                others=pictures and pictures.captioned(target),
-                base=opened_base() if "base" in attack.needs else None,
-            )  # fmt: skip
+            base = opened_base() if "base" in attack.needs else None
+            scene = replace(of_all, control=side.control, given=given[name], base=base)
             if "adversarial" in attack.needs:
-                scene = attacked_with(scene, texts.adversarial)
+                scene = attacked_with(scene, material.texts.adversarial)
             scene.prompts = scene.prompts[: _most(o, attack)]
             if side.nameless and model.is_guided:  # else it draws nothing without a class
                 scene = without_name(scene, job.request.concepts)
@@ -271,7 +267,7 @@ def _attack_all(
                     raise
                 logger.warning(f"The attack {name} failed on {model.name}, and the others go on: {first_line(e)}.")
                 failed[name] = f"{side.name}: {first_line(e)}"
-        target = scene = run = None  # before the next model is loaded
+        target = of_all = scene = run = None  # before the next model is loaded
     if not (whole := {name: of for name, of in drawn.items() if "model" in of}):
         raise SalunError(f"Every attack failed; the first is {next(iter(failed))}, {next(iter(failed.values()))}.")
     return whole, failed

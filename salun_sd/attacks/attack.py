@@ -92,9 +92,7 @@ class Attack:
     # of "text", "embedding", "null", "picture", "others", "base", "words", "adversarial", "mask", "peft"
     needs: ClassVar[frozenset] = frozenset()
     from_picture: ClassVar[bool] = False  # whether it begins from a picture of the concept, and so can succeed anywhere
-    searches: ClassVar[bool] = (
-        True  # whether it looks for the concept, so that it can find it in the base without a name
-    )
+    searches: ClassVar[bool] = True  # whether it looks for the concept, so that it can find it on the base
     counts_last: ClassVar[bool] = True  # whether stages build on one another, so that the last one counts; else any
     trains: ClassVar[bool] = False  # whether all weights of the UNet are trained
     drawing: ClassVar[tuple[str, int] | None] = None  # scheduler and steps, where they are the attack's own

@@ -1,4 +1,4 @@
-"""What the user gives to an attack: pictures, and texts."""
+"""What the user gives to an attack: pictures, texts, a mask."""
 
 import hashlib
 from collections.abc import Callable, Container, Sequence
@@ -13,6 +13,7 @@ from salun_sd.attacks.attack import Scene
 from salun_sd.attacks.target import Target
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.core.mask import Bits
 from salun_sd.draw import prompts
 from salun_sd.draw.encode import encode_image, pixels
 from salun_sd.draw.folders import images_in
@@ -75,17 +76,33 @@ class Texts(NamedTuple):
         return cls([p.text for p in described], synonyms, prompts.overridden(found, guidance, size))
 
 
-def digest_of(needs: Container[str], pictures: Pictures | None, texts: Texts, mask: str | None) -> str:
-    """A SHA-256 of what the user gave, as far as an attack needs it; `mask` is that of the mask file."""
-    files = {"picture": pictures and pictures.files.values(),
-             "others": pictures and [file for file, _ in pictures.others]}  # fmt: skip
-    texts = {"words": (texts.words, texts.synonyms), "adversarial": texts.adversarial, "mask": mask}
-    whole = hashlib.sha256()
-    for value in [value for need, value in texts.items() if need in needs]:
-        whole.update(repr(value).encode())
-    for file in [file for need, of in files.items() if need in needs for file in of or ()]:
-        whole.update(hashlib.sha256(file.read_bytes()).digest())
-    return whole.hexdigest()
+class Material(NamedTuple):
+    """All that attacks may be given."""
+
+    pictures: Pictures | None
+    texts: Texts
+    mask: Bits | None
+    mask_file: str | None  # SHA-256 of the file
+
+    def scene(self, target: Target, concept: str, cases: Sequence[Prompt], seed: int) -> Scene:
+        """The scene of all attacks on a target. Each picture is encoded once."""
+        pictures, texts = self.pictures, self.texts
+        return Scene(
+            target, concept, cases, pictures and pictures.of(target), pictures and pictures.captioned(target),
+            words=texts.words, synonyms=texts.synonyms, mask=self.mask, seed=seed,
+        )  # fmt: skip
+
+    def digest(self, needs: Container[str]) -> str:
+        """A SHA-256 of what was given, as far as an attack needs it."""
+        pictures, texts, whole = self.pictures, self.texts, hashlib.sha256()
+        files = {"picture": pictures and pictures.files.values(),
+                 "others": pictures and [file for file, _ in pictures.others]}  # fmt: skip
+        values = {"words": (texts.words, texts.synonyms), "adversarial": texts.adversarial, "mask": self.mask_file}
+        for value in [value for need, value in values.items() if need in needs]:
+            whole.update(repr(value).encode())
+        for file in [file for need, of in files.items() if need in needs for file in of or ()]:
+            whole.update(hashlib.sha256(file.read_bytes()).digest())
+        return whole.hexdigest()
 
 
 def without_name(scene: Scene, names: Sequence[str]) -> Scene:

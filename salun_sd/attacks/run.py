@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from contextlib import closing
 from functools import lru_cache
 from itertools import chain
@@ -23,8 +22,6 @@ from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.device import dtype_mark, dtype_name
 from salun_sd.runtime.documents import read_json
 from salun_sd.runtime.files import write_atomic
-
-logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 FRESH, FRESH_IMAGES = 1000, 3  # the first number of the fresh seeds, and how many there are for a prompt

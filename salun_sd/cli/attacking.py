@@ -100,6 +100,5 @@ def attack(
         tables.show_plan(report)
         return
     tables.show_audit(report)
-    tables.show_attacks(report["attacks"])
     print_lines(f"{out / 'report.html'}")
     fail_on(report["gate"])

@@ -140,18 +140,6 @@ def show_audit(report: dict) -> None:
     show(table)
 
 
-def show_attacks(attacks: dict) -> None:
-    """The success rate of each attack, by side."""
-    from salun_sd.report.words import rate
-
-    sides = list(dict.fromkeys(side for entry in attacks["of"].values() for side in entry["sides"]))
-    table = Table("attack", "before", *(f"asr, {side}" for side in sides), box=None)
-    for name, entry in attacks["of"].items():
-        of = entry["sides"]
-        table.add_row(name, rate(of["model"]["pre"]), *(rate(of[side]["asr"]) if side in of else "" for side in sides))
-    show(table)
-
-
 def show_compared(tables) -> None:
     """Audits side by side: one table for each prompt set."""
     from salun_sd.audit import forms
