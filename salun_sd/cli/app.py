@@ -11,8 +11,8 @@ import typer
 
 from salun_sd.cli import attacking, auditing, editing, tables, unlearning
 from salun_sd.cli import options as o
+from salun_sd.cli.command import Command, SharedCommand
 from salun_sd.cli.failures import Commands, ways
-from salun_sd.cli.options import Command
 from salun_sd.cli.streams import loading, print_lines, repair_streams
 from salun_sd.errors import UsageError
 
@@ -111,8 +111,9 @@ COMMANDS = {
     cache: ["cache --clear --older-than 30"],
     demo: ["demo --out demo"],
 }
+SHARED = {editing.mask, editing.erase, auditing.evaluate, attacking.attack, unlearning.classifier, demo}
 for command, lines in COMMANDS.items():
-    app.command(cls=Command, epilog=example(*lines))(command)
+    app.command(cls=SharedCommand if command in SHARED else Command, epilog=example(*lines))(command)
 
 
 def run(argv: list[str]) -> None:

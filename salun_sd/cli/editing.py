@@ -8,7 +8,7 @@ import typer
 
 from salun_sd.cli import options as o
 from salun_sd.cli import tables
-from salun_sd.cli.options import concepts_from, is_typed
+from salun_sd.cli.command import concepts_from, is_typed
 from salun_sd.cli.start import begin
 from salun_sd.cli.streams import loading, print_lines
 from salun_sd.runtime import ranks

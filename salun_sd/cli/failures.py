@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import typer
 from typer.core import TyperGroup
@@ -24,25 +26,31 @@ class Commands(TyperGroup):
         """Let --quiet and --json stand anywhere in the line: they hold from its first word on."""
         words = ways(args)
         listen(quiet="--quiet" in words, as_json="--json" in words)
-        return super().parse_args(ctx, [*words, *(word for word in args if word not in words)])
+        with said() if args else nullcontext():  # without a word, typer prints the help
+            return super().parse_args(ctx, [*words, *(word for word in args if word not in words)])
 
     def invoke(self, ctx):
-        try:
+        with said():
             result = super().invoke(ctx)
             sys.stdout.flush()  # what cannot be printed is a failure here, and no traceback at the end of Python
             return result
-        except BrokenPipeError:  # typer ends quietly where the reader of a pipe has gone, as `head` does
+
+
+@contextmanager
+def said() -> Iterator[None]:
+    """Print a known failure inside the block, and exit with its code."""
+    try:
+        yield
+    except BrokenPipeError:  # typer ends quietly where the reader of a pipe has gone, as `head` does
+        raise
+    except (SalunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError, TyperException) as e:
+        if isinstance(e, RuntimeError) and "out of memory" not in str(e) and "can't allocate memory" not in str(e):
             raise
-        except (SalunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError, TyperException) as e:
-            if isinstance(e, RuntimeError) and "out of memory" not in str(e) and "can't allocate memory" not in str(e):
-                raise
-            if isinstance(e, TyperException) and "--json" not in ways(ctx.obj):  # typer says it, with the usage
-                raise
-            if os.environ.get("SALUN_SD_DEBUG"):
-                raise
-            text, code = in_words(e)
-            logger.error(text, extra={"fields": {"code": code}})
-            raise typer.Exit(code) from e
+        if os.environ.get("SALUN_SD_DEBUG"):
+            raise
+        text, code = in_words(e)
+        logger.error(text, extra={"fields": {"code": code}})
+        raise typer.Exit(code) from e
 
 
 def ways(args: list[str]) -> list[str]:
@@ -52,8 +60,13 @@ def ways(args: list[str]) -> list[str]:
 
 def in_words(e: BaseException) -> tuple[str, int]:
     """The sentence and the exit code of a failure."""
-    if isinstance(e, SalunError | TyperException):
+    if isinstance(e, SalunError):
         return f"Error: {e}", e.exit_code
+    if isinstance(e, TyperException):
+        text = e.format_message()
+        end = "" if text.endswith((".", "?")) else "."
+        advice = f" See {e.ctx.command_path} --help." if getattr(e, "ctx", None) else ""
+        return f"Error: {text}{end}{advice}", e.exit_code
     if isinstance(e, OSError):
         name = e.filename2 or e.filename  # of a copy or a move, the second is the one that is written
         place = f" {name}" if name else ""

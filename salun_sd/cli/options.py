@@ -1,94 +1,13 @@
-"""The options of the commands: names, ranges and help. Also how a command line is read."""
+"""The options of the commands: names, ranges and help."""
 
-import logging
-import time
 from typing import Literal
 
-import typer
 from typer import Argument, Option
-from typer.core import TyperCommand
 
-from salun_sd.errors import UsageError
+from salun_sd.cli.command import read_plan
 from salun_sd.methods.names import SUMMARIES
 from salun_sd.runtime import tracker
 from salun_sd.runtime.ranges import RANGES
-from salun_sd.runtime.texts import check_given
-
-logger = logging.getLogger(__name__)
-
-# (command, old name) => new name. Old names work for one more version.
-RENAMED = {
-    ("mask", "--guidance"): "--saliency-guidance",
-    ("mask", "--resolution"): "--size",
-    ("erase", "--guidance"): "--saliency-guidance",
-    ("erase", "--resolution"): "--size",
-    ("erase", "--clip"): "--clip-norm",
-    ("evaluate", "--steps"): "--denoising-steps",
-    ("evaluate", "--concept"): "--concept-class",
-    ("demo", "--concept"): "--concept-class",
-    ("demo", "--anchor"): "--anchor-class",
-}
-
-
-class Command(TyperCommand):
-    """A command that takes old option names, and rejects an option of one value that is given twice, where typer would
-    let the second value replace the first without a word, and a text that is empty or no valid Unicode."""
-
-    def parse_args(self, ctx, args):
-        args = [self._with_new_name(word) for word in args]
-        values, _, given = self.make_parser(ctx).parse_args(list(args))
-        for param in given:
-            if given.count(param) > 1 and param.param_type_name == "option" and not param.multiple:
-                raise UsageError(f"{param.opts[0]} is given twice: give it once.")
-        check_given(**values)
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx):
-        """Run it. With --json, programs are told that it begins and that it is done."""
-        begun, out = time.monotonic(), ctx.params.get("out")
-        fields = {"command": self.name, "out": out and str(out)}
-        logger.info("", extra={"fields": {"event": "start", **fields}})
-        super().invoke(ctx)
-        seconds = round(time.monotonic() - begun, 1)
-        logger.info("", extra={"fields": {"event": "result", **fields, "seconds": seconds}})
-
-    def _with_new_name(self, word: str) -> str:
-        """A word of the command line; an old option name becomes the new one, and stderr says so."""
-        old, equals, value = word.partition("=")
-        new = RENAMED.get((self.name, old))
-        if new is None:
-            return word
-        logger.warning(f"{old} of {self.name} is now called {new}. The old name stops working in the next version.")
-        return f"{new}{equals}{value}"
-
-
-def is_typed(ctx: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line; not where its value is a plan's or the default."""
-    return ctx.get_parameter_source(name).name == "COMMANDLINE"
-
-
-def read_plan(ctx: typer.Context, name: str | None):
-    """The plan that --plan names, read. Its settings replace the defaults of the options that are not typed."""
-    if not name:
-        return None
-    from salun_sd.edit import concepts
-
-    plan = concepts.read(name)
-    repeatable = {p.name for p in ctx.command.params if p.multiple}
-
-    def texts(value: object) -> list:
-        return [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [value]
-
-    ctx.default_map = {k: texts(v) if k in repeatable else v for k, v in plan.settings.items()}
-    return plan
-
-
-def concepts_from(plan, concepts: list[str] | None, anchors: list[str] | None = None) -> list:
-    """The plan's concepts, or those of --concept. Raises UsageError where both are given."""
-    if plan and (concepts or anchors):
-        raise UsageError("--plan and --concept cannot go together: write the concepts into the plan.")
-    return list(plan.concepts) if plan else concepts or []
-
 
 # Every command
 QUIET = Option("--quiet", help="Print errors and the result alone. May stand anywhere in the line.")

@@ -1,6 +1,6 @@
 """Before a command that computes: memory, and the other processes of its run."""
 
-from salun_sd.cli.streams import loading, mute
+from salun_sd.cli.streams import loading
 from salun_sd.runtime import ranks
 
 
@@ -9,8 +9,6 @@ def begin() -> None:
 
     Raises UsageError where the other processes do not answer.
     """
-    if ranks.launched()[0]:
-        mute()
     loading()
     from salun_sd.runtime import memory
     from salun_sd.runtime.device import default_device

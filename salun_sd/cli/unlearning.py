@@ -7,9 +7,8 @@ from typer import Argument, Option
 
 from salun_sd.classifier.settings import METHODS, TRAINING
 from salun_sd.cli.failures import fail_on
-from salun_sd.cli.streams import loading, mute, print_lines
+from salun_sd.cli.streams import loading, print_lines
 from salun_sd.cli.tables import Table, show
-from salun_sd.runtime import ranks
 
 MODEL = Argument(
     help="Image classifier: a folder or hub id that transformers opens. Default: one is trained on DATA, and kept.",
@@ -80,8 +79,6 @@ def classifier(
     Each method is compared with a model that was trained without them. The same command resumes; several processes
     that run it share the work.
     """
-    if ranks.launched()[0]:  # they share the work by files, and need not meet
-        mute()
     loading()
     from salun_sd.classifier.run import unlearn
 

@@ -8,7 +8,7 @@ from helpers.commands import CONCEPT, fails
 from helpers.runs import write_photographs
 
 from salun_sd.cli import app as cli
-from salun_sd.cli.options import RENAMED
+from salun_sd.cli.command import RENAMED
 from salun_sd.cli.streams import listen
 from salun_sd.errors import UsageError
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import warnings
 
 import pytest
@@ -59,11 +60,34 @@ def test_the_words_stand_anywhere_and_hold_for_one_command(capsys):
 
 
 @pytest.mark.parametrize("argv", [["mask", "nowhere", "--concept", "x"], ["mask", "pocket", "--nowhere"], ["nowhere"],
-                                  ["mask", "pocket", "--seed", "1", "--seed", "2"]])  # fmt: skip
+                                  ["mask", "pocket", "--seed", "1", "--seed", "2"], ["--nowhere"], ["mask"],
+                                  ["mask", "pocket", "--dtype", "float8"]])  # fmt: skip
 def test_the_last_event_of_a_failure_is_an_error_with_its_code(argv, capsys):
     found = events([*argv, "--json"], capsys, code=2)
     assert found[-1]["event"] == "error" and found[-1]["code"] == 2
     assert [e["event"] for e in events(["--json", "--quiet", *argv], capsys, code=2)] == ["error"]
+
+
+def test_of_several_processes_the_main_one_says_that_a_command_begins(capsys, monkeypatch):
+    wrong = ["--json", "mask", "pocket", "--concept", "x", "--plan", "nudity"]
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # to be put back: another process than the main one is mute
+    assert [event["event"] for event in events(wrong, capsys, code=2)] == ["start", "error"]
+    monkeypatch.setenv("RANK", "1")
+    assert [event["event"] for event in events(["--json", "cache"], capsys)] == ["start", "result"]  # it has no others
+    assert events(wrong, capsys, code=2) == []
+
+
+@pytest.mark.parametrize(("option", "named"), [
+    (["--dtype", "float8"], ["--dtype", "float8", "float32, bfloat16, float16"]), (["--out"], ["--out"]),
+    (["--samples", "x"], ["--samples", "'x'"]), (["--samples", "0"], ["--samples", "'0'", " 1 "]),
+    (["--density", "much"], ["--density", "'much'"]), (["--nowhere"], ["--nowhere", "mask --help"]), ([], ["MODEL"]),
+])  # fmt: skip
+def test_what_is_wrongly_typed_is_one_sentence(option, named, capsys):
+    [sentence] = said(["mask", *(["pocket", *option] if option else ())], capsys, code=2).err.splitlines()
+    assert [word for word in named if word not in sentence] == []
 
 
 def test_warnings_and_odd_names_are_events_of_one_line(capsys):
