@@ -1,7 +1,6 @@
 """The images of an audit's models: what can be refused first, then drawn as far as the time allows."""
 
 import logging
-import shutil
 from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
@@ -13,14 +12,13 @@ from salun_sd.checkpoint.load import load_pipeline, load_tokenizers
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import generate
 from salun_sd.draw.encode import warn_of_long
-from salun_sd.draw.kept import kept_images
+from salun_sd.draw.kept import exchange
 from salun_sd.draw.prompts import Prompt
 from salun_sd.errors import OutOfTime
-from salun_sd.runtime import ranks
 from salun_sd.runtime.cache import folder as cache_folder
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 from salun_sd.runtime.escape import line
-from salun_sd.runtime.files import check_place, new_file, remove_stale
+from salun_sd.runtime.files import check_place
 
 logger = logging.getLogger(__name__)
 
@@ -65,19 +63,16 @@ def draw(
     files = {out / generate.file_of(p, k): generate.row_of(p, k, default_size) for p in prompts for k in range(samples)}
     pipeline, what = cache(partial(load_pipeline, model, dtype=dtype)), line(Path(model.name).name)
     find_missing = partial(generate.missing, files, identity=model.identity, **sampling)
-    if not keep:
-        for _ in generate.draw(pipeline, files, identity=model.identity, what=what, until=until, **sampling):
-            pass
-    elif missing := find_missing():
-        rows = list(missing.values())
-        with kept_images("audited", model, pipeline, rows, what=what, until=until, **sampling) as kept:
-            if ranks.is_main():
-                remove_stale(out / "images")
-                for source, file in zip(kept, missing, strict=True):
-                    if source:  # no link: changing the audit's image would change the cache's
-                        with new_file(file, many=True) as new:
-                            shutil.copyfile(source, new)
-    if until is not None and (missing := find_missing()):
+    missing = find_missing() if keep else {}
+    shares = keep and (missing or not (out / "manifest.jsonl").is_file())  # else it gave the cache its images once
+    if shares:
+        exchange("audited", model, files, missing, **sampling)
+    for _ in generate.draw(pipeline, files, identity=model.identity, what=what, until=until, **sampling):
+        pass
+    missing = find_missing() if shares or until is not None else {}
+    if shares:
+        exchange("audited", model, files, missing, **sampling)
+    if missing:
         prompts = list(
             takewhile(lambda p: all(out / generate.file_of(p, k) not in missing for k in range(samples)), prompts)
         )

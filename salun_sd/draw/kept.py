@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from salun_sd.checkpoint.model import BUNDLED, Checkpoint
 from salun_sd.draw import generate
 from salun_sd.draw.sample import Row
-from salun_sd.runtime import cache
+from salun_sd.runtime import cache, ranks
 from salun_sd.runtime.device import dtype_mark
+from salun_sd.runtime.files import new_file, remove_stale
 
 
 def key_of(base: Checkpoint, scheduler: str, steps: int, dtype: str = "float32") -> str:
@@ -28,20 +30,56 @@ def called(base: Checkpoint) -> str:
 @contextmanager
 def kept_images(
     kind: str, base: Checkpoint, pipeline: Callable, rows: Sequence[Row], *, scheduler: str, steps: int, dtype: str,
-    what: str, until: float | None = None,
-) -> Iterator[list[Path | None]]:  # fmt: skip
+    what: str,
+) -> Iterator[list[Path]]:  # fmt: skip
     """The file of each row's image in the cache's folder `kind`, locked for this run until the block ends.
 
     Missing and changed images are drawn first, with what `pipeline` returns; `what` names them on the progress bar. A
     file's name depends on its row alone, so that runs share images, and a longer list of rows reuses a shorter one's.
-    Drawing ends at `until`, as in `generate.draw`; then None stands for the images that are still missing.
     """
-    about = f"by {called(base)}, {steps} steps of {scheduler.removesuffix('Scheduler')} in {dtype}"
-    with cache.held(kind, key_of(base, scheduler, steps, dtype), about) as folder:
-        files = [folder / "images" / f"{hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]}.png" for row in rows]
+    settings = {"scheduler": scheduler, "steps": steps, "dtype": dtype}
+    with _held(kind, base, **settings) as folder:
+        files = [folder / _name_of(row) for row in rows]
         wanted = dict(zip(files, rows, strict=True))
-        settings = {"identity": base.identity, "scheduler": scheduler, "steps": steps, "dtype": dtype, "redraw": True}
-        for _ in generate.draw(pipeline, wanted, **settings, what=what, until=until):
+        for _ in generate.draw(pipeline, wanted, identity=base.identity, **settings, redraw=True, what=what):
             pass
-        missing = generate.missing(wanted, **settings) if until is not None else ()
-        yield [None if file in missing else file for file in files]
+        yield files
+
+
+def exchange(
+    kind: str, base: Checkpoint, files: Mapping[Path, Row], missing: Container[Path], *, scheduler: str, steps: int,
+    dtype: str,
+) -> None:  # fmt: skip
+    """Copy a base's images between a run's own `files`, of which some are `missing`, and the cache's folder `kind`:
+    each gets what it lacks and the other has.
+
+    The cache is locked while they are copied. A run calls this before it draws, and again afterwards, so runs that draw
+    at the same time do not wait for each other. It makes no links: who changes an image of one changes no other.
+    """
+    settings = {"scheduler": scheduler, "steps": steps, "dtype": dtype}
+    with _held(kind, base, **settings) as folder:
+        if not ranks.is_main():
+            return
+        kept = {file: folder / _name_of(row) for file, row in files.items()}
+        rows = {kept[file]: row for file, row in files.items()}
+        absent = generate.missing(rows, identity=base.identity, **settings, redraw=True)
+        copies = {file: place for file, place in kept.items() if file in missing and place not in absent}
+        copies |= {place: file for file, place in kept.items() if place in absent and file not in missing}
+        for parent in {copy.parent for copy in copies}:
+            remove_stale(parent)
+        for copy, original in copies.items():
+            with new_file(copy, many=True) as new:
+                shutil.copyfile(original, new)
+
+
+def _held(
+    kind: str, base: Checkpoint, scheduler: str, steps: int, dtype: str
+) -> AbstractContextManager[Path]:  # fmt: skip
+    """The cache's folder for all images that a base draws with these settings, locked until the block ends."""
+    about = f"by {called(base)}, {steps} steps of {scheduler.removesuffix('Scheduler')} in {dtype}"
+    return cache.held(kind, key_of(base, scheduler, steps, dtype), about)
+
+
+def _name_of(row: Row) -> Path:
+    """The file of a row's image in the cache."""
+    return Path("images", f"{hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]}.png")

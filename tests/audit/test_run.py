@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from helpers.commands import spawn, until
 from helpers.models import damage, write_pipeline
+from helpers.runs import write_photographs
 from PIL import Image
 from skimage import data
 
@@ -108,6 +111,27 @@ def test_base_images_are_drawn_once_for_every_model_that_is_audited_against_it(t
     evaluate(tmp_path / "erased", *argv, tmp_path / "b")  # an audit that is whole needs no cache
     assert len(before) == 6 and before == {f: f.stat().st_mtime_ns for f in before}
     assert not (tmp_path / "cache" / "audited").is_dir() or not any((tmp_path / "cache" / "audited").rglob("*.png"))
+
+
+@pytest.mark.slow
+def test_audits_that_draw_images_of_one_base_at_once_do_not_wait_for_each_other(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))
+    write_photographs(tmp_path / "photographs", 2)
+    argv = {}
+    for case, count in ((0, 300), (1, 1)):
+        (tmp_path / str(case)).mkdir()
+        rows = [Prompt(case + 10 * n, "a face", case + 10 * n, 7.5) for n in range(count)]
+        (tmp_path / f"{case}.csv").write_text(prompts.as_csv(rows))
+        for p in rows:
+            shutil.copy(tmp_path / "photographs" / f"{case}.png", tmp_path / str(case) / f"{p.case}_0.png")
+        argv[case] = ["--images", tmp_path / str(case), "--prompts", tmp_path / f"{case}.csv", "--against", tiny,
+                      "--detector", "none", "--denoising-steps", "30", "--out", tmp_path / f"audit{case}"]  # fmt: skip
+    first = spawn(["evaluate", *argv[0]])
+    until(lambda: any((tmp_path / "audit0").rglob("*.png")), first)
+    evaluate(*argv[1])
+    assert first.poll() is None and "waiting" not in capsys.readouterr().err
+    first.kill()
+    assert len(list((tmp_path / "cache").rglob("*.png"))) == 1
 
 
 def test_who_changes_an_image_of_one_audit_or_of_the_cache_changes_no_other_audit(tiny, tmp_path, monkeypatch):
