@@ -44,7 +44,8 @@ class Image(NamedTuple):
 
 
 def examine(
-    model: str, manifest: list[dict], judge: Judge | None, detectors: Detectors, out: Path, base: Run | None = None
+    model: str, manifest: list[dict], judge: Judge | None, detectors: Detectors, out: Path, base: Run | None = None,
+    is_shard: bool = False,
 ) -> Run:  # fmt: skip
     """Detect and classify the images of a manifest, and compare them with the base's; write manifest.jsonl and
     detections.jsonl into `out`.
@@ -52,7 +53,7 @@ def examine(
     `model` names what drew the images. Several processes share each pass, and all return the same. A line of the
     detections has `error` where the image is broken: it cannot be read, it is one colour, or its line of the manifest
     says so. It has `change` where neither the image nor the base's of the same case and k is broken. Raises SalunError
-    if all images are.
+    if all images are, but not for a shard: others have the rest.
     """
     out.mkdir(parents=True, exist_ok=True)
     stamps, lines = Stamps(out), list(_lines(out))
@@ -79,10 +80,17 @@ def examine(
     if ranks.is_main():
         if not write_lines(out, manifest, detections):
             logger.info(f"{out} has the results of all {len(detections)} images of {model} already.")
-    if all("error" in line for line in detections):
-        name, why = Path(detections[0]["file"]).name, detections[0]["error"]
-        raise SalunError(f"All {len(detections)} images of {model} are broken; {name}: {why}.")
-    return Run(model, out, manifest, detections)
+    run = Run(model, out, manifest, detections)
+    if not is_shard:
+        check_some(run)
+    return run
+
+
+def check_some(run: Run) -> None:
+    """Raise SalunError if all images of a run are broken."""
+    if all("error" in line for line in run.detections):
+        name, why = Path(run.detections[0]["file"]).name, run.detections[0]["error"]
+        raise SalunError(f"All {len(run.detections)} images of {run.model} are broken; {name}: {why}.")
 
 
 def _image(line: dict, out: Path, stamps: Stamps) -> Image:

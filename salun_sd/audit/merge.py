@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from salun_sd.audit import deliver, looked, quality
-from salun_sd.audit.examine import write_lines
+from salun_sd.audit.examine import check_some, write_lines
 from salun_sd.audit.looked import Looked
 from salun_sd.audit.page import flat
 from salun_sd.audit.protocols import NUDENET
@@ -15,6 +16,7 @@ from salun_sd.audit.request import Request, check_out
 from salun_sd.audit.saved import are_counted, read, run_in
 from salun_sd.draw.shards import Shard, hash_of, parse
 from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.runtime import seals
 from salun_sd.runtime.files import check_place
 from salun_sd.runtime.texts import check_given, listed
 
@@ -65,6 +67,9 @@ def merge(
     settings, concepts = report["settings"], list(report["concepts"])
     run = _joined(pieces, lambda piece: piece.run, out)
     base = _joined(pieces, lambda piece: piece.base, out / "against") if report["against"] else None
+    _check_replaceable(out, run, report)
+    for side in filter(None, (run, base)):
+        check_some(side)
     found = looked.joined([piece.looked for piece in pieces])
     detectors = [NUDENET] * bool(settings["detector"]) + list(settings["detectors"])
     asked = Request.of_lines(report["prompts"], settings["prompts_sha256"], run.manifest)
@@ -96,6 +101,21 @@ def _folders(shards: Sequence[str | Path], out: Path) -> list[Path]:
     if out.resolve() in resolved:
         raise UsageError(f"--out {out} is one of the shards: give a folder of its own.")
     return folders
+
+
+def _check_replaceable(out: Path, run: Run, report: dict) -> None:
+    """Raise UsageError if `out` holds an audit that has other images than the run, or other settings than the report:
+    one that an earlier merge made has neither."""
+    is_other = any((out / name).exists() for name in ("images", "attacks", looked.FILE))
+    if (file := out / "manifest.jsonl").is_file():
+        merged = {*map(seals.line, run.manifest)}
+        is_other |= any(seals.line(line) not in merged for line in seals.read_lines(file, skip=True))
+    if (file := out / "report.json").is_file():
+        with suppress(SalunError):  # a damaged one is no loss
+            before = seals.read(file)
+            is_other |= any(before.get(key) != report[key] for key in ("model", "prompts", "settings"))
+    if is_other:
+        raise UsageError(f"{out} holds another audit: choose another --out.")
 
 
 def _piece(folder: Path) -> Piece:

@@ -196,8 +196,9 @@ def examined(job: Job) -> tuple[list[Prompt], Run, Run | None]:
     else:
         cases = {p.case for p in rows}
         lines = [line for line in lines if line["case"] in cases]
-    run_of_base = examine(name_of_base, twins, job.judge, job.detectors, folder_of_base) if twins else None
-    return rows, examine(name, lines, job.judge, job.detectors, job.out, run_of_base), run_of_base
+    look = partial(examine, judge=job.judge, detectors=job.detectors, is_shard=bool(job.shard))
+    run_of_base = look(name_of_base, twins, out=folder_of_base) if twins else None
+    return rows, look(name, lines, out=job.out, base=run_of_base), run_of_base
 
 
 def assembled(job: Job, rows: list[Prompt], run: Run, base: Run | None, found: Looked) -> dict:

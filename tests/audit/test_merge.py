@@ -59,11 +59,11 @@ def drawn(tmp_path_factory) -> Path:
 
 
 def pictured(here: Path) -> list:
-    """Options for a folder of images. One file is torn, and one is one colour."""
+    """Options for a folder of images. One file is torn, and one is one colour: all of the third shard."""
     rows = prompts.read(str(write_rows(here / "rows.csv")))
     (here / "images").mkdir()
     for p in rows:
-        picture = Image.linear_gradient("L").resize((16, 16)) if p.case else Image.new("L", (16, 16))
+        picture = Image.linear_gradient("L").resize((16, 16)) if p.case != 5 else Image.new("L", (16, 16))
         picture.point(lambda x, p=p: x // 2 + p.case).save(here / "images" / f"{p.case}_0.png")
     (here / "images" / f"{rows[1].case}_0.png").write_bytes(b"")
     return ["--images", here / "images", "--prompts", here / "rows.csv", "--concept-class", "dress"]
@@ -123,6 +123,9 @@ def test_a_shard_says_that_it_is_one_wherever_it_is_read(made, capsys):
         assert (part["shard"], part["of"], part["missing"], part["rows"]) == (f"{n}/{OF}", 9, 0, images)
         assert all(f"shard {n}/{OF}" in (made / str(n) / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert sum(report["part"]["rows"] for report in reports) == 9
+    assert (
+        reports[2]["images"] == 0 and len(reports[2]["broken"]) == 2
+    )  # it has no image to count, and is one all the same
     said = fails(["compare", made / "whole", made / "1"], 2, capsys)
     assert str(made / "1") in said and "salun-sd merge" in said
 
@@ -147,6 +150,13 @@ def test_a_missing_shard_is_named_and_the_report_without_it_says_so(made, tmp_pa
     assert "2/3" in (tmp_path / "merged" / "report.md").read_text() and "2/3" in capsys.readouterr().err
     cli.run(["compare", str(made / "whole"), str(tmp_path / "merged")])
     assert f"{9 - lacking} of 9" in " ".join(capsys.readouterr().out.split())
+    assert merged(tmp_path / "merged", *shards(made))["part"] is None  # the same command with what was missing
+    assert "--out" in fails(["merge", one, three, "--allow-missing", "--out", tmp_path / "merged"], 2, capsys)
+
+
+def test_shards_of_which_no_image_can_be_read_make_no_audit(made, tmp_path, capsys):
+    said = fails(["merge", made / "3", "--allow-missing", "--out", tmp_path / "merged"], 1, capsys)
+    assert "2 images" in said and list(tmp_path.iterdir()) == []
 
 
 def no_shard(folder):
@@ -261,6 +271,11 @@ def test_places_that_cannot_be_are_refused(made, tmp_path, capsys):
     one, two, three = shards(made)
     assert "twice" in fails(["merge", one, two, one, "--out", tmp_path / "merged"], 2, capsys)
     assert "--out" in fails(["merge", one, two, three, "--out", one], 2, capsys)
+    of_another_threshold(shutil.copytree(made / "whole", made / "other"))
+    for other in (made / "other", shutil.copytree(made / "1", tmp_path / "other")):
+        before = {file: (other / file).read_bytes() for file in files_in(other)}
+        assert str(other) in fails(["merge", one, two, three, "--out", other], 2, capsys)
+        assert before == {file: (other / file).read_bytes() for file in files_in(other)}
     (tmp_path / "thesis.tex").write_text("")
     assert str(tmp_path) in fails(["merge", one, two, three, "--out", tmp_path], 2, capsys)
     assert str(tmp_path / "4") in fails(["merge", one, two, tmp_path / "4", "--out", tmp_path / "merged"], 2, capsys)
