@@ -11,6 +11,7 @@ from salun_sd.audit.protocols import DEFAULT_LABELS, THRESHOLD
 from salun_sd.errors import SalunError, some
 from salun_sd.report.gate import AGAINST
 from salun_sd.report.words import in_words, named, quoted, rate
+from salun_sd.runtime.texts import is_hub_id
 
 SCHEMA = 8  # of report.json
 READ = (5, 6, 7, SCHEMA)  # those that can be compared; 5 has no change, before 7 images of one colour counted
@@ -161,18 +162,30 @@ def assemble(
     }
 
 
+def _elsewhere(report: dict, metric: str) -> str:
+    """The name of a metric where it leaves this machine: a detector goes by its hub id; or by the last part of its path
+    and the beginning of its digest, which tells two of one name apart."""
+    group, dot, detector = metric.partition(".")
+    own = (report["settings"].get("detectors") or {}).get(detector)
+    return f"{group}{dot}{Path(detector).name}-{own['sha256'][:8]}" if own and not is_hub_id(detector) else metric
+
+
 def headline_metrics(report: dict) -> dict:
     """The measured numbers of an audit in words, with the base's beside them, for the record of a checkpoint."""
 
     def by_name(side: dict) -> dict[str, dict | None]:
         concepts = side["concepts"] if len(side["concepts"]) > 1 else {}
-        return side["metrics"] | {f"ua of {name}": metrics["ua"] for name, metrics in concepts.items()}
+        metrics = side["metrics"] | {f"ua of {name}": metrics["ua"] for name, metrics in concepts.items()}
+        return {_elsewhere(report, name): metric for name, metric in metrics.items()}
+
+    def shown(name: str) -> str:
+        return quoted(_elsewhere(report, f"{FLAG_RATE}.{name}").removeprefix(f"{FLAG_RATE}."))
 
     changes = {name: in_words(m) for name, m in report["quality"].items() if m and name.startswith("change")}
     measured, against = {name: metric for name, metric in by_name(report).items() if metric}, report["against"]
     return {
         "prompts": report["prompts"],
-        "headline": headline(report),
+        "headline": headline(report, shown),
         "images": images_of(report),
         "metrics": {name: rate(metric) for name, metric in measured.items()} | changes,
         "detector": report["settings"]["detector"],
@@ -250,12 +263,13 @@ def _broken(counts: Sequence[int]) -> str:
 
 def numbers(report: dict) -> dict[str, float]:
     """The metrics of a report, of its base and its attacks as plain numbers, each with the ends of its interval: "ua",
-    "ua/low", "ua/high", "against/ua" and so on; without those that were not measured."""
+    "ua/low", "ua/high", "against/ua" and so on; without those that were not measured, and without a path."""
     found = {}
     for prefix, side in (("", report), ("against/", report["against"] or {})):
         for name, metric in {**side.get("metrics", {}), **side.get("quality", {}), **rates_of_attacks(side)}.items():
             if metric:
-                found[prefix + name] = metric["rate"] if "rate" in metric else metric["value"]
+                place = prefix + _elsewhere(report, name)
+                found[place] = metric["rate"] if "rate" in metric else metric["value"]
                 ends = metric.get("ci95") or ()
-                found |= {f"{prefix}{name}/{end}": x for end, x in zip(("low", "high"), ends, strict=False)}
+                found |= {f"{place}/{end}": x for end, x in zip(("low", "high"), ends, strict=False)}
     return found

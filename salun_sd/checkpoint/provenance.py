@@ -18,6 +18,7 @@ from salun_sd.errors import SalunError
 from salun_sd.runtime import escape, seals
 from salun_sd.runtime.documents import parse_json, read_json
 from salun_sd.runtime.files import new_file, write_atomic
+from salun_sd.runtime.texts import is_hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -150,12 +151,11 @@ def model_card(record: dict) -> str:
     """The README.md of an erased checkpoint: Markdown with the hub's front matter. All that the record holds is shown
     as text: it may be of a patch from elsewhere."""
     name = record["base"]["model"]
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
     is_patch = record["settings"]["format"] == "patch"
     by_class = record["base"]["family"] in {family.name for family in BY_CLASS.values()}
     kind, task = ("class-conditional", None) if by_class else ("stable-diffusion", "text-to-image")  # the hub's words
     data = ModelCardData(
-        base_model=name if is_hub_id else None,
+        base_model=name if is_hub_id(name) else None,
         library_name=None if is_patch else "diffusers",
         pipeline_tag=task,
         tags=[kind, "concept-erasure", "machine-unlearning", record["settings"].get("method", "salun")],

@@ -5,7 +5,9 @@ brings much of the concept back (Roots Beneath the Cut, arXiv 2603.06640).
 """
 
 import hashlib
+import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 TERMS = {"LICENSE", "LICENSE.md", "LICENSE.txt"}
 WEIGHTS = (".safetensors", ".bin")
+PLACE = re.compile(r"""(?<![\w.:,~/<-])~?/[^\s"'\\/]+/[^\s"'\\]*""")  # an absolute path in a text
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -52,6 +55,9 @@ def push(
     place, repo = Path(model), _checked_name(repo)
     record, contents = _contents(place)
     sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in contents.items()}
+    if places := sorted({*PLACE.findall(json.dumps(record, ensure_ascii=False))}):
+        logger.warning(f"The card and the record name places on this machine, and are sent: {some(places)}. What is "
+                       "erased and audited with relative paths names none.")  # fmt: skip
     if not record.get("audits"):
         logger.warning("The card has no audit: salun-sd evaluate with --record adds its numbers.")
     if dry_run:

@@ -1,6 +1,8 @@
 """Texts, names and paths that a person gave: refused where they are empty or cannot be written as UTF-8."""
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime.documents import is_unicode
@@ -11,6 +13,11 @@ ARGUMENTS = ("model", "patch", "audits", "shards", "repo")  # parameters that ar
 def listed(value: str | Iterable[str] | None) -> list[str]:
     """The texts of an option that may be given several times, or once as it is, or not."""
     return [value] if isinstance(value, str) else list(value or ())
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name has the form of a hub id, and is no path of this disk."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
 
 
 def checked_text(text: str, name: str, error: type[SalunError] = UsageError) -> str:

@@ -12,6 +12,7 @@ from sklearn.metrics import cohen_kappa_score
 
 import salun_sd
 from salun_sd.audit.detectors import Flagger, is_flagged
+from salun_sd.audit.report import headline_metrics, numbers
 from salun_sd.cli import app as cli
 
 FIVE = ["drawings", "hentai", "neutral", "porn", "sexy"]
@@ -100,6 +101,22 @@ def test_pages_and_tables_have_the_rates_and_the_agreement(places, report):
     [table] = salun_sd.compare([places["here"] / "all", places["here"] / "alone"])
     assert table.rows[f"flag_rate.{places['two']}"][1] is None and not table.unpaired
     assert len([row for row in table.rows if row.startswith("kappa")]) == 3
+
+
+def test_the_path_of_a_detector_stays_on_this_machine(places, report):
+    """Neither a tracker nor the record of a checkpoint gets it; and two folders of one name are told apart."""
+    sent, rate = numbers(report), report["metrics"][f"flag_rate.{places['five']}"]
+    [name] = [name for name in sent if name.startswith("flag_rate.five") and "/" not in name]
+    assert sent[name] == rate["rate"] and sent[f"{name}/low"] == rate["ci95"][0]
+    assert str(places["here"]) not in f"{sent.keys()} {headline_metrics(report)}"
+    assert name in headline_metrics(report)["metrics"] and "five-" in headline_metrics(report)["headline"]
+    twin = str(places["two"] / "five")
+    both = report | {"metrics": report["metrics"] | {f"flag_rate.{twin}": rate}}
+    both["settings"] = {"detectors": report["settings"]["detectors"] | {twin: {"sha256": "0" * 64}}}
+    assert len(numbers(both)) == len(sent) + 3
+    hub = "org/five"
+    named = {"metrics": {f"flag_rate.{hub}": rate}, "settings": {"detectors": {hub: {"sha256": "0" * 64}}}}
+    assert f"flag_rate.{hub}" in numbers(report | named)
 
 
 def test_a_detector_is_asked_once_and_again_with_other_weights(places, report, tmp_path):

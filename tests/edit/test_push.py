@@ -10,6 +10,7 @@ from helpers.hub import standing_in
 from helpers.runs import PAIR
 
 import salun_sd
+from salun_sd.checkpoint import provenance
 from salun_sd.cli import app as cli
 
 NAME = "org/without-sneakers"
@@ -78,6 +79,17 @@ def test_a_dry_run_lists_what_would_be_sent_and_asks_nobody(erased, hub, monkeyp
     cli.run(["push", str(erased / "folder"), NAME, "--dry-run"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in pushed.files) and hub.calls == []
+
+
+def test_places_on_this_machine_that_the_record_names_are_said(tiny, erased, tmp_path, caplog):
+    salun_sd.push(erased / "folder", NAME, dry_run=True)
+    assert tiny in caplog.text and str(erased / "patch.safetensors") in caplog.text
+    folder, record = shutil.copytree(erased / "folder", tmp_path / "folder"), provenance.read(erased / "folder")
+    text = json.dumps(record).replace(str(erased), "here").replace(tiny, "org/base")
+    provenance.write_folder(json.loads(text), folder)
+    caplog.clear()
+    salun_sd.push(folder, NAME, dry_run=True)
+    assert "this machine" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["org", "a/b/c", "org/", "org/a--b", "org/ü", "https://huggingface.co/org/name"])
