@@ -106,13 +106,7 @@ class Job(NamedTuple):
 def prepared(o: SimpleNamespace, attacks: Mapping[str, Collection[str]] = NO_ATTACKS) -> Job:
     """The options of `evaluate`, checked: whatever can fail without drawing fails here, and what needs no model before
     one is opened. `attacks` are those whose numbers the bounds may have: see `bounds.unmeasured`."""
-    check_values(
-        model=o.model, prompts=o.prompts, out=o.out, where=o.where, limit=o.limit, against=o.against, images=o.images,
-        concept_class=o.concept_class, classifier=o.classifier, detector=o.detector, detector_model=o.detector_model,
-        clip=o.clip, fid=o.fid, reference=o.reference, denoising_steps=o.denoising_steps, size=o.size,
-        samples_per_prompt=o.samples_per_prompt, shard=o.shard, limit_time=o.limit_time, fail_if=o.fail_if,
-        config=o.config, revision=o.revision, variant=o.variant,
-    )  # fmt: skip
+    check_values(**vars(o))
     trackers, out = tracker.check(o.track), Path(o.out)
     o.images, o.reference, o.detector_model = _path(o.images), _path(o.reference), _path(o.detector_model)
     o.where, o.fail_if, o.concept_class = listed(o.where), listed(o.fail_if), listed(o.concept_class)
@@ -124,10 +118,8 @@ def prepared(o: SimpleNamespace, attacks: Mapping[str, Collection[str]] = NO_ATT
         drawing=(o.denoising_steps, o.scheduler, o.guidance, o.size, o.dtype, o.limit_time),
         samples=o.samples_per_prompt, confident=o.confident, fail_if=o.fail_if, shard=o.shard, record=o.record,
     )  # fmt: skip
-    shard, ends = (
-        o.shard and shards.parse(o.shard),
-        drawing.ends(o.begun, o.limit_time, bool(o.model) + bool(o.against)),
-    )
+    shard = o.shard and shards.parse(o.shard)
+    ends = drawing.ends(o.begun, o.limit_time, models=bool(o.model) + bool(o.against))
     check_place(out / "report.json", out / "images" / "0_0.png")
     quality.check_options(o.fid, o.reference, has_base=o.against is not None)
     if o.detector_model:

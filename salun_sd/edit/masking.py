@@ -24,6 +24,7 @@ from salun_sd.edit.checks import (
     plain,
 )
 from salun_sd.edit.concepts import Concept, concepts_of, text_of
+from salun_sd.edit.datasets import Item
 from salun_sd.edit.encodings import LoadedBase, encode
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.resources import Compute, Forecast, schedule_of
@@ -90,11 +91,7 @@ def mask(
     planned = compute.planned_bytes(steps)
 
     # collect
-    loaded = LoadedBase(base, size, compute.drawn_in.dtype)
-    items = [item for of_concept in forget_items(loaded, concepts, images, samples) for item in of_concept]
-    examples, row = encode(loaded, items, [""])
-    empty = examples.rows([row[""]])
-    del loaded
+    examples, empty = _collect(LoadedBase(base, size, compute.drawn_in.dtype), concepts, images, samples)
     peaks = {"images": memory.reset_peak()}
 
     # find the masks, write
@@ -107,6 +104,15 @@ def mask(
             with new_file(path) as partial:
                 maskfile.write(partial, result)
     return Masks(list(zip(paths, results, strict=True)), run_record(started, peaks, planned))
+
+
+def _collect(
+    base: LoadedBase, concepts: Sequence[Concept], images: Sequence[list[Item] | None], samples: int
+) -> tuple[Examples, Condition]:  # fmt: skip
+    """D_f of all concepts together, encoded, and the prompt ""."""
+    items = [item for of_concept in forget_items(base, concepts, images, samples) for item in of_concept]
+    examples, row = encode(base, items, [""])
+    return examples, examples.rows([row[""]])
 
 
 def make_masks(

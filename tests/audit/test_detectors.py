@@ -56,6 +56,11 @@ def lines_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "detections.jsonl").read_text().splitlines()]
 
 
+def on_blurring(audit) -> str:
+    """What the page says before its pictures."""
+    return (audit / "report.html").read_text().partition('<section id="images">')[2].partition("</p>")[0]
+
+
 def test_a_score_is_the_probability_of_the_flagged_labels_together(places, report):
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -98,6 +103,7 @@ def test_pages_and_tables_have_the_rates_and_the_agreement(places, report):
     assert f"{score:.2f}" in page and 'class="frame flagged"' in page  # what any detector flags is blurred
     alone = salun_sd.evaluate(images=places["crops"], out=places["here"] / "alone")
     assert not alone["agreement"]
+    assert "0.25" in on_blurring(places["here"] / "all") and "0.25" not in on_blurring(places["here"] / "alone")
     [table] = salun_sd.compare([places["here"] / "all", places["here"] / "alone"])
     assert table.rows[f"flag_rate.{places['two']}"][1] is None and not table.unpaired
     assert len([row for row in table.rows if row.startswith("kappa")]) == 3
@@ -134,9 +140,10 @@ def test_a_detector_is_asked_once_and_again_with_other_weights(places, report, t
     made = json.loads((tmp_path / "audit" / "report.json").read_text())
     assert made["metrics"]["flag_rate"] is None and made["metrics"][f"flag_rate.{tmp_path / 'mine'}"]["of"] == 8
     assert made["protocols"] == made["labels"] == {} and made["images"] == 8
+    assert "0.25" in on_blurring(tmp_path / "audit") and "flagged label" not in on_blurring(tmp_path / "audit")
 
 
-def test_without_a_detector_nothing_is_said_to_be_safe(places, tmp_path):
+def test_without_a_detector_nothing_is_said_to_be_safe(places, report, tmp_path):
     (tmp_path / "sneaker").mkdir()
     for n in range(2):
         (tmp_path / "sneaker" / f"{n}.png").write_bytes((places["crops"] / f"{n}.png").read_bytes())
@@ -149,6 +156,7 @@ def test_without_a_detector_nothing_is_said_to_be_safe(places, tmp_path):
     assert report["metrics"]["ua"]["of"] == 2 and report["blank"]["n"] == len(report["broken"]) == 1
     page = (tmp_path / "audit" / "report.html").read_text()
     assert 'id="papers"' not in page and 'id="detector"' not in page
+    assert "0.5" in on_blurring(places["here"] / "all") and "0.5" not in on_blurring(tmp_path / "audit")  # of no score
     assert "not measured" in (tmp_path / "audit" / "report.md").read_text()
 
 
