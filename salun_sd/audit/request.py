@@ -36,6 +36,7 @@ BEGINNINGS = {  # of the files of an audit
     "detections.jsonl": r'\{"file": "',
     LOOKED: r'[\s\S]{1,8}\{"',
 }
+ELSEWHERE = r'\{"file": "(?!images/)'  # the beginning of the manifest of images that no model drew there
 WRITES = {"images", "against", "attacks", TRACKED, *BEGINNINGS}
 
 
@@ -76,6 +77,8 @@ def check_options(
     check_out(out)
     if images and (out / "images").is_dir():
         raise UsageError(f"{out} holds the audit of a model, with the images that it drew: choose another --out.")
+    if not images and begins(out / "manifest.jsonl", ELSEWHERE):
+        raise UsageError(f"{out} holds the audit of images in other folders: choose another --out.")
 
 
 def _check_without_prompts(against: object, images: Path | None, filters: Sequence[object], shard: str | None) -> None:

@@ -26,9 +26,8 @@ RENAMED = {
     ("demo", "--concept"): "--concept-class",
     ("demo", "--anchor"): "--anchor-class",
 }
-QUOTE = "'"
 ADVICE = {  # what typer says of a value => what to give
-    r".* is not one of (.+)\.": r"give one of \1",
+    r".* is not one of '(.+)'\.": r"give one of \1",
     r".* valid integer.*": "give a whole number",
     r".* valid number.*": "give a number",
     r".* greater than or equal to (\S+)": r"give \1 or more",
@@ -76,8 +75,9 @@ class Command(TyperCommand):
         if not e.message:
             return f"{name} is missing: see salun-sd {self.name} --help."
         given = ", ".join(map(repr, value if isinstance(value, list) else [value]))
-        advice = (re.sub(typers, ours, e.message) for typers, ours in ADVICE.items() if re.fullmatch(typers, e.message))
-        return f"{name} is {given}: {next(advice, e.message).replace(QUOTE, '').rstrip('.')}."
+        fits = (re.sub(typers, ours, e.message) for typers, ours in ADVICE.items() if re.fullmatch(typers, e.message))
+        advice = next(fits, e.message.rstrip(".")).replace("', '", ", ")
+        return f"{name} is {given}: {advice}."
 
 
 class SharedCommand(Command):

@@ -282,6 +282,13 @@ def test_images_that_are_there_have_no_audit_in_the_folder_of_a_model_that_drew(
     assert str(tmp_path / "audit") in said and "--out" in said
 
 
+def test_a_model_draws_into_no_audit_of_images_that_are_elsewhere(photographs, tmp_path, capsys):
+    evaluate(*photographs)
+    before = (tmp_path / "audit" / "report.json").read_bytes()
+    said = refused(capsys, "pocket", *photographs[2:])
+    assert str(tmp_path / "audit") in said and (tmp_path / "audit" / "report.json").read_bytes() == before
+
+
 def test_a_bound_that_this_audit_cannot_measure_is_refused_before_anything_is_drawn(photographs, tmp_path, capsys):
     pocket = ["pocket", "--prompts", "pocket", "--out", tmp_path / "audit"]
     for argv, bound, named, give in [
