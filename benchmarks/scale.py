@@ -241,12 +241,17 @@ def our_erase(case: Case, density: float, steps: int) -> tuple[float, int]:
     return clock(loop), memory.peak()
 
 
-def flops_of_step(case: Case) -> int:
-    """The anchor's forward, one for forget and retain together, twice that backward, and once more if recomputed."""
+def flops_of_prediction(case: Case) -> int:
+    """Of one image: each multiplication, and each addition."""
     with torch.device("meta"), FlopCounterMode(display=False) as counted, torch.no_grad():
         unet, data = skeleton("unet", ARCHS[case.arch]["unet"]), case.examples(1)
         predict(unet, data.latents, data.which, data.condition(data.which))
-    return counted.get_total_flops() * case.batch * (1 + 2 * (4 if case.checkpointing else 3))
+    return counted.get_total_flops()
+
+
+def flops_of_step(case: Case) -> int:
+    """The anchor's forward, one for forget and retain together, twice that backward, and once more if recomputed."""
+    return flops_of_prediction(case) * case.batch * (1 + 2 * (4 if case.checkpointing else 3))
 
 
 def matmul_rate(dtype: str) -> float:
