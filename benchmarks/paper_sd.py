@@ -172,20 +172,21 @@ def steps_of(task: Task, model: str, out: Path, given: Given) -> Iterator[Step]:
 def changed(words: Sequence[str], small: Sequence[str]) -> list[str]:
     """A model and options, each with its value: with those of `small`, in place of those that they change."""
     first, *options = words
-    kept = [
-        pair for pair in zip(options[::2], options[1::2], strict=True) if pair[0] == "--where" or pair[0] not in small
-    ]
+    pairs = zip(options[::2], options[1::2], strict=True)
+    kept = [pair for pair in pairs if pair[0] == "--where" or pair[0] not in small]
     return [first, *(word for pair in kept for word in pair), *small]
 
 
 def chosen(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
     """The steps that one of the patterns names, in their order; all without a pattern."""
-    fits = {
-        pattern: [s for s in steps if fnmatch(s.name, pattern) or fnmatch(s.name, f"{pattern}/*")] for pattern in only
-    }
-    if unknown := [pattern for pattern, some in fits.items() if not some]:
-        raise UsageError(f"--only {unknown[0]} names no step: they are {', '.join(step.name for step in steps)}.")
-    return [step for step in steps if not only or any(step in some for some in fits.values())]
+    for pattern in only:
+        if not any(named(step, pattern) for step in steps):
+            raise UsageError(f"--only {pattern} names no step: they are {', '.join(step.name for step in steps)}.")
+    return [step for step in steps if not only or any(named(step, pattern) for pattern in only)]
+
+
+def named(step: Step, pattern: str) -> bool:
+    return fnmatch(step.name, pattern) or fnmatch(step.name, f"{pattern}/*")
 
 
 def check_inputs(steps: Sequence[Step]) -> None:
@@ -238,9 +239,10 @@ def table(tasks: Sequence[Task], out: Path | None) -> str:
     """What was measured below a folder, beside what was published; without a folder, the columns to be filled."""
     parts = []
     for task in tasks:
-        lines = "\n".join(f"| {' | '.join(cells(line, task, out))} |" for line in task.lines)
-        columns = ["SalUn, published", "where, and how", "base", *task.erasures]
-        parts.append(f"### {task.name}\n\n| | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}\n{lines}\n")
+        rows = [["", "SalUn, published", "where, and how", "base", *task.erasures]]
+        rows += [["---"] * len(rows[0]), *(cells(line, task, out) for line in task.lines)]
+        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        parts.append(f"### {task.name}, published and measured\n\n{lines}\n")
     return "\n".join(parts)
 
 
