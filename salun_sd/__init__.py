@@ -17,7 +17,7 @@ from importlib import import_module
 _NAMES = {
     "mask": "edit.masking", "erase": "edit.run", "apply": "edit.deliver", "plan": "edit.concepts",
     "push": "edit.push", "evaluate": "audit.run", "merge": "audit.merge", "compare": "audit.compare",
-    "attack": "under_attack", "unlearn": "classifier.run",
+    "attack": "under_attack.run", "unlearn": "classifier.run",
     "GradientSum": "core.saliency", "cut": "core.mask", "MaskedAdam": "core.masked", "MaskedSGD": "core.masked",
     "SalunError": "errors", "UsageError": "errors",
 }  # fmt: skip

@@ -17,6 +17,7 @@ from salun_sd.attacks.attack import Scene
 from salun_sd.attacks.catalog import ATTACKS
 from salun_sd.attacks.given import nameless, without_name
 from salun_sd.attacks.names import SUMMARIES
+from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.draw.prompts import Prompt
 from salun_sd.edit.budget import Attacking
@@ -98,11 +99,15 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(attacked, prompts, tmp_p
         (["--floor", "pocket-ddpm"], "pocket-ddpm"),
         (["--pictures", "nowhere"], "--pictures nowhere"),
         (["--pictures", " "], "--pictures"),
-        (["--words", "nowhere.txt"], "nowhere.txt"),
+        (["--words", "nowhere.txt"], "--words nowhere.txt"),
+        (["--adversarial", "pocket"], "--adversarial pocket"),  # no file, though a set has this name
+        (["--base", " "], "--base"),
+        (["--size", "30"], "30"),
         (["--concept", " "], "--concept"),
         (["--base", "pocket", "--where", "class=sneaker", "--with", "benign"], "benign"),
         (["--base", "pocket", "--with", "prefix", "--fail-if", "floor.asr.prefix > 0"], "--floor"),
         (["--base", "pocket", "--with", "prefix", "--fail-if", "asr.tokens > 0"], "asr.tokens"),
+        (["--base", "pocket", "--where", "class=sneaker", "--fail-if", "asr.benign > 0"], "asr.benign"),
     ],
 )
 def test_what_cannot_be_attacked_is_refused_before_anything_is_drawn(words, name, prompts, tmp_path, capfd):
@@ -123,17 +128,26 @@ def test_a_concept_that_no_judge_knows_is_refused(tmp_path):
 
 
 def test_a_dry_run_says_what_each_attack_does_and_writes_nothing(prompts, tmp_path):
-    plan = salun_sd.attack("pocket", concept="a photo of a sneaker", concept_class="sneaker", prompts=prompts,
-                           base="pocket", out=tmp_path / "out", dry_run=True)  # fmt: skip
-    assert {"prefix", "conditioning", "round-trip"} <= plan.settings.keys() and plan.settings["prompts"] == 2
+    given = {"concept": "a photo of a sneaker", "concept_class": "sneaker", "prompts": prompts, "dry_run": True,
+             "base": "pocket", "out": tmp_path / "out"}  # fmt: skip
+    plan = salun_sd.attack("pocket", **given)
+    assert ATTACKS.keys() < plan.settings.keys() and plan.settings["attacked prompts"] == 2
+    for name, needs in (("prompts", "--adversarial"), ("positions", "--mask")):
+        assert needs in plan.settings[name] and needs not in plan.settings["prefix"]
+    assert plan.settings["audit"].startswith("6 images; about ") and "timesteps 5" in plan.settings["prefix"]
     assert sum(plan.plans["attack"].values()) > 0 and not (tmp_path / "out").exists()
+    alone, larger = (salun_sd.attack("pocket", with_="prefix", **given | more) for more in ({}, {"size": 64}))
+    weights, activations = plan.plans["attack"]["weights"], alone.plans["attack"]["activations"]
+    assert weights == 2 * alone.plans["attack"]["weights"]  # where the base predicts, too
+    assert larger.plans["attack"]["activations"] > 2 * activations
 
 
 def test_a_dry_run_knows_models_of_classes_and_advises_no_option_of_other_commands(tmp_path):
     plan = salun_sd.attack("pocket-ddpm", concept="sneaker", concept_class="sneaker", prompts="classes", out=tmp_path,
                            base="pocket-ddpm", with_="latent", dry_run=True)  # fmt: skip
     assert plan.plans["attack"]["activations"] > 0
-    assert set(Attacking(32, 1, Precision.of(None, "cpu")).cheaper({}, torch.device("cpu"))) <= {"--dtype bfloat16"}
+    cheaper = Attacking(32, 1, Precision.of(None, "cpu")).cheaper(find("pocket").unet_settings, torch.device("cpu"))
+    assert {"--size 16"} <= set(cheaper) <= {"--dtype bfloat16", "--size 16"}
 
 
 def test_the_help_names_every_attack():

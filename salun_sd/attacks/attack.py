@@ -14,6 +14,8 @@ from salun_sd.draw.generate import seed_of
 from salun_sd.draw.prompts import Prompt, class_in
 
 OPENING = re.compile(r"(?:(?:an?|the) )?(?:photo|photograph|image|picture|painting|drawing) of ", re.IGNORECASE)
+WITH_GRADIENT = 3  # passes whose time a forward and a backward pass take
+ROOM = 16  # tokens of attacks that search for a whole text
 ARTICLE = re.compile(r"(?:an?|the) ", re.IGNORECASE)
 
 
@@ -89,7 +91,7 @@ class Attack:
 
     quick: ClassVar[dict] = {}
     cases: ClassVar[dict] = {"quick": 10, "paper": None}  # the most prompts that are attacked
-    # of "text", "embedding", "null", "picture", "others", "base", "words", "adversarial", "mask", "peft"
+    # of "text", "room", "embedding", "null", "picture", "others", "base", "words", "adversarial", "mask", "peft"
     needs: ClassVar[frozenset] = frozenset()
     from_picture: ClassVar[bool] = False  # whether it begins from a picture of the concept, and so can succeed anywhere
     searches: ClassVar[bool] = True  # whether it looks for the concept, so that it can find it on the base
@@ -107,6 +109,15 @@ class Attack:
     def labels(self) -> list[str] | None:
         """The names of the stages, the first that of the untouched model; None for an attack that has tries."""
         return None
+
+    def most_tries(self) -> int:
+        """The most tries of a prompt; of an attack in stages, the number of those that change something."""
+        return len(self.labels() or ["", ""]) - 1
+
+    def passes(self, prompts: int) -> int:
+        """How often an image goes through the UNet while it searches for so many prompts, about: a pass with a gradient
+        counts as WITH_GRADIENT."""
+        return 0
 
     def has_fresh(self) -> bool:
         """Whether what it finds can be drawn from other seeds: not a change of the weights, nor a noise."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from salun_sd.attacks.attack import Attack, Scene, Try
+from salun_sd.attacks.attack import WITH_GRADIENT, Attack, Scene, Try
 from salun_sd.attacks.given import nameless
 from salun_sd.core.diffusion import Condition
 from salun_sd.draw.prompts import Prompt
@@ -25,6 +25,9 @@ class Conditioning(Attack):
 
     quick: ClassVar[dict] = {"steps": 60}
     needs: ClassVar[frozenset] = frozenset({"picture", "embedding"})
+
+    def passes(self, prompts: int) -> int:
+        return self.steps * self.batch_size * WITH_GRADIENT
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
         text = nameless(scene.concept, [scene.name]) if scene.nameless else scene.concept

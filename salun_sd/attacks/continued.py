@@ -10,7 +10,6 @@ from salun_sd.attacks.attack import Attack, Scene, Try
 from salun_sd.draw.generate import row_of, seed_of
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Sampler
-from salun_sd.errors import UsageError
 
 SCHEDULER, STEPS = "DDIMScheduler", 50  # DDIM goes on from any step: it needs no earlier predictions
 
@@ -39,13 +38,8 @@ class Continue(Attack):
     def stages(self, scene: Scene) -> Iterator[int]:
         yield from range(1, len(self.begun) + 1)  # the weights stay as they are
 
-    def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        model, base = scene.target.model, scene.base.model
-        if (model.family, model.image_size) != (base.family, base.image_size):
-            raise UsageError(f"{model.name} cannot finish what {base.name} begins: they are {model.family.name} of "
-                             f"{model.image_size} pixels and {base.family.name} of {base.image_size}. Give another "
-                             "--base.")  # fmt: skip
-        return {}
+    def passes(self, prompts: int) -> int:
+        return prompts * 2 * sum(self.begun)  # guided
 
     def tries(self, scene: Scene, prompt: Prompt, found: dict[str, torch.Tensor]) -> list[Try]:
         if scene.control:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from salun_sd.attacks.attack import Attack, Scene, Try
+from salun_sd.attacks.attack import ROOM, Attack, Scene, Try
 from salun_sd.attacks.target import Target
 from salun_sd.core import diffusion
 from salun_sd.draw.encode import embedded
@@ -26,7 +26,7 @@ class Genetic(Attack):
     `crossover`, one token replaced with the chance `mutation`. Deviation: the pairs of texts are ours.
     """
 
-    count: int = 16  # tokens
+    count: int = ROOM  # tokens
     population: int = 200
     generations: int = 3000
     mutation: float = 0.25
@@ -35,10 +35,12 @@ class Genetic(Attack):
     best: int = 1  # rows of the last generation that are tries
 
     quick: ClassVar[dict] = {"population": 50, "generations": 100}
-    needs: ClassVar[frozenset] = frozenset({"text"})
+    needs: ClassVar[frozenset] = frozenset({"text", "room"})
+
+    def most_tries(self) -> int:
+        return self.best
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        scene.target.check_room(self.count, "")
         if scene.control:
             return {}
         with_it, without = (self._mean(scene.target, thing) for thing in (scene.thing, NOTHING))

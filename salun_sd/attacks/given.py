@@ -15,11 +15,13 @@ from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core.mask import Bits
 from salun_sd.draw import prompts
-from salun_sd.draw.encode import encode_image, pixels
+from salun_sd.draw.encode import encode_image, fitted
 from salun_sd.draw.folders import images_in
 from salun_sd.draw.images import read_image
 from salun_sd.draw.prompts import Prompt, whole
+from salun_sd.draw.tables import read_text
 from salun_sd.errors import UsageError
+from salun_sd.runtime.contents import no_file
 
 NAMELESS = "thing"  # the word in place of the concept's, where an attack has to find it by itself
 
@@ -29,31 +31,37 @@ class Pictures(NamedTuple):
 
     files: dict[int, Path]
     others: list[tuple[Path, str]]
-
-    @classmethod
-    def of_folder(cls, folder: Path, cases: Sequence[Prompt], others: list[tuple[Path, str]]) -> "Pictures":
-        """The images of a folder, in turn. Raises UsageError where there are none."""
-        if not (files := images_in(folder) if folder.is_dir() else []):
-            raise UsageError(f"--pictures {folder} is no folder with images: give one with pictures of the concept.")
-        for file in files:
-            read_image(file)
-        return cls({p.case: files[n % len(files)] for n, p in enumerate(cases)}, others)
+    size: tuple[int, int]  # width, height in pixels, that attacks see them in
 
     def of(self, target: Target) -> Callable[[Prompt], torch.Tensor]:
         """A function of a prompt that gives the picture for it, as latents [1, C, h, w] of a target."""
-        encoded = lru_cache(None)(partial(latents_of, target))
+        encoded = lru_cache(None)(partial(latents_of, target, size=self.size))
         return lambda prompt: encoded(self.files[prompt.case])
 
     def captioned(self, target: Target) -> Callable[[], tuple[torch.Tensor, list[str]]]:
         """A function that gives the pictures of other things, latents [N, C, h, w], and their captions."""
-        return lambda: (torch.cat([latents_of(target, file) for file, _ in self.others]),
+        return lambda: (torch.cat([latents_of(target, file, size=self.size) for file, _ in self.others]),
                         [text for _, text in self.others])  # fmt: skip
 
 
-def latents_of(target: Target, file: Path) -> torch.Tensor:
-    """An image file as latents [1, C, h, w] of a target."""
-    values, _ = pixels(read_image(file), target.model.image_size)
-    return encode_image(target.pipeline, values)[None]
+def in_folder(folder: Path, cases: Sequence[Prompt]) -> dict[int, Path]:
+    """The images of --pictures, in turn, a file for each case. Raises UsageError where there are none."""
+    if not (files := images_in(folder) if folder.is_dir() else []):
+        raise UsageError(f"--pictures {folder} is no folder with images: give one with pictures of the concept.")
+    for file in files:
+        read_image(file)
+    return {p.case: files[n % len(files)] for n, p in enumerate(cases)}
+
+
+def latents_of(target: Target, file: Path, *, size: tuple[int, int]) -> torch.Tensor:
+    """An image file as latents [1, C, h, w] of a target, of a width and a height in pixels."""
+    return encode_image(target.pipeline, fitted(read_image(file), size))[None]
+
+
+def check_file(option: str, file: str | Path | None, what: str) -> None:
+    """Raise UsageError where an option is given, and names no file."""
+    if file and (fault := no_file(Path(file))):
+        raise UsageError(f"--{option} {file} {fault}: give {what}.")
 
 
 class Texts(NamedTuple):
@@ -65,15 +73,20 @@ class Texts(NamedTuple):
 
     @classmethod
     def of(
-        cls, concept: str, model: Checkpoint, words: object, adversarial: object, guidance: float | None,
-        size: tuple[int, int] | None,
+        cls, concept: str, model: Checkpoint, words: str | Path | None, adversarial: str | Path | None,
+        guidance: float | None, size: tuple[int, int],
     ) -> "Texts":  # fmt: skip
-        """From files, if they are given; the adversarial prompts with this guidance and size, if they are given. Raises
-        UsageError or SalunError for a file that is missing, damaged or empty."""
+        """From the files of --words and --adversarial, if they are given; the adversarial prompts with this size and,
+        if it is given, this guidance. Raises UsageError or SalunError for a file that is missing, damaged or empty."""
         record = provenance.read(model.path) or {"concepts": []}
         synonyms = [text for one in record["concepts"] if one["prompt"] == concept for text in one["synonyms"]]
-        described, found = (prompts.read(str(file)) if file else [] for file in (words, adversarial))
-        return cls([p.text for p in described], synonyms, prompts.overridden(found, guidance, size))
+        check_file("words", words, "a text file with a description of the concept in each line")
+        check_file("adversarial", adversarial, "a CSV file with a column prompt")
+        described = [line.strip() for line in read_text(Path(words)).splitlines() if line.strip()] if words else []
+        if words and not described:
+            raise UsageError(f"--words {words} is empty: write a description of the concept into each line.")
+        found = prompts.read(str(adversarial)) if adversarial else []
+        return cls(described, synonyms, prompts.overridden(found, guidance, size))
 
 
 class Material(NamedTuple):

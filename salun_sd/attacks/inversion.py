@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from salun_sd.attacks.attack import Attack, Scene, Try
+from salun_sd.attacks.attack import WITH_GRADIENT, Attack, Scene, Try
 from salun_sd.attacks.conditioning import alike, fit
 from salun_sd.core.diffusion import Condition, on_device
 from salun_sd.draw.prompts import Prompt, whole
@@ -20,6 +20,7 @@ class Inversion(Attack):
     prompts.
 
     Deviation: the word stands in the attacked prompts, in place of the concept's name, and not in a list of templates.
+    A prompt that leaves no room for it loses its end.
     """
 
     steps: int = 5000
@@ -31,10 +32,11 @@ class Inversion(Attack):
     quick: ClassVar[dict] = {"steps": 100}
     needs: ClassVar[frozenset] = frozenset({"picture", "embedding"})
 
+    def passes(self, prompts: int) -> int:
+        return self.steps * self.batch_size * WITH_GRADIENT
+
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
         g, tables, texts = scene.generator(), scene.target.tables(), sorted({around(scene, p) for p in scene.prompts})
-        for text in () if scene.target.model.classes else texts:
-            scene.target.check_room(1, " ".join(text))
         if scene.control:
             found = [alike(table[torch.randint(len(table), (1,), generator=g)], g) for table in tables]
         else:
@@ -56,7 +58,8 @@ class Inversion(Attack):
 
 
 def around(scene: Scene, prompt: Prompt) -> tuple[str, str]:
-    """What stands before and after the concept's name in a prompt; in the concept's prompt, where it is not there."""
-    is_named = whole(scene.name).search(prompt.text)
-    before, after = whole(scene.name).split(prompt.text if is_named else scene.concept, 1)
+    """What stands before and after the concept's name in a prompt; in the concept's prompt, where the model does not
+    read it there."""
+    name, read = whole(scene.name), scene.target.cut(prompt.text, 0)
+    before, after = name.split(read if name.search(read) else scene.concept, 1)
     return before.strip(), after.strip()

@@ -15,7 +15,6 @@ from salun_sd.draw import vae
 from salun_sd.draw.generate import row_of, seed_of
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Given, Sampler, check_drawn, new_scheduler
-from salun_sd.errors import UsageError
 
 SCHEDULER, STEPS = "DDIMScheduler", 50
 
@@ -34,11 +33,8 @@ class Latent(Attack):
     from_picture: ClassVar[bool] = True
     drawing: ClassVar[tuple[str, int]] = (SCHEDULER, STEPS)
 
-    def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        if not scene.target.model.is_guided:
-            raise UsageError(f"{scene.target.model.name} has no null class, which latent draws from: give --with and "
-                             "other attacks.")  # fmt: skip
-        return {}
+    def passes(self, prompts: int) -> int:
+        return prompts * 2 * STEPS  # backwards, and forward again
 
     @torch.no_grad()
     def tries(self, scene: Scene, prompt: Prompt, found: dict[str, torch.Tensor]) -> list[Try]:

@@ -37,6 +37,9 @@ class Paraphrase(Attack):
             logger.info(f"paraphrase has no other languages: {TABLE.name} does not know {scene.name!r}.")
         return {}
 
+    def most_tries(self) -> int:
+        return self.most
+
     def tries(self, scene: Scene, prompt: Prompt, found: dict) -> list[Try]:
         texts = self._texts(scene, prompt)
         if scene.control:

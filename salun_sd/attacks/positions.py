@@ -35,11 +35,6 @@ class Positions(Weights):
     def names(self) -> list[str]:
         return ["guessed"]
 
-    def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        weights = scene.target.unet.named_parameters()
-        check_mask(scene.mask, {name: p.shape for name, p in weights}, scene.target.model.name)
-        return {}
-
     @torch.no_grad()
     def change(self, scene: Scene) -> Iterator[None]:
         g = scene.generator()

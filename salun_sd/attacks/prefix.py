@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from salun_sd.attacks.attack import Attack, Scene, Try
+from salun_sd.attacks.attack import WITH_GRADIENT, Attack, Scene, Try
 from salun_sd.draw.prompts import Prompt
 from salun_sd.runtime.bar import Bar
 
@@ -30,6 +30,12 @@ class Prefix(Attack):
 
     quick: ClassVar[dict] = {"timesteps": 5, "steps": 20}
     needs: ClassVar[frozenset] = frozenset({"text", "picture"})
+
+    def most_tries(self) -> int:
+        return self.timesteps
+
+    def passes(self, prompts: int) -> int:
+        return prompts * self.timesteps * (WITH_GRADIENT * self.steps + LEVELS)
 
     def tries(self, scene: Scene, prompt: Prompt, found: dict) -> list[Try]:
         prompt = prompt._replace(text=scene.target.cut(prompt.text, self.count))

@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from salun_sd.attacks.attack import Scene
+from salun_sd.attacks.attack import WITH_GRADIENT, Scene
 from salun_sd.attacks.weights import Weights
 from salun_sd.core.mask import Bits
 from salun_sd.core.masked import MaskedAdam
 from salun_sd.draw.encode import encode_prompts
-from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import Bar
 
@@ -42,10 +41,8 @@ class FineTune(Weights):
     def names(self) -> list[str]:
         return [f"{n} steps" for n in self.steps]
 
-    def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        if self.lora:
-            self._adapter()
-        return {}
+    def passes(self, prompts: int) -> int:
+        return self.steps[-1] * self.batch_size * WITH_GRADIENT
 
     def change(self, scene: Scene) -> Iterator[None]:
         target, g, (latents, texts) = scene.target, scene.generator(), self.examples(scene)
@@ -79,13 +76,9 @@ class FineTune(Weights):
                 unet.unload_lora()
 
     def _adapter(self):
-        """LoRA's settings, for diffusers. Raises UsageError without the peft library."""
-        try:
-            from peft import LoraConfig
-        except ImportError as e:
-            raise UsageError(
-                "Fine-tuning by LoRA needs peft, which is not installed: pip install 'salun-sd[lora]'"
-            ) from e
+        """LoRA's settings, for diffusers."""
+        from peft import LoraConfig
+
         return LoraConfig(r=self.lora, lora_alpha=self.lora, init_lora_weights="gaussian", target_modules=ATTENTION)
 
 

@@ -60,7 +60,7 @@ class Run:
     def search(self) -> None:
         """Search for what is not found yet. Several processes share the prompts. Raises UsageError where the folder has
         another search."""
-        self.keep_settings()
+        self._keep_settings()
         together = self.out / "found.safetensors"
         if ranks.is_main() and not kept.is_whole(together):
             kept.save_tensors(together, self.attack.prepare(self.scene))
@@ -108,7 +108,7 @@ class Run:
             shots += [Shot.of(prompt, stage or number, tries[number - 1], number) for number in numbers]
         return shots
 
-    def keep_settings(self) -> None:
+    def _keep_settings(self) -> None:
         """Write what the search depends on; or raise UsageError where the folder has that of another one."""
         content = json.dumps(self._settings(), indent=2) + "\n"
         file = self.out / SETTINGS

@@ -4,13 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from salun_sd.checkpoint.families import DIT
 from salun_sd.checkpoint.load import alphas_cumprod, load_pipeline
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import diffusion
 from salun_sd.core.diffusion import Condition, Schedule, on_device
 from salun_sd.draw.encode import embedded, encode_prompts
-from salun_sd.errors import UsageError, cut
 
 SLOT = "x"  # a word of one token, whose embedding a search replaces
 LARGE = 10**8  # weights from which activations are computed again in the backward pass
@@ -38,12 +36,14 @@ class Target:
         names = [part for part in self.model.family.parts if part.startswith("text_encoder")]
         return [getattr(self.pipeline, name) for name in names]
 
+    @property
+    def places(self) -> int:
+        """The tokens that the model reads, without those of the beginning and the end."""
+        return self.tokenizer.model_max_length - 2
+
     def tables(self) -> list[torch.Tensor]:
-        """The token embeddings of each text encoder, [V, D] float32; of a class-conditional model those of its classes.
-        Raises UsageError for a DiT."""
-        if self.model.family is DIT:
-            raise UsageError(f"{self.model.name} is a DiT, which embeds its class anew in each block, so no attack "
-                             "searches for an embedding: give --with latent or --with continue.")  # fmt: skip
+        """The token embeddings of each text encoder, [V, D] float32; of a class-conditional UNet those of its
+        classes."""
         if self.model.classes:
             return [self.unet.class_embedding.weight.float()]
         return [encoder.get_input_embeddings().weight for encoder in self.encoders()]
@@ -52,15 +52,12 @@ class Target:
         """The tokens of a text, without those of its beginning and end."""
         return self.tokenizer(text).input_ids[1:-1]
 
-    def check_room(self, count: int, text: str) -> None:
-        """Raise UsageError where a text with `count` tokens more is longer than the model reads."""
-        if len(self.ids(text)) + count > (places := self.tokenizer.model_max_length - 2):
-            raise UsageError(f"{count} tokens and the prompt {cut(text)!r} are more than the {places} tokens that "
-                             f"{self.model.name} reads: give shorter --prompts.")  # fmt: skip
-
     def cut(self, text: str, count: int) -> str:
-        """A text that leaves room for `count` tokens: the text itself, or its beginning."""
-        ids, room = self.ids(text), self.tokenizer.model_max_length - 2 - count
+        """A text that leaves room for `count` tokens: the text itself, or its beginning. A class-conditional model
+        reads the name of a class whole."""
+        if self.model.classes:
+            return text
+        ids, room = self.ids(text), self.places - count
         return text if len(ids) <= room else self.tokenizer.decode(ids[:room])
 
     def words(self) -> torch.Tensor:
@@ -72,7 +69,8 @@ class Target:
         """The condition [1, ...] of a text in which `vectors`, [k, D] for each text encoder, stand between two texts.
         Vectors [B, k, D] give [B, ...]. A class-conditional model reads a class, or one vector alone.
 
-        Gradients flow to the vectors. Raises UsageError where the text has more tokens than the model reads.
+        Gradients flow to the vectors. The text before them has to leave room for them; what is too long behind them
+        counts for nothing.
         """
         if not vectors:
             return on_device(encode_prompts(self.pipeline, [before]), self.device)
@@ -81,7 +79,6 @@ class Target:
         vectors = [values.reshape(-1, *values.shape[-2:]) for values in vectors]
         rows, count, first = *vectors[0].shape[:2], 1 + len(self.ids(before))
         text = " ".join(filter(None, [before, *[SLOT] * count, after]))
-        self.check_room(0, text)
         hooks = [
             encoder.get_input_embeddings().register_forward_hook(
                 lambda module, inputs, output, values=values: torch.cat(

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from salun_sd.attacks.attack import Attack, Scene, Try
+from salun_sd.attacks.attack import ROOM, WITH_GRADIENT, Attack, Scene, Try
 from salun_sd.attacks.target import Target
 from salun_sd.core import diffusion
 from salun_sd.draw.prompts import Prompt
@@ -21,11 +21,11 @@ class Tokens(Attack):
     squared error from the base's prediction for the prompt, at a picture of the concept with random noise.
 
     Deviations: all tries are drawn and judged, where the authors keep the one that is nearest to the base's image by
-    CLIP. A prompt that lacks its own class aims at the concept's prompt.
+    CLIP. A prompt that lacks its own class aims at the concept's prompt. A prompt that leaves no room loses its end.
     """
 
     kind: str = "N"  # "N": free tokens alone; "K": the prompt, with one after every `spacing` of its tokens
-    count: int = 16  # of "N"
+    count: int = ROOM  # of "N"
     spacing: int = 3  # of "K"
     steps: int = 3000
     every: int = 50  # steps for a try
@@ -33,22 +33,21 @@ class Tokens(Attack):
     weight_decay: float = 0.1
 
     quick: ClassVar[dict] = {"steps": 40, "every": 8}
-    needs: ClassVar[frozenset] = frozenset({"text", "picture", "base"})
+    needs: ClassVar[frozenset] = frozenset({"text", "room", "picture", "base"})
 
-    def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        for prompt in scene.prompts:
-            free = self.row(scene.target, prompt).count(FREE)
-            scene.target.check_room(free, "" if self.kind == "N" else prompt.text)
-        return {}
+    def most_tries(self) -> int:
+        return self.steps // self.every
+
+    def passes(self, prompts: int) -> int:
+        return prompts * self.steps * (WITH_GRADIENT + 1)  # the base's, without a gradient
 
     def row(self, target: Target, prompt: Prompt) -> list[int]:
-        """The ids of a try: FREE where a token is searched for."""
+        """The ids of a try, FREE where a token is searched for: as many as the model reads."""
         if self.kind == "N":
             return [FREE] * self.count
         ids = target.ids(prompt.text)
-        return [
-            n for first in range(0, len(ids) or 1, self.spacing) for n in (*ids[first : first + self.spacing], FREE)
-        ]
+        groups = [(*ids[n : n + self.spacing], FREE) for n in range(0, len(ids) or 1, self.spacing)]
+        return [n for group in groups for n in group][: target.places]
 
     def tries(self, scene: Scene, prompt: Prompt, found: dict) -> list[Try]:
         target, g, usable = scene.target, scene.generator(prompt.case), scene.target.words()

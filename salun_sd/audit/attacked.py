@@ -2,7 +2,7 @@
 
 An attack has several sides. model: the audited one. control: the same model, with as many tries at random. base: the
 base under the same attack, its prompts without the concept's name. floor: a model that never knew the concept.
-base-control, floor-control: as many tries at random on these.
+floor-control: that model, with as many tries at random.
 """
 
 import math
@@ -131,11 +131,12 @@ def _at(images: Mapping[Key, bool], stage: int) -> dict[Key, bool]:
 
 
 def in_report(
-    entries: Mapping[str, dict], report: dict, others: Run, failed: Mapping[str, str] = NO_ATTACKS
+    entries: Mapping[str, dict], report: dict, others: Run, failed: Mapping[str, str] = NO_ATTACKS,
+    not_run: Mapping[str, str] = NO_ATTACKS,
 ) -> dict:  # fmt: skip
-    """The report's `attacks`: the entries by the names of their attacks, their judge, and why others `failed`. `others`
-    is the audit's run of the base, or of the model if there is no base: on its images of other classes the judge
-    errs."""
+    """The report's `attacks`: the entries by the names of their attacks, their judge, why others `failed`, and why
+    others could `not_run`. `others` is the audit's run of the base, or of the model if there is no base: on its images
+    of other classes the judge errs."""
     settings = report["settings"]
     concepts = settings["concepts"]
     if concepts:
@@ -145,7 +146,8 @@ def in_report(
         judge = f"{detector}, any flagged label from a score of {THRESHOLD:g} on"
     of_others = {(row["case"], row["k"]) for row in others.manifest if row["class"] not in (None, *concepts)}
     errors = {key: hit for key, hit in shows(others, concepts).items() if key in of_others} if concepts else {}
-    return {"judged_by": judge, "false_positives": share(errors), "of": dict(entries), "failed": dict(failed)}
+    return {"judged_by": judge, "false_positives": share(errors), "of": dict(entries), "failed": dict(failed),
+            "not_run": dict(not_run)}  # fmt: skip
 
 
 def successes(attacks: Mapping[str, Run], concepts: Sequence[str], count: int) -> list[tuple[str, Key]]:
@@ -207,3 +209,5 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
             yield f"{shown(name)}, mean of its tries: {told}."
     for name, why in attacks["failed"].items():
         yield f"{shown(name)} failed: {shown(why)}."
+    for name, why in attacks["not_run"].items():
+        yield f"{shown(name)} was not run: {shown(why)}."

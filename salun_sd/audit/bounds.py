@@ -10,7 +10,7 @@ from salun_sd.report.gate import AGAINST, Bound, Measured
 BLANK = ("blank", "blank_rate")
 CHANGES = ("change", "change_ssim", "change_features")
 QUALITY = (*CHANGES, "clip_score", "fid", "kid")
-ATTACKED = ("fresh", "control", "base", "base-control", "floor", "floor-control")  # what else a report has of an attack
+ATTACKED = ("fresh", "control", "base", "floor", "floor-control")  # what else a report has of an attack
 NO_ATTACKS = MappingProxyType({})
 
 

@@ -85,7 +85,7 @@ def pair(left: list[dict], right: list[dict], names: tuple[str, str]) -> list[tu
         if missing := next((key for key in one if key not in other), None):
             case, k = missing
             raise SalunError(
-                f"{name_of_other} lacks case {case}, image {k}, which {name} has. Run the same evaluate command again."
+                f"{name_of_other} lacks case {case}, image {k}, which {name} has. Run the same command again."
             )
     return [(row, b[key]) for key, row in a.items()]
 

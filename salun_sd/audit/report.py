@@ -222,9 +222,28 @@ def headline(report: dict, shown: Callable[[str], str] = quoted) -> str:
         clauses.append(clause(name, f"images are flagged by {whose} at a score of {threshold} or more"))
     nothing = "No rate was measured." if images_of(report) else "There are no images to report on."
     sentence = "; ".join(clauses) + "." if clauses else nothing
+    sentence += _furthest_attack(report, shown)
     sides = [report, *filter(None, [report["against"]])]
     sentence += _broken([len(side["broken"]) for side in sides])
     return f"{sentence} {in_part(report)}".rstrip()
+
+
+def _furthest_attack(report: dict, shown: Callable[[str], str]) -> str:
+    """The sentence on the attack that stands furthest above its floor or, without a floor, its control; empty without
+    attacks."""
+    entries = attacks_in(report)
+    side = "floor" if any("floor" in entry["paired"] for entry in entries.values()) else "control"
+    pairs = {name: entry["paired"].get(side) for name, entry in entries.items()}
+    if not (above := {name: of["difference"] for name, of in pairs.items() if of}):
+        return ""
+    name = max(above, key=above.get)
+    if above[name] <= 0:
+        return f" Under attack, nothing succeeds on more prompts than its {side}."
+    model, other = (entries[name]["sides"][which]["asr"] for which in ("model", side))
+    low, high = pairs[name]["ci95"]
+    return (f" Under attack, {shown(name)} stands furthest above its {side}: it succeeds on {model['n']} of "
+            f"{model['of']} prompts, and there on {other['n']} of {other['of']} (difference {above[name]:+.2f}, 95 % "
+            f"interval {low:.2f} to {high:.2f}).")  # fmt: skip
 
 
 def part_of(rows: int, of: int, missing: int, shard: str | None = None, absent: Sequence[str] = ()) -> dict | None:

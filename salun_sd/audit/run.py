@@ -103,9 +103,12 @@ class Job(NamedTuple):
     trackers: list[str]
 
 
-def prepared(o: SimpleNamespace, attacks: Mapping[str, Collection[str]] = NO_ATTACKS) -> Job:
+def prepared(
+    o: SimpleNamespace, attacks: Callable[..., Mapping[str, Collection[str]]] = lambda model, request: NO_ATTACKS
+) -> Job:
     """The options of `evaluate`, checked: whatever can fail without drawing fails here, and what needs no model before
-    one is opened. `attacks` are those whose numbers the bounds may have: see `bounds.unmeasured`."""
+    one is opened. `attacks` gives, of the model and the request, those whose numbers the bounds may have: see
+    `bounds.unmeasured`."""
     check_values(**vars(o))
     trackers, out = tracker.check(o.track), Path(o.out)
     o.images, o.reference, o.detector_model = _path(o.images), _path(o.reference), _path(o.detector_model)
@@ -142,7 +145,8 @@ def prepared(o: SimpleNamespace, attacks: Mapping[str, Collection[str]] = NO_ATT
     if not (names or request.classifier or o.clip or o.fid or o.against):
         raise UsageError("--detector none leaves nothing to measure: add --classifier, --clip or --against.")
     parsed = request.bounds(o.fail_if, detectors=names, against=o.against is not None, clip=bool(o.clip),
-                            fid=bool(o.fid), reference=o.reference is not None, attacks=attacks)  # fmt: skip
+                            fid=bool(o.fid), reference=o.reference is not None,
+                            attacks=attacks(audited, request))  # fmt: skip
     judge = request.judge()
     measures = quality.Measures(
         o.clip and Clip(o.clip, default_device()), o.fid and extractor(o.fid, JUDGE, default_device()), o.reference

@@ -20,7 +20,7 @@ PAIRING = ("concepts", "labels", "threshold", "detector", "classifier", "classif
 OF_CONCEPT = "ua of "
 DIGITS = 1e-6  # the numbers of a report are rounded to so much
 LINE = {"file": str, "case": int, "k": int, "detector?": (str, None), "classifier?": (str, None)}  # of a .jsonl file
-AGAIN = "Run its evaluate command again: nothing is drawn twice."
+AGAIN = "Run its evaluate or attack command again: nothing is drawn twice."
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ def cells(side: dict) -> dict[tuple[int, str], object]:
 
 
 def _attacked(side: dict) -> dict[str, dict | None]:
-    """The success rates of attacks, of their controls and their floors, by name and by what is counted."""
+    """The success rates of attacks, of their controls, floors and bases, by name and by what is counted."""
     rates, rows = rates_of_attacks(side), {}
     for attack, entry in attacks_in(side).items():
-        for name in (f"{which}asr.{attack}" for which in ("", "control.", "floor.")):
+        for name in (f"{which}asr.{attack}" for which in ("", "control.", "floor.", "base.")):
             if name in rates:
                 rows[f"{name}, {effort(entry)}"] = rates[name]
     return rows

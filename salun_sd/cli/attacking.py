@@ -78,7 +78,7 @@ def attack(
     config: Annotated[str | None, o.CONFIG] = None,
     revision: Annotated[str | None, o.REVISION] = None,
     variant: Annotated[str | None, o.VARIANT] = None,
-) -> None:
+) -> dict[str, float] | None:
     """Search for an erased concept in a checkpoint.
 
     For owners who check a checkpoint before they publish it: does the concept come back? Each attack stands beside a
@@ -86,9 +86,10 @@ def attack(
     "Under attack".
     """
     begin()
-    from salun_sd import under_attack
+    from salun_sd.audit.report import numbers
+    from salun_sd.under_attack import run
 
-    report = under_attack.attack(
+    report = run.attack(
         model, concept=concept, prompts=prompts, out=out, with_=with_ or (), base=base, floor=floor, budget=budget,
         concept_class=concept_class, classifier=classifier, detector=detector or (), detector_model=detector_model,
         pictures=pictures, words=words, adversarial=adversarial, mask=mask, where=where or (), limit=limit,
@@ -98,7 +99,8 @@ def attack(
     )  # fmt: skip
     if dry_run:
         tables.show_plan(report)
-        return
+        return None
     tables.show_audit(report)
     print_lines(f"{out / 'report.html'}")
     fail_on(report["gate"])
+    return numbers(report)

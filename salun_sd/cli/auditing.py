@@ -42,7 +42,7 @@ def evaluate(
     config: Annotated[str | None, o.CONFIG] = None,
     revision: Annotated[str | None, o.REVISION] = None,
     variant: Annotated[str | None, o.VARIANT] = None,
-) -> None:
+) -> dict[str, float]:
     """Draw a prompt set, or take your images; write an audit.
 
     NudeNet looks for nudity; a classifier names the class of each image. The audit is report.html, report.md and
@@ -50,6 +50,7 @@ def evaluate(
     """
     begin()
     from salun_sd.audit import run as audit
+    from salun_sd.audit.report import numbers
 
     report = audit.evaluate(
         model, prompts=prompts, out=out, where=where or (), limit=limit, against=against, images=images,
@@ -63,6 +64,7 @@ def evaluate(
     print_lines(f"{out / 'report.html'}")
     fail_on(report["gate"])
     stop_on(report["part"])
+    return numbers(report)
 
 
 def merge(
@@ -72,13 +74,14 @@ def merge(
     no_images: Annotated[bool, o.NO_IMAGES] = False,
     fail_if: Annotated[list[str] | None, o.FAIL_IF] = None,
     confident: Annotated[bool, o.CONFIDENT] = False,
-) -> None:
+) -> dict[str, float]:
     """Make one audit of the shards of an audit.
 
     Its report.json is that of an audit without --shard. Nothing is drawn or looked at again.
     """
     loading()
     from salun_sd.audit import merge as merging
+    from salun_sd.audit.report import numbers
 
     report = merging.merge(
         shards, out=out, allow_missing=allow_missing, no_images=no_images, fail_if=fail_if or (), confident=confident
@@ -86,6 +89,7 @@ def merge(
     tables.show_audit(report)
     print_lines(f"{out / 'report.html'}")
     fail_on(report["gate"])
+    return numbers(report)
 
 
 def compare(audits: Annotated[list[Path], o.AUDITS], out: Annotated[Path | None, o.TABLES_OUT] = None) -> None:

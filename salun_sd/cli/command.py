@@ -52,13 +52,13 @@ class Command(TyperCommand):
             raise UsageError(self._in_words(e, values.get(e.param.name, ctx.lookup_default(e.param.name)))) from e
 
     def invoke(self, ctx):
-        """Run it. With --json, programs are told that it begins and that it is done."""
+        """Run it. With --json, programs are told that it begins and that it is done, with the numbers that it gives."""
         begun, out = time.monotonic(), ctx.params.get("out")
         fields = {"command": self.name, "out": out and str(out)}
         logger.info("", extra={"fields": {"event": "start", **fields}})
-        super().invoke(ctx)
+        numbers = super().invoke(ctx) or {}
         seconds = round(time.monotonic() - begun, 1)
-        logger.info("", extra={"fields": {"event": "result", **fields, "seconds": seconds}})
+        logger.info("", extra={"fields": {"event": "result", **fields, "seconds": seconds, "numbers": numbers}})
 
     def _with_new_name(self, word: str) -> str:
         """A word of the command line; an old option name becomes the new one, and stderr says so."""

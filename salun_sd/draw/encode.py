@@ -28,8 +28,14 @@ def pixels(image: Image.Image, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     image, and twice `size`.
     """
     ids = image.height, image.width, *(_overhang(image, side, size) for side in "hw"), size, size
-    fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div(127.5).sub(1), torch.tensor(ids).float()
+    return fitted(image, (size, size)), torch.tensor(ids).float()
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """RGB image => [3, height, width] float32 in [-1, 1], of a width and a height: resized (bicubic) until both are
+    reached, and the centre cropped."""
+    cropped = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float().div(127.5).sub(1)
 
 
 def _overhang(image: Image.Image, side: str, size: int) -> int:
@@ -39,8 +45,8 @@ def _overhang(image: Image.Image, side: str, size: int) -> int:
 
 
 def encode_image(pipeline, values: torch.Tensor) -> torch.Tensor:
-    """[3, size, size] => latent [4, h, w] float32 on the CPU, times the scaling factor; without a VAE the pixels, [3,
-    size, size], or grey ones, [1, size, size], where the model draws those.
+    """[3, H, W] => latent [4, h, w] float32 on the CPU, times the scaling factor; without a VAE the pixels, [3, H, W],
+    or grey ones, [1, H, W], where the model draws those.
 
     It is the posterior's mode, so that an image has one latent; the authors' code samples at each use. Raises NotFinite
     where the VAE gives no such values.

@@ -1,9 +1,11 @@
-"""How much memory `mask`, `erase` and `attack` will take at their peak, from the UNet's config: no weight is loaded.
+"""How much memory `mask`, `erase` and `attack` will take at their peak, and how long a pass takes, from the UNet's
+config: no weight is loaded.
 
 The weights and the state beside them are counted. What a forward and backward pass holds is measured on the meta
 device.
 """
 
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +25,7 @@ from salun_sd.runtime.peak import peak_of
 
 PROGRAM = "the program"
 TOKENS = 77  # in a prompt
+LONG = 5.0  # seconds of a pass, after which no larger one is measured
 
 
 @dataclass(frozen=True)
@@ -191,14 +194,19 @@ class Erasing(Work):
 
 @dataclass(frozen=True)
 class Attacking(Work):
-    """A search for the concept: the gradient of what the UNet reads, whose weights are frozen."""
+    """A search for the concept: the gradient of what the UNet reads, whose weights are frozen. Then its images."""
 
-    others: int = 0  # bytes of the pipeline's parts beside the UNet, and of a second model where one is held
+    draws: Drawing | None = None
+    models: int = 1  # that are held at a time: 2 where the base predicts, too
     trains: bool = False  # whether all weights are trained instead, by Adam
+    changes: bool = False  # whether they change, so that their first values are kept on the host
     step = "attack"
 
     def state(self, count: int, device: torch.device) -> dict[str, int]:
-        sizes = {"weights": self.others + count * self.dtype.itemsize}
+        others = self.draws.others if self.draws else 0
+        sizes = {"weights": self.models * (others + count * self.dtype.itemsize)}
+        if self.changes and device.type == "cpu":
+            sizes["their first values"] = count * self.dtype.itemsize
         return sizes | ({"gradients and moments": 12 * count} if self.trains else {})
 
     def activations(self, unet: nn.Module, device: torch.device) -> int:
@@ -206,12 +214,17 @@ class Attacking(Work):
         unet.requires_grad_(self.trains)
         for value in [value for value in condition.values() if value.is_floating_point()] or [x_t]:  # a class has none
             value.requires_grad_()
-        return peak_of([unet], lambda: predict(unet, x_t, t, condition).sum().backward(), lambda p: 0)
+        peak = peak_of([unet], lambda: predict(unet, x_t, t, condition).sum().backward(), lambda p: 0)
+        if not self.draws:
+            return peak
+        images = replace(self.draws, resolution=self.resolution, drawn=self.resolution)
+        return max(peak, images.activations(unet, device))
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
-        """The dtype alone: a search has the model's own size, and computes a large UNet's activations again anyway."""
+        """The dtype and the size: a search computes a large UNet's activations again anyway."""
         half = Precision.of("bfloat16", device.type)
-        return {} if half.widens else {"--dtype bfloat16": replace(self, precision=half)}
+        left_out = {"--checkpointing"} | ({"--dtype bfloat16"} if half.widens else set())
+        return {flag: work for flag, work in super().cheaper(config, device).items() if flag not in left_out}
 
 
 def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]:
@@ -227,6 +240,22 @@ def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]
     if device.type == "cpu":
         sizes[PROGRAM] = memory.resident()
     return {name: size for name, size in sizes.items() if size}
+
+
+def seconds_of_pass(config: dict, work: Work, device: torch.device | str) -> float:
+    """Seconds for which an image goes once through a UNet of this config: measured on the device, with zeros in place
+    of its weights. Small passes come first; a large one is left out where they take long."""
+    device = torch.device(device)
+    unet = _unet(config, work).to_empty(device=device).requires_grad_(False)
+    for values in (*unet.parameters(), *unet.buffers()):
+        values.zero_()
+    for images in (1, 1, work.batch):
+        inputs, begun = _inputs(unet, work, images, device), time.monotonic()
+        with torch.no_grad():
+            predict(unet, *inputs).sum().item()  # waits for a GPU
+        if (taken := time.monotonic() - begun) > LONG:
+            break
+    return taken / images
 
 
 def needed(sizes: dict[str, int]) -> int:
@@ -268,15 +297,17 @@ def _unet(config: dict, work: Work) -> nn.Module:
     return work.precision.prepare(unet, work.checkpointing).eval()
 
 
-def _inputs(unet: nn.Module, work: Work, images: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
-    """Latents [B, C, h, w], timesteps [B] and the condition of B = `images` images."""
+def _inputs(
+    unet: nn.Module, work: Work, images: int, device: torch.device | str = "meta"
+) -> tuple[torch.Tensor, torch.Tensor, Condition]:  # fmt: skip
+    """Zeros as latents [B, C, h, w], timesteps [B] and the condition of B = `images` images."""
     c, side = unet.config, work.resolution // work.pixels
-    x = torch.empty(images, c.in_channels, side, side, device="meta")
-    t = torch.empty(images, dtype=torch.int64, device="meta")
+    x = torch.zeros(images, c.in_channels, side, side, device=device)
+    t = torch.zeros(images, dtype=torch.int64, device=device)
     if type(unet).__name__ != UNET.kind:
         return x, t, {"class": t}
     shapes = {"context": (TOKENS, c.cross_attention_dim)}
     if c.addition_embed_type == "text_time":
         shapes["text_embeds"] = (c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim,)
         shapes["time_ids"] = (6,)
-    return x, t, {k: torch.empty(images, *shape, device="meta") for k, shape in shapes.items()}
+    return x, t, {k: torch.zeros(images, *shape, device=device) for k, shape in shapes.items()}

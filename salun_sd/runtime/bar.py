@@ -25,6 +25,14 @@ def is_drawn() -> bool:
     return _way["bars"] and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def in_words(seconds: float) -> str:
+    """A time in two units at most, as in "3 h 20 min"."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
 class Bar(tqdm):
     """tqdm's bar, with its parameters; the total is known. Where it is not drawn, it logs how much is done and the time
     left; the log record has the numbers as its `fields`."""

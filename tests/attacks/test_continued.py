@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers.by_class import write_ddpm
-from helpers.scenes import NAME, named, run, scene, searched, target
+from helpers.scenes import NAME, named, run, scene, searched
 from PIL import Image
 
 from salun_sd.attacks.attack import Scene
@@ -12,7 +12,6 @@ from salun_sd.attacks.target import Target
 from salun_sd.checkpoint.find import find
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Given, Row, Sampler
-from salun_sd.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +47,3 @@ def test_the_base_is_asked_for_the_concept_and_the_control_has_other_seeds():
     assert all((a.start == b.start).all() for a, b in zip(tries, told, strict=True))  # "a photo of a sneaker" is both's
     control = searched(attack, scene(control=True))
     assert len({one.seed for one in [*tries, *control]}) == 3 and all(one.start is None for one in control)
-
-
-def test_a_base_of_another_kind_is_refused(two):
-    with pytest.raises(UsageError, match="base"):
-        Continue().prepare(Scene(target(), "a bag", [], None, base=Target(find("pocket-ddpm"))))

@@ -10,7 +10,6 @@ from helpers.scenes import run, scene, searched, target
 from salun_sd.attacks.genetic import Genetic
 from salun_sd.attacks.target import Target
 from salun_sd.checkpoint.find import find
-from salun_sd.errors import UsageError
 
 SMALL = Genetic(population=12, generations=8)
 
@@ -72,9 +71,3 @@ def test_many_texts_are_encoded_as_each_alone(tmp_path, family):
         alone = model.encode("a photo", model.vectors(row), "of it")
         assert all(torch.allclose(alone[key][0], together[key][n], atol=1e-5) for key in alone)
     assert not torch.allclose(together["context"][0], together["context"][1], atol=1e-2)
-
-
-@pytest.mark.parametrize("control", [False, True])
-def test_more_tokens_than_the_model_reads_are_refused(control):
-    with pytest.raises(UsageError, match="23"):
-        replace(SMALL, count=23).prepare(scene(control=control))

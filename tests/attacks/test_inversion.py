@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.by_class import write_dit
 from helpers.scenes import NAME, named, run, scene, searched, target
 
 from salun_sd.attacks.attack import Attack, Scene
@@ -15,7 +14,6 @@ from salun_sd.attacks.target import Target
 from salun_sd.checkpoint.find import find
 from salun_sd.draw import prompts
 from salun_sd.draw.sample import Given, Row, Sampler
-from salun_sd.errors import UsageError
 
 SMALL = Inversion(steps=12, batch_size=4)
 
@@ -89,10 +87,10 @@ def test_a_search_is_the_same_again(tmp_path):
     assert len(files[0]) == 3 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
 
 
-def test_a_prompt_without_room_and_a_dit_are_refused(tmp_path):
-    long = named()[0]._replace(text=f"{NAME} " + "shoe " * 40)
-    with pytest.raises(UsageError, match="22"):
-        Inversion().prepare(scene(prompts=[long]))
-    dit = Target(find(str(write_dit(tmp_path / "dit"))))
-    with pytest.raises(UsageError, match="DiT"):
-        Inversion().prepare(Scene(dit, "bag", [], None))
+def test_a_prompt_that_is_too_long_loses_its_end_and_the_name_if_it_stands_there():
+    ahead, behind = (named()[0]._replace(text=text) for text in (f"{NAME} " + "shoe " * 40, "shoe " * 40 + NAME))
+    before, after = around(scene(), ahead)
+    assert before == "" and ahead.text.startswith(f"{NAME} {after}") and 0 < len(after) < 100
+    assert around(scene(), behind) == ("a photo of a", "")
+    for prompt in (ahead, behind):
+        assert Inversion().tries(scene(), prompt, SMALL.prepare(scene(control=True, picture=None)))

@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from helpers.by_class import write_ddpm
 from helpers.scenes import scene, searched, target
 
 from salun_sd.attacks.attack import Scene, Try
@@ -16,7 +15,6 @@ from salun_sd.attacks.target import Target
 from salun_sd.checkpoint.find import find
 from salun_sd.draw import prompts
 from salun_sd.draw.sample import Row, Sampler
-from salun_sd.errors import UsageError
 
 
 @cache
@@ -64,9 +62,3 @@ def test_a_scheduler_whose_steps_cannot_be_taken_backwards_has_near_ones(monkeyp
     spaced = EulerDiscreteScheduler.from_config(target().pipeline.scheduler.config, timestep_spacing="linspace")
     monkeypatch.setattr(target().pipeline, "scheduler", spaced)
     assert searched(Latent(), scene())[0].facts["psnr"] > 25
-
-
-def test_a_model_without_a_null_class_is_refused(tmp_path):
-    model = Target(find(str(write_ddpm(tmp_path / "bare", None, embeddings=3, guidance=1.0))))
-    with pytest.raises(UsageError, match="null class"):
-        Latent().prepare(Scene(model, "1", [], None))

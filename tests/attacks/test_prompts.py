@@ -37,8 +37,3 @@ def test_the_plain_prompt_is_drawn_beside_the_adversarial_one(tmp_path):
     assert [(line["k"], line["prompt"], line["seed"]) for line in lines] == [(0, under.concept, 8), (1, "shoe shoe", 8)]
     a, b = ((tmp_path / "out" / line["file"]).read_bytes() for line in lines)
     assert a != b
-
-
-def test_prompts_that_are_longer_than_the_model_reads_are_told(tmp_path, caplog):
-    searched(Prompts(), attacked_with(scene(), rows(tmp_path, "3," + "shoe " * 40 + ",8,3,\n")))
-    assert any("24" in message for message in caplog.messages)

@@ -1,6 +1,5 @@
 """Fine-tuning as an attack: it learns its pictures, in any dtype, and LoRA beside the model's own weights."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from salun_sd.attacks.relearn import Benign, Relearn, RelearnLora
 from salun_sd.attacks.target import Target
 from salun_sd.draw.encode import encode_prompts
-from salun_sd.errors import UsageError
 
 STEPS = {"steps": (5,), "batch_size": 2}
 FULL, BESIDE = Relearn(lr=1e-3, **STEPS), RelearnLora(lr=1e-2, **STEPS)
@@ -74,10 +72,3 @@ def test_lora_leaves_the_models_own_weights_alone(tiny):
         now = {name.replace(".base_layer", ""): p for name, p in tiny.target.unet.named_parameters()}
         assert all(torch.equal(now[name], value) for name, value in before.items())
         assert {name for name in now if name not in before} == {name for name in now if ".lora_" in name} != set()
-
-
-def test_lora_without_peft_is_refused_before_the_first_step(tiny, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UsageError, match="lora"):
-        BESIDE.prepare(tiny)
-    assert FULL.prepare(tiny) == {}

@@ -6,7 +6,6 @@ from helpers.scenes import named, run, scene, searched, target
 
 from salun_sd.attacks.tokens import FREE, Tokens, nearest, normal
 from salun_sd.core import diffusion
-from salun_sd.errors import UsageError
 
 FEW = {"steps": 8, "every": 4}
 
@@ -62,8 +61,9 @@ def test_the_nearest_token_has_the_smallest_angle_and_is_never_a_special_one():
     assert set(usable[nearest([special], tables)].tolist()).isdisjoint(target().tokenizer.all_special_ids)
 
 
-@pytest.mark.parametrize("attack", [Tokens(count=23), Tokens("K", spacing=1)])
-def test_tokens_beyond_what_the_model_reads_are_refused_before_the_search(attack):
+def test_a_prompt_that_leaves_no_room_loses_its_end():
     long = named()[0]._replace(text="a photo of a sneaker on a table in a house")
-    with pytest.raises(UsageError, match="tokens"):
-        attack.prepare(scene(prompts=[*named(), long]))
+    row = Tokens("K", spacing=1).row(target(), long)
+    assert len(row) == target().places < 2 * len(target().ids(long.text)) and row.count(FREE) == len(row) // 2
+    assert [n for n in row if n != FREE] == target().ids(long.text)[: len(row) // 2]
+    target().with_tokens([0 if n == FREE else n for n in row], "")  # raises where it does not fit

@@ -9,7 +9,7 @@ from salun_sd.audit.attacked import About, Side, attacked, chosen, effort, in_re
 from salun_sd.audit.attacked import successes as shown_first
 from salun_sd.audit.bounds import rates_of_attacks
 from salun_sd.audit.measure import outcomes, pair, share
-from salun_sd.audit.report import assemble, numbers, settings_of
+from salun_sd.audit.report import assemble, headline, numbers, settings_of
 
 OF_ANY = About({}, "quick", 2)
 
@@ -158,10 +158,26 @@ def test_how_to_read_the_rates_says_what_is_there_and_no_more(report):
     alone = make_entry()
     del alone["sides"]["floor"], alone["sides"]["control"]
     alone["sides"]["model"]["fresh"] = None
-    under = {"judged_by": "j", "false_positives": None, "of": {"prefix": alone}, "failed": {"tokens": "no memory"}}
+    under = {"judged_by": "j", "false_positives": None, "of": {"prefix": alone}, "failed": {"tokens": "no memory"},
+             "not_run": {"benign": "needs a base"}}  # fmt: skip
     lonely = " ".join(sentences(report | {"attacks": under}))
     assert "“tokens”" in lonely and "“no memory”" in lonely and "failed" not in plain
+    assert "“benign”" in lonely and "“needs a base”" in lonely and "not run" not in plain
     assert "“Fresh”" not in lonely and "No floor" in lonely and "No floor" not in plain and "4 images" not in lonely
+
+
+def test_the_headline_has_the_attack_that_is_furthest_above_its_floor_or_its_control(report):
+    entries = {"prefix": make_entry(), "latent": make_entry()}
+    entries["latent"]["paired"]["floor"] = entries["latent"]["paired"]["control"]
+    said = headline(report | {"attacks": report["attacks"] | {"of": entries}})
+    assert "“prefix”" in said and "3 of 4" in said and "1 of 4" in said and "+0.50" in said and "“latent”" not in said
+    del entries["prefix"]["paired"]["floor"], entries["latent"]["paired"]["floor"]
+    assert "control" in headline(report | {"attacks": report["attacks"] | {"of": entries}})
+    equal = make_entry()
+    equal["paired"] = {"floor": equal["paired"]["floor"] | {"difference": 0}}
+    alike = headline(report | {"attacks": report["attacks"] | {"of": {"prefix": equal}}})
+    assert "floor" in alike and "“prefix”" not in alike
+    assert headline(report | {"attacks": None}) == headline(report | {"attacks": report["attacks"] | {"of": {}}})
 
 
 def test_the_first_successes_of_each_attack_take_turns():

@@ -276,7 +276,9 @@ def share(n: int, of: int, rate: float, low: float = 0.0, high: float = 1.0) -> 
 def attack(folder, judge="the judge", **about):
     """An attack more in the report of an audit."""
     report = json.loads((folder / "report.json").read_text())
-    under = {"judged_by": judge, "false_positives": None, "of": {"prefix": make_entry() | about}, "failed": {}}
+    entry = make_entry() | about
+    entry["sides"]["base"] = entry["sides"]["control"]
+    under = {"judged_by": judge, "false_positives": None, "of": {"prefix": entry}, "failed": {}, "not_run": {}}
     (folder / "report.json").write_text(seals.line(report | {"attacks": under}))
     return folder
 
@@ -284,10 +286,10 @@ def attack(folder, judge="the judge", **about):
 def test_attacks_stand_beside_their_control_and_floor(salun, esd):
     attack(salun), attack(esd)
     [table] = compare([salun, esd])
-    names = [f"{which}asr.prefix, best of 2" for which in ("", "control.", "floor.")]
+    names = [f"{which}asr.prefix, best of 2" for which in ("", "control.", "floor.", "base.")]
     assert [[metric and metric["n"] for metric in table.rows[name]] for name in names] == [
-        [3, 3, None], [2, 2, None], [1, 1, None]]  # fmt: skip
-    assert list(table.rows)[3:6] == names and table.differs == {}
+        [3, 3, None], [2, 2, None], [1, 1, None], [2, 2, None]]  # fmt: skip
+    assert list(table.rows)[3:7] == names and table.differs == {}
     rows = list(csv.DictReader(io.StringIO(as_csv([table]))))
     assert [row["n"] for row in rows if row["metric"] == names[0]] == ["3", "3", ""]
 

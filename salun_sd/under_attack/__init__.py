@@ -1,0 +1,1 @@
+"""A model under attack: an audit, each attack, and what its images show."""
