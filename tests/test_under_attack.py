@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,23 @@ from salun_sd.attacks.given import nameless, without_name
 from salun_sd.attacks.names import SUMMARIES
 from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
+from salun_sd.core.mask import kept, random_bits
 from salun_sd.draw.prompts import Prompt
+from salun_sd.edit import maskfile
 from salun_sd.edit.budget import Attacking
+from salun_sd.edit.maskfile import Mask
 from salun_sd.errors import UsageError
 from salun_sd.runtime.device import Precision
 
 PROMPTS = "case_number,prompt,evaluation_seed,evaluation_guidance,class\n" + "".join(
     f"{n},a photo of a {name},{n},3,{name}\n" for n, name in enumerate(("sneaker", "sneaker", "bag"))
 )
+RECORD = {  # of an erasure by an earlier version, which sealed none
+    "schema": 2, "command": "", "concepts": [],
+    "images": {"forget": 1, "retain": 1}, "data": {"forget": "", "retain": ""},
+    "settings": {"format": "diffusers", "steps": 1, "batch_size": 1, "seed": 0}, "changed": {"inside": 1, "outside": 0},
+    "base": {"model": "b", "revision": None, "family": "sd1", "fingerprint": "f00d", "header": {}, "license": {}},
+}  # fmt: skip
 WORDS = ["--concept", "a photo of a sneaker", "--concept-class", "sneaker"]
 
 
@@ -56,7 +66,10 @@ def attacked(prompts, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_side_has_its_images_and_its_rates(attacked):
+def test_every_side_has_its_images_and_its_rates(attacked, prompts, capsys):
+    cli.run(command(prompts, attacked, "--base", "pocket", "--floor", "pocket", "--with", "prefix", "--with",
+                    "round-trip", "--dry-run"))  # fmt: skip
+    assert f" {len(list(attacked.rglob('*.png')))} " in capsys.readouterr().out  # as it was told
     report = json.loads((attacked / "report.json").read_text())
     assert report["attacks"]["failed"] == {}
     for name, entry in report["attacks"]["of"].items():
@@ -136,18 +149,17 @@ def test_a_dry_run_says_what_each_attack_does_and_writes_nothing(prompts, tmp_pa
         assert needs in plan.settings[name] and needs not in plan.settings["prefix"]
     assert plan.settings["audit"].startswith("6 images; about ") and "timesteps 5" in plan.settings["prefix"]
     assert sum(plan.plans["attack"].values()) > 0 and not (tmp_path / "out").exists()
-    alone, larger = (salun_sd.attack("pocket", with_="prefix", **given | more) for more in ({}, {"size": 64}))
-    weights, activations = plan.plans["attack"]["weights"], alone.plans["attack"]["activations"]
-    assert weights == 2 * alone.plans["attack"]["weights"]  # where the base predicts, too
-    assert larger.plans["attack"]["activations"] > 2 * activations
+    larger = salun_sd.attack("pocket", with_="prefix", size=64, **given).plans["attack"]
+    assert plan.plans["attack"]["weights"] == 2 * larger["weights"]  # where the base predicts, too
+    assert larger["activations"] > plan.plans["attack"]["activations"]
 
 
 def test_a_dry_run_knows_models_of_classes_and_advises_no_option_of_other_commands(tmp_path):
     plan = salun_sd.attack("pocket-ddpm", concept="sneaker", concept_class="sneaker", prompts="classes", out=tmp_path,
                            base="pocket-ddpm", with_="latent", dry_run=True)  # fmt: skip
     assert plan.plans["attack"]["activations"] > 0
-    cheaper = Attacking(32, 1, Precision.of(None, "cpu")).cheaper(find("pocket").unet_settings, torch.device("cpu"))
-    assert {"--size 16"} <= set(cheaper) <= {"--dtype bfloat16", "--size 16"}
+    cheaper = Attacking(64, 1, Precision.of(None, "cpu")).cheaper(find("pocket").unet_settings, torch.device("cpu"))
+    assert set(cheaper) - {"--dtype bfloat16"} == {"--size 32"}
 
 
 def test_the_help_names_every_attack():
@@ -188,6 +200,26 @@ def test_a_model_of_classes_is_asked_for_one_of_them_and_for_no_attack_that_it_c
         with pytest.raises(UsageError, match="photo|latent|inversion"):
             salun_sd.attack(**given | wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_of_another_erasure_than_that_of_the_record_is_refused(prompts, tmp_path):
+    model = write_pipeline(tmp_path / "erased", "sd1")
+    base = find(str(model))
+    shapes, settings = {name: t.shape for name, t in base.unet.items()}, {"base": "f00d", "concepts": ["a sneaker"]}
+    counts = dict(zip(("kept", "of"), kept(random_bits(shapes, 0.5, seed=0)), strict=True))
+    (model / "salun.json").write_text(
+        json.dumps(RECORD | {"erased": {"fingerprint": base.fingerprint}, "mask": settings | counts})
+    )
+    given = {"concept": "a photo of a sneaker", "concept_class": "sneaker", "prompts": prompts, "with_": "positions",
+             "mask": tmp_path / "mask.safetensors", "out": tmp_path / "out", "dry_run": True}  # fmt: skip
+    for density, changes, named in (
+        (0.5, {}, None),
+        (0.5, {"concepts": ["a photo of a bag"]}, "bag"),
+        (0.25, {}, "kept"),
+    ):
+        maskfile.write(given["mask"], Mask(random_bits(shapes, density, seed=0), settings | changes))
+        with pytest.raises(UsageError, match=f"{named}.*erased.run") if named else nullcontext():
+            assert "images" in salun_sd.attack(model, **given).settings["positions"]
 
 
 def test_only_what_is_found_without_a_noise_or_weights_has_fresh_seeds(prompts):
