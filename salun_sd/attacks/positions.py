@@ -60,8 +60,8 @@ def check_mask(mask: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size
     """Raise UsageError unless a mask has the weights of a UNet, and leaves something to guess from."""
     odd = mask.keys() ^ shapes.keys() | {n for n in mask.keys() & shapes.keys() if mask[n].shape != shapes[n]}
     if odd:
-        raise UsageError(f"--mask and {model} differ in {some(sorted(odd), 3)}: give the mask of MODEL's own erasure, and "
-                         "a --floor with the same UNet.")  # fmt: skip
+        raise UsageError(f"--mask and {model} differ in {some(sorted(odd), 3)}: give the mask of MODEL's own erasure, "
+                         "and a --floor with the same UNet.")  # fmt: skip
     if not any(map(is_partial, mask.values())):
         raise UsageError(f"--mask has all or nothing of each matrix of {model}, and leaves nothing to guess from: give "
                          "a mask of single weights.")  # fmt: skip

@@ -103,7 +103,8 @@ def test_page_has_attacks_beside_control_and_floor(base, erased):
     made = assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"])
     entries = {"prefix": make_entry(), "relearn": make_entry(stages=["no attack", EVIL, "50 steps"], from_picture=True)}
     entries["relearn"]["sides"]["model"]["back_at"] = "50 steps"
-    under = {"judged_by": EVIL, "false_positives": None, "of": entries, "failed": {"tokens": EVIL}}
+    under = {"judged_by": EVIL, "false_positives": None, "of": entries, "failed": {"tokens": EVIL},
+             "not_run": {"benign": EVIL}}  # fmt: skip
     got = page(made | {"attacks": under})
     whole = next(table for table in tables(got) if table[0][0] == "attack")
     assert whole[0] == ["attack", "tries", "before", "ASR", "fresh", "control", "floor", "base",

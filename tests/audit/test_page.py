@@ -254,7 +254,8 @@ def under_attack(text: str, **about) -> dict:
     relearn["sides"]["model"]["back_at"] = text
     false_positives = {"n": 1, "of": 9, "rate": 0.111111, "ci95": [0.02, 0.4], "interval": "wilson"}
     entries = {"prefix": make_entry(), "relearn": relearn}
-    return {"judged_by": text, "false_positives": false_positives, "of": entries, "failed": {"tokens": text}}
+    return {"judged_by": text, "false_positives": false_positives, "of": entries, "failed": {"tokens": text},
+            "not_run": {"benign": text}}  # fmt: skip
 
 
 @pytest.mark.parametrize("images", [True, False])
