@@ -121,9 +121,12 @@ def test_the_report_counts_every_image(made):
     assert "http://" not in page and "https://" not in page and page.count("data:image/png;base64,") == 24
 
 
-def test_the_page_leaves_pictures_out_when_told_to(made, few, tmp_path):
+def test_the_page_leaves_pictures_out_when_told_to_and_a_program_gets_the_numbers(made, few, tmp_path, capsys):
     cli.run(["evaluate", "--images", str(made / "audit" / "images"), "--prompts", str(few), "--no-images",
-             "--out", str(tmp_path / "audit")])  # fmt: skip
+             "--out", str(tmp_path / "audit"), "--json"])  # fmt: skip
+    numbers = json.loads(capsys.readouterr().err.splitlines()[-1])["numbers"]
+    assert numbers["ra/low"] < numbers["ra"] == json.loads((tmp_path / "audit" / "report.json").read_text())["metrics"][
+        "ra"]["rate"]  # fmt: skip
     page = (tmp_path / "audit" / "report.html").read_text()
     assert "<img" not in page and "base64" not in page and "--no-images" in page
 
