@@ -33,7 +33,8 @@ def forecast(plan: Plan) -> Forecast:
     settings = {
         "attacked prompts": max(plan.count(attack) for attack in attacks),
         "images": f"{whole.images:,}",
-        "time": f"{_time(whole, seconds)}, for the UNet alone",
+        "time": _time(whole, seconds)
+        + (f", as a pass of one image through the UNet takes {seconds:.2g} s" if seconds else ""),
         "audit": _line(audit, seconds),
         **{name: _line(of, seconds, plan.attacks[name]) for name, of in efforts.items()},
         **{name: f"not run: it {why}" for name, why in plan.skipped.items()},
