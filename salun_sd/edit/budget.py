@@ -196,7 +196,7 @@ class Erasing(Work):
 class Attacking(Work):
     """A search for the concept: the gradient of what the UNet reads, whose weights are frozen. Then its images."""
 
-    draws: Drawing | None = None
+    draws: Drawing | None = None  # in this resolution
     models: int = 1  # that are held at a time: 2 where the base predicts, too
     trains: bool = False  # whether all weights are trained instead, by Adam
     changes: bool = False  # whether they change, so that their first values are kept on the host

@@ -23,7 +23,7 @@ def forecast(plan: Plan) -> Forecast:
     compute = Compute(model, precision, precision, weights >= LARGE, weights)
     work = compute.work(
         Attacking, side, max(getattr(attack, "batch_size", 1) for attack in attacks),
-        draws=compute.drawing(side, draws=True), models=2 if plan.needs_base else 1,
+        draws=compute.drawing(side, draws=False), models=2 if plan.needs_base else 1,
         trains=any(attack.trains for attack in attacks), changes=any(isinstance(attack, Weights) for attack in attacks),
     )  # fmt: skip
     told = compute.forecast([work], {}, {})
@@ -33,8 +33,7 @@ def forecast(plan: Plan) -> Forecast:
     settings = {
         "attacked prompts": max(plan.count(attack) for attack in attacks),
         "images": f"{whole.images:,}",
-        "time": _time(whole, seconds)
-        + (f", as a pass of one image through the UNet takes {seconds:.2g} s" if seconds else ""),
+        "time": _time(whole, seconds) + (f", as one image goes through the UNet in {seconds:.2g} s" if seconds else ""),
         "audit": _line(audit, seconds),
         **{name: _line(of, seconds, plan.attacks[name]) for name, of in efforts.items()},
         **{name: f"not run: it {why}" for name, why in plan.skipped.items()},

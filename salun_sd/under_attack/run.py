@@ -52,6 +52,8 @@ def attack(
         return told
     for name, why in plan.skipped.items():
         logger.info(f"The attack {name} is not run: it {why}.")
+    if not told.fits:
+        logger.warning("The attacks take more memory than is free: --dry-run names options that take less.")
     images, time = told.settings["images"], told.settings["time"]
     logger.info(f"The audit and the attacks in all: {images} images, {time}.")
     job = plan.job
