@@ -35,8 +35,9 @@ from salun_sd.pocket.fashion import CLASSES
 HERE = Path(__file__).parent
 ROWS = HERE / "attacks.jsonl"
 # name => a run of methods.py, and its support where it is not the published one
-ERASURES = {"salun": ("salun", None), "salun:paper": ("salun:paper", None), "no mask": ("salun", "none"),
-            "esd": ("esd", None), "uce": ("uce", None)}  # fmt: skip
+ERASURES = {"salun": ("salun", None), "salun:5": ("salun:5", None), "salun:base": ("salun:base", None),
+            "salun:paper": ("salun:paper", None), "no mask": ("salun", "none"),
+            "salun:base, no mask": ("salun:base", "none"), "esd": ("esd", None), "uce": ("uce", None)}  # fmt: skip
 PROMPTS, OTHERS = 16, 3  # prompts of the class, and of each other one
 SHARED = ("base", "floor", "floor-control")  # sides that do not depend on the erasure, but for its mask
 
@@ -192,10 +193,11 @@ def picture(rows: list[Row]) -> str:
     """A line for each attack: a stroke from the floor's mean success to that of each erasure."""
     attacks = list(dict.fromkeys(row.attack for row in rows))
     names, step, left, width = [n for n in ERASURES if any(r.erasure == n for r in rows)], 26, 130, 620
-    colours = dict(zip(ERASURES, ("#0969da", "#cf222e", "#8250df", "#bf8700", "#1a7f37"), strict=True))
+    hues = ("#0969da", "#0a9396", "#54aeff", "#cf222e", "#8250df", "#c297ff", "#bf8700", "#1a7f37")
+    colours = dict(zip(ERASURES, hues, strict=True))
     marks = []
     for n, attack in enumerate(attacks):
-        y = 40 + n * step
+        y = 56 + n * step
         some = [row for row in rows if row.attack == attack]
         floor = left + width * mean(row.floor for row in some)
         marks += [f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{attack}</text>',
@@ -206,9 +208,11 @@ def picture(rows: list[Row]) -> str:
                 x = left + width * mean(of)
                 marks.append(f'<circle cx="{x:.0f}" cy="{y}" r="5" fill="{colours[name]}" fill-opacity="0.8"/>')
     for n, name in enumerate(names):
-        marks.append(f'<circle cx="{left + 120 * n}" cy="14" r="5" fill="{colours[name]}"/>'
-                     f'<text x="{left + 120 * n + 10}" y="18">{name}</text>')  # fmt: skip
-    height = 60 + step * len(attacks)
+        x, y = left + 160 * (n % 4), 14 + 16 * (n // 4)
+        marks.append(
+            f'<circle cx="{x}" cy="{y}" r="5" fill="{colours[name]}"/><text x="{x + 10}" y="{y + 4}">{name}</text>'
+        )
+    height = 76 + step * len(attacks)
     ticks = [f'<text x="{left + width * share:.0f}" y="{height - 8}" text-anchor="middle">{share:g}</text>'
              for share in (0, 0.25, 0.5, 0.75, 1)]  # fmt: skip
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 40} {height}" fill="#888" '

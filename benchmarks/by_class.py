@@ -36,6 +36,7 @@ DRAWING = "--denoising-steps 25 --guidance 3".split()  # for every model: a retr
 TRAINING = "--samples 200 --steps 60 --batch-size 32 --lr 3e-4".split()
 RUNS = {  # options of `erase`
     "salun": TRAINING,
+    "salun:base": [*TRAINING, "--retain-weight", "5", "--anchor-from", "base"],
     "salun:paper": ["--recipe", "paper", *TRAINING],
     "salun, no mask": [*TRAINING, "--mask", "none"],
     RETRAIN: [],

@@ -42,7 +42,8 @@ IMAGES = "--samples 200 --retain-prompts pocket"
 # name => recipe and numbers. The pocket is small: its learning rates are some 10 times those of Stable Diffusion.
 RUNS = {
     "salun": shlex.join(["--samples", "200", *POCKET_TRAINING]),
-    "salun:current": f"{IMAGES} --steps 100 --batch-size 32 --lr 1e-4 --anchor-from current",
+    "salun:5": f"{IMAGES} --steps 100 --batch-size 32 --lr 1e-4 --retain-weight 5",
+    "salun:base": f"{IMAGES} --steps 150 --batch-size 32 --lr 1e-4 --retain-weight 5 --anchor-from base",
     "salun:paper": f"--recipe paper {IMAGES} --steps 60 --batch-size 32 --lr 1e-4",
     "esd": "--steps 100 --batch-size 8 --lr 3e-4",
     "ablation": "--steps 100 --batch-size 32 --lr 4e-4 --samples 200",

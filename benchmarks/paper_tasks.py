@@ -98,7 +98,7 @@ CHURCH = Task(
     name="church",
     mask="--plan imagenette-church",
     erasures={
-        "default": "--plan imagenette-church --retain-target base --retain-weight 5 --anchor-from base",
+        "default": "--plan imagenette-church --retain-target base --retain-weight 10",
         "paper": "--plan imagenette-church",
     },
     shown=941, drawn=0, updates=590,

@@ -92,7 +92,7 @@ COMMANDS = {
     editing.erase: [
         "erase pocket --concept 'a photo of a sneaker'",
         "--anchor 'a photo of a bag' --retain-prompts pocket --samples 100",
-        "--steps 150 --batch-size 32 --lr 1e-4 --out erased",
+        "--steps 100 --batch-size 32 --lr 1e-4 --out erased",
     ],
     editing.apply: ["apply pocket sneaker.safetensors", "--format single-file --out erased.safetensors"],
     editing.push: ["push erased org/pocket-without-sneakers --dry-run"],

@@ -118,8 +118,8 @@ RETAIN_PROMPTS = Option(
     "class-conditional model all other classes."
 )
 RETAIN_WEIGHT = Option(
-    help="Weight of the retain loss; the method's own loss has weight 1. 0: nothing is retained. Default: 5 for salun, "
-    "else the method's published value."
+    help="Weight of the retain loss; the method's own loss has weight 1. 0: nothing is retained. Default: 10 for "
+    "salun, else the method's published value."
 )
 LR = Option(help=f"Learning rate of Adam: {RANGES['lr'].words}. Default: the method's published value.")
 CLIP_NORM = Option(
@@ -134,8 +134,8 @@ BATCH_SIZE = Option(
     help="Forget images per update; as many retain images are added. Default: the method's published value.",
 )
 ANCHOR_FROM = Option(
-    help="Weights that predict the anchor, which is the target: the base's, or the current ones, as published. "
-    "Default: base for salun, current for ablation and for --recipe paper."
+    help="Weights that predict the anchor, which is the target: the base's, or the current ones, as published and by "
+    "default."
 )
 RETAIN_TARGET = Option(
     help="What retain images hold: the base's prediction, or the noise, as published. Default: base; noise for ascent, "

@@ -118,7 +118,7 @@ def test_a_long_run_says_after_its_first_pass_how_long_it_will_take(pipeline, tm
     assert caplog.text == ""
     monkeypatch.setattr(generate, "LONG", 0)
     draw(pipeline, PROMPTS, tmp_path / "long", what="bags")
-    assert "bags" in caplog.text and "7 images" in caplog.text and "0 min" in caplog.text
+    assert "bags" in caplog.text and "7 images" in caplog.text and "0 s" in caplog.text
 
 
 def test_when_time_ends_the_first_rows_are_drawn_whatever_their_sizes(pipeline, whole, tmp_path):

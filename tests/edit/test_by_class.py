@@ -236,8 +236,7 @@ def test_the_papers_recipe_for_classes_is_its_authors_and_what_is_typed_comes_fi
     paper, ours = (recipe_of("salun", name, None, {}).of_model(base, size) for name in ("paper", None))
     for recipe in (paper, ours):
         assert [recipe.values[o] for o in ("lr", "steps", "batch_size", "retain_prompts")] == [1e-4, 1000, 128, None]
-    assert paper.retain == (pytest.approx(1e-3 * values), "noise") and ours.retain == (5.0, "base")
-    assert (paper.method.anchor_from, ours.method.anchor_from) == ("current", "base")
+    assert paper.retain == (pytest.approx(1e-3 * values), "noise") and ours.retain == (10.0, "base")
     typed = {"lr": 2e-4, "steps": 3, "retain_weight": 0.25, "retain_prompts": "anchor"}
     chosen = recipe_of("salun", "paper", None, dict(typed)).of_model(base, size)
     assert chosen.values | typed == chosen.values and chosen.values["batch_size"] == 128
