@@ -1,0 +1,186 @@
+"""How close each erasure comes to the exact answer: pocket, trained anew without the class.
+
+    python benchmarks/exact.py --out /tmp/exact --quick
+    python benchmarks/exact.py --out /tmp/exact --class sneaker --model salun --model esd --seed 1
+
+Runs the commands that a person would type. A class's retrained model is trained if it is not in DIR (75 minutes on one
+core; a training that was stopped goes on). Each row, a model without a class, is kept in benchmarks/exact.jsonl, and
+benchmarks/exact.md and the pictures are written from all of them. A row that is there is not measured again. The
+pictures need the extra `figures`.
+"""
+
+import json
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import exact_page
+import kept_rows
+import numpy as np
+import typer
+from distances import jackknife, jensen_shannon, per_timestep
+from exact_drawn import EXAMPLES, Drawn, audited_prompts, draw, seen_in_data
+from methods import RUNS, WITHOUT_ANCHOR
+
+from salun_sd.audit.fidelity import frechet, kid, moments
+from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_part
+from salun_sd.cli import app as cli
+from salun_sd.cli.demo import photo_of
+from salun_sd.pocket import train
+from salun_sd.pocket.fashion import CLASSES
+
+ROWS = Path(__file__).parent / "exact.jsonl"
+QUICK = ("sneaker", "dress")
+BASE, RETRAINED = "base", "retrained"
+OTHER_IMAGES = "retrained, other image seeds"  # the same model: what so many images can tell apart
+OTHER_TRAINING = "retrained, another training seed"  # as far as two exact answers are from each other
+ERASURES = {  # name => a run of methods.py, and its support where it is not the run's own
+    **{run: (run, None) for run in RUNS if run.startswith("salun")},
+    "density 0.1": ("salun", "salient:0.1"),
+    "density 0.02": ("salun", "salient:0.02"),
+    "random mask": ("salun", "random:0.5"),
+    "no mask": ("salun", "none"),
+    **{run: (run, None) for run in RUNS if not run.startswith("salun")},
+}
+PICTURED = (BASE, RETRAINED, "salun", "salun:paper", "no mask", "esd", "uce")
+MODELS = [BASE, RETRAINED, OTHER_IMAGES, OTHER_TRAINING, *ERASURES]
+
+
+class Row(NamedTuple):
+    """A model beside the retrained one. A value stands with its standard error, by a jackknife over images."""
+
+    concept: str
+    model: str
+    seed: int  # of the erasure
+    options: str
+    values: dict[str, tuple[float, float]]
+    curves: dict[str, list[float]]  # "concept", "kept" => ‖ε - ε_retrained‖² / ‖ε_retrained‖² at each of TIMESTEPS
+    seconds: float | None = None  # of `erase`
+    peak: float | None = None  # GiB of memory, of `erase`
+    changed: float | None = None  # share of the UNet's weights
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and images.")],
+    concept: Annotated[list[str] | None, typer.Option("--class", help="Default: all ten.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help=f"{' and '.join(QUICK)} alone.")] = False,
+    model: Annotated[list[str] | None, typer.Option(help=f"Default: all but {OTHER_TRAINING!r}.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the erasures. Default: 0.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = Path("/usr/share/datasets/fashion-mnist"),
+) -> None:
+    if unknown := [name for name in model or [] if name not in MODELS]:
+        raise typer.BadParameter(f"there is no model {unknown[0]!r}: give one of {', '.join(MODELS)}.")
+    for c in concept or (QUICK if quick else CLASSES):
+        for s in seed or [0]:
+            for name in model or [name for name in MODELS if name != OTHER_TRAINING]:
+                measure(out, c, name, s if name in ERASURES else 0, data)
+                exact_page.write(sorted(kept_rows.read(ROWS, Row), key=lambda row: MODELS.index(row.model)))
+        write_pictures(out, c)
+
+
+def measure(out: Path, concept: str, name: str, seed: int, data: Path) -> None:
+    """Make a model without a class, and compare it, unless there is such a row."""
+    run, support = ERASURES.get(name, (None, None))
+    options = shlex.join([*(["--mask", support] if support else []), *shlex.split(RUNS[run])]) if run else ""
+    key = (concept, name, seed, options)
+    if key in {row[:4] for row in kept_rows.read(ROWS, Row)}:
+        return
+    here = folder_of(out, concept, name, seed)
+    cost = erase(here, concept, run, seed, options) if run else {}
+    exact, base = reference(out, concept, RETRAINED, data), reference(out, concept, BASE, data)
+    if run:
+        own = draw(here, str(here / "erased"), concept, data)
+    elif name in (BASE, RETRAINED):
+        own = {BASE: base, RETRAINED: exact}[name]
+    elif name == OTHER_TRAINING:
+        own = draw(here, retrained(out, concept, data, seed=1), concept, data)
+    else:
+        own = draw(here, exact.model, concept, data, shifted=1000)
+    values = compared(own, exact, base, same_seeds=name != OTHER_IMAGES)
+    relative = per_timestep(own.predictions, exact.predictions)
+    curves = {"concept": relative[:, :EXAMPLES], "kept": relative[:, EXAMPLES:]}
+    curves = {of: [round(float(v), 8) for v in by_image.mean(axis=1)] for of, by_image in curves.items()}
+    kept_rows.add(ROWS, Row(*key, values, curves, **cost))
+
+
+def write_pictures(out: Path, concept: str) -> None:
+    """The same prompts and seeds, by the models of PICTURED that were drawn."""
+    audits = {name: folder_of(out, concept, name) / "audit" for name in PICTURED}
+    shown = {name: Drawn(audit, name, concept, out) for name, audit in audits.items() if audit.exists()}
+    exact_page.pictures(concept, shown)
+
+
+def folder_of(out: Path, concept: str, name: str, seed: int = 0) -> Path:
+    return out / f"{concept}-{name}-{seed}".translate(str.maketrans(" :", "__", ","))
+
+
+def erase(here: Path, concept: str, run: str, seed: int, options: str) -> dict[str, float]:
+    """Erase a class, unless it is done; gives what it cost."""
+    anchor = [] if run in WITHOUT_ANCHOR else ["--anchor", photo_of(kept_rows.next_class(concept))]
+    erased = here / "erased"
+    if not (erased / "model_index.json").exists():
+        cli.run(["erase", "pocket", "--method", run.partition(":")[0], "--concept", photo_of(concept), *anchor,
+                 *shlex.split(options), "--seed", str(seed), "--out", str(erased)])  # fmt: skip
+    of_run = json.loads((here / "erased.run" / "run.json").read_text())
+    changed = json.loads((erased / "salun.json").read_text())["changed"]["inside"]
+    weights = sum(p.numel() for p in load_part(find("pocket"), "unet").parameters())
+    peak = max(of_run["peak_bytes"].values()) / 2**30
+    return {"seconds": round(of_run["seconds"]), "peak": round(peak, 2), "changed": round(changed / weights, 4)}
+
+
+def retrained(out: Path, concept: str, data: Path, seed: int = 0) -> str:
+    """The model that never saw the class, trained as long as the base; trained now, unless it is there."""
+    folder = out / f"no-{concept.replace(' ', '_')}{f'-{seed}' if seed else ''}"
+    train.train(data, folder, seed=seed, without=concept)
+    return str(folder)
+
+
+@cache
+def reference(out: Path, concept: str, name: str, data: Path) -> Drawn:
+    """What the base or the retrained model draws."""
+    model = "pocket" if name == BASE else retrained(out, concept, data)
+    return draw(folder_of(out, concept, name), model, concept, data)
+
+
+def compared(own: Drawn, exact: Drawn, base: Drawn, same_seeds: bool) -> dict[str, list[float]]:
+    """What a model's images and predictions differ by from the retrained one's, and from the data and the base."""
+    labels = np.array([CLASSES.index(p.label) for p in audited_prompts(own.concept)])
+    is_concept = labels == CLASSES.index(own.concept)
+    concept, kept = np.flatnonzero(is_concept), np.flatnonzero(~is_concept)
+    (p, x), (p_exact, x_exact), x_data = own.seen, exact.seen, seen_in_data(own.data, own.concept)
+    right, right_exact = (100 * (of.argmax(axis=1) == labels) for of in (p, p_exact))
+    relative = per_timestep(own.predictions, exact.predictions).mean(axis=0)
+
+    def gap(i: np.ndarray) -> float:
+        """The mean over UA and RA of the distance to the retrained model's, in points."""
+        parts = [i[is_concept[i]], i[~is_concept[i]]]
+        return float(np.mean([abs(right[part].mean() - right_exact[part].mean()) for part in parts]))
+
+    measures = {
+        "ua": (lambda i: 100 - right[i].mean(), concept),
+        "ra": (lambda i: right[i].mean(), kept),
+        "gap": (gap, np.arange(len(labels))),
+        "js": (lambda i: jensen_shannon(p[i].mean(axis=0), p_exact[i].mean(axis=0)), concept),
+        # Row i of both has the same class, and no sum of the KID has their pair: so all three have the classes' shares
+        "fid_concept": (lambda i: frechet(moments(x[i]), moments(x_exact[i])), concept),
+        "kid_concept": (lambda i: 1000 * kid(x[i], x_exact[i], paired=True), concept),
+        "fid_kept": (lambda i: frechet(moments(x[i]), moments(x_exact[i])), kept),
+        "kid_kept": (lambda i: 1000 * kid(x[i], x_exact[i], paired=True), kept),
+        "fid_data": (lambda i: frechet(moments(x[i]), moments(x_data)), kept),
+        "kid_data": (lambda i: 1000 * kid(x[i], x_data[i - len(concept)], paired=True), kept),
+        "eps_concept": (lambda i: relative[i].mean(), np.arange(EXAMPLES)),
+        "eps_kept": (lambda i: relative[i].mean(), np.arange(EXAMPLES, len(relative))),
+    }
+    if same_seeds:
+        to_base, to_exact = (abs(own.pixels - of.pixels).mean(axis=(1, 2, 3)) for of in (base, exact))
+        measures |= {
+            "change": (lambda i: to_base[i].mean(), kept),
+            "change_exact": (lambda i: to_exact[i].mean(), kept),
+        }
+    return {name: [round(value, 6) for value in jackknife(*measure)] for name, measure in measures.items()}
+
+
+if __name__ == "__main__":
+    typer.run(main)
