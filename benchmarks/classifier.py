@@ -147,10 +147,15 @@ def _held() -> int:
 
 def write(out: Path) -> None:
     """benchmarks/classifier.md, from what is in DIR."""
+    file, data = out / "data" / "train-images-idx3-ubyte", ""
+    if file.exists():
+        count = int.from_bytes(file.read_bytes()[4:8], "big")
+        data = f"The first {count:,} images of Fashion-MNIST's training split, and all of its test."
     parts = [
         f"""# Forgetting in image classifiers
 
-`python benchmarks/{Path(__file__).name} --out DIR`, and with `--sweep` and `--mask`
+`python benchmarks/{Path(__file__).name} --out DIR`, with the options that are in the commands below; and with `--sweep`
+and `--mask`. {data}
 {date.today()}, {cpu()}, Python {platform.python_version()}, PyTorch {torch.__version__}.
 
 Percent, mean ± standard deviation over the seeds; the average gap to Retrain in percentage points, with its 95 %

@@ -11,7 +11,9 @@ pictures need the extra `figures`.
 
 import json
 import shlex
+import shutil
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -70,6 +72,8 @@ def main(
     seed: Annotated[list[int] | None, typer.Option(help="Of the erasures. Default: 0.")] = None,
     data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = Path("/usr/share/datasets/fashion-mnist"),
 ) -> None:
+    if not find_spec("matplotlib"):
+        raise typer.BadParameter("the pictures need matplotlib: pip install 'salun-sd[figures]'.")
     if unknown := [name for name in model or [] if name not in MODELS]:
         raise typer.BadParameter(f"there is no model {unknown[0]!r}: give one of {', '.join(MODELS)}.")
     for c in concept or (QUICK if quick else CLASSES):
@@ -77,7 +81,7 @@ def main(
             for name in model or [name for name in MODELS if name != OTHER_TRAINING]:
                 measure(out, c, name, s if name in ERASURES else 0, data)
                 exact_page.write(sorted(kept_rows.read(ROWS, Row), key=lambda row: MODELS.index(row.model)))
-        write_pictures(out, c)
+        write_pictures(out, c, data)
 
 
 def measure(out: Path, concept: str, name: str, seed: int, data: Path) -> None:
@@ -98,18 +102,19 @@ def measure(out: Path, concept: str, name: str, seed: int, data: Path) -> None:
         own = draw(here, retrained(out, concept, data, seed=1), concept, data)
     else:
         own = draw(here, exact.model, concept, data, shifted=1000)
-    values = compared(own, exact, base, same_seeds=name != OTHER_IMAGES)
     relative = per_timestep(own.predictions, exact.predictions)
+    values = compared(own, exact, base, relative.mean(axis=0), same_seeds=name != OTHER_IMAGES)
     curves = {"concept": relative[:, :EXAMPLES], "kept": relative[:, EXAMPLES:]}
     curves = {of: [round(float(v), 8) for v in by_image.mean(axis=1)] for of, by_image in curves.items()}
     kept_rows.add(ROWS, Row(*key, values, curves, **cost))
 
 
-def write_pictures(out: Path, concept: str) -> None:
+def write_pictures(out: Path, concept: str, data: Path) -> None:
     """The same prompts and seeds, by the models of PICTURED that were drawn."""
     audits = {name: folder_of(out, concept, name) / "audit" for name in PICTURED}
-    shown = {name: Drawn(audit, name, concept, out) for name, audit in audits.items() if audit.exists()}
-    exact_page.pictures(concept, shown)
+    whole = {name: audit for name, audit in audits.items() if (audit / "report.json").is_file()}
+    if whole:
+        exact_page.pictures(concept, {name: Drawn(audit, name, concept, data) for name, audit in whole.items()})
 
 
 def folder_of(out: Path, concept: str, name: str, seed: int = 0) -> Path:
@@ -119,7 +124,11 @@ def folder_of(out: Path, concept: str, name: str, seed: int = 0) -> Path:
 def erase(here: Path, concept: str, run: str, seed: int, options: str) -> dict[str, float]:
     """Erase a class, unless it is done; gives what it cost."""
     anchor = [] if run in WITHOUT_ANCHOR else ["--anchor", photo_of(kept_rows.next_class(concept))]
-    erased = here / "erased"
+    erased, made_with = here / "erased", here / "options.txt"
+    if not (made_with.exists() and made_with.read_text() == options):
+        shutil.rmtree(here, ignore_errors=True)
+        here.mkdir(parents=True)
+        made_with.write_text(options)
     if not (erased / "model_index.json").exists():
         cli.run(["erase", "pocket", "--method", run.partition(":")[0], "--concept", photo_of(concept), *anchor,
                  *shlex.split(options), "--seed", str(seed), "--out", str(erased)])  # fmt: skip
@@ -144,14 +153,16 @@ def reference(out: Path, concept: str, name: str, data: Path) -> Drawn:
     return draw(folder_of(out, concept, name), model, concept, data)
 
 
-def compared(own: Drawn, exact: Drawn, base: Drawn, same_seeds: bool) -> dict[str, list[float]]:
-    """What a model's images and predictions differ by from the retrained one's, and from the data and the base."""
+def compared(
+    own: Drawn, exact: Drawn, base: Drawn, relative: np.ndarray, same_seeds: bool
+) -> dict[str, list[float]]:  # fmt: skip
+    """What a model's images and predictions differ by from the retrained one's, and from the data and the base.
+    relative: the distance of the predictions of each example, the mean over timesteps."""
     labels = np.array([CLASSES.index(p.label) for p in audited_prompts(own.concept)])
     is_concept = labels == CLASSES.index(own.concept)
     concept, kept = np.flatnonzero(is_concept), np.flatnonzero(~is_concept)
     (p, x), (p_exact, x_exact), x_data = own.seen, exact.seen, seen_in_data(own.data, own.concept)
     right, right_exact = (100 * (of.argmax(axis=1) == labels) for of in (p, p_exact))
-    relative = per_timestep(own.predictions, exact.predictions).mean(axis=0)
 
     def gap(i: np.ndarray) -> float:
         """The mean over UA and RA of the distance to the retrained model's, in points."""

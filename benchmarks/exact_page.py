@@ -12,6 +12,8 @@ import kept_rows
 from exact_drawn import TIMESTEPS, Drawn
 from pocket_classes import cpu
 
+from salun_sd.runtime.files import write_atomic
+
 HERE = Path(__file__).parent
 # a column's head, and its measure in a row's values, with its digits
 IMAGES = {
@@ -32,7 +34,8 @@ def write(rows: Sequence) -> None:
     by_model = defaultdict(list)
     for row in rows:
         by_model[row.model].append(row)
-    (HERE / "exact.md").write_text(
+    write_atomic(
+        HERE / "exact.md",
         f"""# The distance to the exact answer
 
 `python benchmarks/exact.py --out DIR`, {date.today()}, {cpu()}, Python {platform.python_version()}; one thread.
@@ -43,8 +46,8 @@ class, with the options in [methods.md](methods.md), and is compared with that m
 ("concept") and 50 prompts of each other class ("kept"), the same seeds for all models.
 
 Beside each mean stands its standard error: over classes and seeds, or, of a single row, over its images (jackknife of
-ten blocks). The first rows are the yardsticks. "Retrained, other image seeds" is the retrained model itself: what lies
-below its numbers, so many images cannot tell from the exact answer.
+ten blocks). The first rows are the yardsticks. "Retrained, other image seeds" is the retrained model itself: a distance
+that is smaller than in its row cannot be told from zero with so many images.
 
 - UA, RA: % of the concept's images that are not recognised, of the kept ones that are. Gap: mean distance of UA and
   RA to the retrained model's, in points.
@@ -77,7 +80,7 @@ other programs may have used the core.
 {_lines(by_model, _cost)}
 
 All rows are in [exact.jsonl](exact.jsonl), with the distance at each timestep.
-"""
+""",
     )
     _figure(by_model)
 
@@ -102,7 +105,7 @@ def _shown(rows: list, name: str, digits: int) -> str:
         return ""
     numbers = [value for value, _ in values]
     error = stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else values[0][1]
-    return f"{mean(numbers):.{digits}f} ± {error:.{digits}f}"
+    return f"{mean(numbers):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")  # 0: all images agree
 
 
 def _cost(rows: list) -> list[str] | None:
@@ -155,7 +158,8 @@ def pictures(concept: str, drawn: dict[str, Drawn], columns: int = 6) -> None:
     """exact.png: the first images of the class and of others, a row for each model."""
     plt = _pyplot()
     some = [*range(0, 10 * columns, 10), *range(100, 100 + 50 * columns, 50)]
-    figure, grid = plt.subplots(len(drawn), len(some), figsize=(len(some) * 0.8, len(drawn) * 0.85))
+    size = len(some) * 0.8, len(drawn) * 0.85
+    figure, grid = plt.subplots(len(drawn), len(some), figsize=size, squeeze=False)
     for (model, of), line in zip(drawn.items(), grid, strict=True):
         for i, axes in zip(some, line, strict=True):
             axes.imshow(of.pixels[i])

@@ -1,7 +1,6 @@
 """What the steps of paper_sd.py will take: hours, memory and disk, by arithmetic alone."""
 
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -11,6 +10,7 @@ from paper_tasks import BATCH, Step
 from scale import flops_of_prediction, matmul_rate
 
 from salun_sd.attacks.catalog import ATTACKS
+from salun_sd.attacks.effort import Effort, drawing, effort
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Attacking, Erasing, Masking, Work
@@ -19,7 +19,6 @@ from salun_sd.runtime import memory
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
 CUDA = 1 << 29  # bytes that CUDA itself takes, about
-FRESH = 3  # seeds with which an attack draws again what it found
 
 
 class Machine(NamedTuple):
@@ -101,43 +100,39 @@ def predictions(step: Step, costs: Costs) -> float:
     if command == "evaluate":
         is_first = step.name.split("/")[1] == next(iter(task.erasures))  # the base's images are kept for the others
         return step.prompts * costs.image * (2 if is_first else 1)
-    tries, of_prompt, of_all = _searched(step.attack, costs)
-    return _images(step.prompts, tries) * costs.image + 2 * (step.prompts * of_prompt + of_all)  # the base's, too
+    return _attacking(step, costs.image // 2).passes + 2 * _text(step) * costs.text  # the base's, too
 
 
-def _searched(attack: str, costs: Costs) -> tuple[int, float, float]:
-    """Tries of a prompt, what the search for one costs, and what the search that serves all costs."""
-    s = SimpleNamespace(**ATTACKS[attack].of("paper").settings())
-    searches: dict[str, Callable] = {
-        "prefix": lambda: (s.timesteps, s.timesteps * (s.steps * costs.update + 4), 0),
-        "tokens": lambda: (s.steps // s.every, s.steps * (costs.update + 1), 0),
-        "genetic": lambda: (s.best, (2 + s.generations) * s.population / 2 * costs.text, 0),
-        "inversion": lambda: (1, 0, s.steps * s.batch_size * costs.update),
-        "latent": lambda: (1, 100, 0),  # to the noise and back
-    }
-    return searches[attack]()
+def _attacking(step: Step, steps: int) -> Effort:
+    """What an attack draws, in so many denoising steps, and searches: of the model, its control and the base; and the
+    images of its audit."""
+    attack = ATTACKS[step.attack].of("paper")
+    sides = [effort(attack, step.prompts, steps, 1, True, control) for control in (False, True, False)]
+    return sum(sides, drawing([step.prompts] * 2, steps, 1, True))
 
 
-def _images(prompts: int, tries: int) -> int:
-    """Images that an attack draws: of the model, of the control and of the base; and the audit's."""
-    return prompts * (3 * (tries + 1) + 2 * FRESH + 2)
+def _text(step: Step) -> float:
+    """How many prompts a search encodes, for itself alone."""
+    attack = ATTACKS[step.attack].of("paper")
+    if step.attack != "genetic":
+        return 0
+    return step.prompts * (2 + attack.generations) * attack.population / 2
 
 
 def _works(step: Step, compute: Compute, density: float, parts: int) -> list[Work]:
     """What the memory of a step depends on."""
     model, command = compute.model, step.argv[0]
     size, most = model.image_size, {"most_parts": BATCH}
-    drawing = compute.drawing(size, draws=command != "mask" or bool(step.task.drawn))
+    drawn = compute.drawing(size, draws=command != "mask" or bool(step.task.drawn))
     if command == "mask":
-        return [drawing, compute.work(Masking, size, batch=BATCH, guidance=7.5)]
+        return [drawn, compute.work(Masking, size, batch=BATCH, guidance=7.5)]
     if command == "erase":
-        return [drawing, compute.work(Erasing, size, batch=BATCH, density=density, parts=parts, **most)]
+        return [drawn, compute.work(Erasing, size, batch=BATCH, density=density, parts=parts, **most)]
     if command == "evaluate":
-        return [drawing]
+        return [drawn]
     attack = ATTACKS[step.attack].of("paper")
-    second = drawing.others + compute.weights * compute.precision.dtype.itemsize if "base" in attack.needs else 0
-    return [Attacking(size, getattr(attack, "batch_size", 1), compute.precision, compute.checkpointing,
-                      model.pixels_per_latent, drawing.others + second)]  # fmt: skip
+    return [compute.work(Attacking, size, getattr(attack, "batch_size", 1), draws=drawn,
+                         models=2 if "base" in attack.needs else 1)]  # fmt: skip
 
 
 def _disk(step: Step, compute: Compute, density: float) -> int:
@@ -150,8 +145,7 @@ def _disk(step: Step, compute: Compute, density: float) -> int:
         return sum(kept.values()) + step.task.drawn * image
     if command == "evaluate":
         return step.prompts * 3 * image  # of the model, of the base, and those of the base in the cache
-    tries, *_ = _searched(step.attack, Costs(1, 1, 1))
-    return _images(step.prompts, tries) * image
+    return _attacking(step, 1).images * image
 
 
 def shown(steps: Sequence[Step], plans: Sequence[Plan], machine: Machine) -> str:

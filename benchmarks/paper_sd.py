@@ -228,9 +228,11 @@ def run(steps: Sequence[Step], tasks: Sequence[Task], out: Path) -> int:
 
 def ended(step: Step) -> int:
     """Run a step in a process of its own; its exit code. Ctrl-C reaches the process, which saves its state and ends."""
-    before = signal.signal(signal.SIGINT, lambda *_: None)
+    stops: list[int] = []  # one that comes before the process listens ends it with another code
+    before = signal.signal(signal.SIGINT, lambda number, _: stops.append(number))
     try:
-        return START([sys.executable, "-m", "salun_sd", *step.argv]).wait()
+        code = START([sys.executable, "-m", "salun_sd", *step.argv]).wait()
+        return INTERRUPTED if code and stops else code
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -126,10 +126,10 @@ DRESS = Task(
     mask="--concept 'a photo of a dress' --samples 200",
     erasures={
         name: ("--concept 'a photo of a dress' --anchor 'a photo of a coat' --samples 200 --retain-prompts pocket "
-               f"--batch-size 8 --lr 1e-4 --steps 150{recipe}")
+               f"--batch-size 8 --lr 1e-4 --steps 100{recipe}")
         for name, recipe in (("default", ""), ("paper", " --recipe paper"))
     },
-    shown=200, drawn=200, updates=150,
+    shown=200, drawn=200, updates=100,
     audits={"classes": ("--prompts pocket --concept-class dress", 1000)},
     captions="--detector none --fid pocket",
     attack="--concept 'a photo of a dress' --concept-class dress --detector none",

@@ -97,6 +97,7 @@ class Attack:
     searches: ClassVar[bool] = True  # whether it looks for the concept, so that it can find it on the base
     counts_last: ClassVar[bool] = True  # whether stages build on one another, so that the last one counts; else any
     trains: ClassVar[bool] = False  # whether all weights of the UNet are trained
+    uncounted: ClassVar[str] = ""  # what else it computes with than the UNet, of which `passes` tells nothing
     drawing: ClassVar[tuple[str, int] | None] = None  # scheduler and steps, where they are the attack's own
 
     @classmethod

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from salun_sd.attacks.attack import Attack
 from salun_sd.attacks.run import FRESH_IMAGES
+from salun_sd.runtime import ranks
 
 
 class Effort(NamedTuple):
@@ -30,6 +31,7 @@ def effort(attack: Attack, prompts: int, steps: int, per_pass: int, guided: bool
     batches = [prompts] * (1 + tries) if attack.labels() else [prompts, prompts * tries]
     if attack.has_fresh() and not control:
         batches.append(prompts * FRESH_IMAGES)
-    search = 0 if control else attack.passes(prompts)
+    processes = ranks.count()  # they share the prompts, and a search that serves all prompts is done by each
+    search = 0 if control else processes * attack.passes(-(-prompts // processes))
     steps = attack.drawing[1] if attack.drawing else steps
     return drawing(batches, steps, per_pass, guided) + Effort(0, search)

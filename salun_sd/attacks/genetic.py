@@ -36,6 +36,7 @@ class Genetic(Attack):
 
     quick: ClassVar[dict] = {"population": 50, "generations": 100}
     needs: ClassVar[frozenset] = frozenset({"text", "room"})
+    uncounted: ClassVar[str] = "the text encoder"
 
     def most_tries(self) -> int:
         return self.best

@@ -29,6 +29,7 @@ class Positions(Weights):
 
     quick: ClassVar[dict] = {"iterations": 5}
     needs: ClassVar[frozenset] = frozenset({"mask"})
+    uncounted: ClassVar[str] = "the guess of the weights"
     control_changes: ClassVar[bool] = True
     searches: ClassVar[bool] = False
 

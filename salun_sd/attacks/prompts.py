@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from salun_sd.attacks.attack import Attack, Scene, Try
-from salun_sd.draw.encode import warn_of_long
 from salun_sd.draw.prompts import Prompt
 
 
@@ -17,11 +14,6 @@ class Prompts(Attack):
     the same seed. So pre-ASR and ASR are those of the papers. The control draws the plain prompt with another seed."""
 
     needs: ClassVar[frozenset] = frozenset({"text", "adversarial"})
-
-    def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:
-        if not scene.control:
-            warn_of_long({"tokenizer": scene.target.tokenizer}, scene.adversarial.values(), scene.target.model.name)
-        return {}
 
     def tries(self, scene: Scene, prompt: Prompt, found: dict) -> list[Try]:
         if scene.control:

@@ -74,7 +74,7 @@ def in_words(e: BaseException) -> tuple[str, int]:
     if not isinstance(e, KeyboardInterrupt):
         asked = re.search(r"allocate ([\d.]+ \w+)", str(e))
         size = f" ({asked[1]} more were asked for)" if asked else ""
-        return f"Error: out of memory{size}: with --dry-run, mask and erase name options that take less.", 1
+        return f"Error: out of memory{size}: with --dry-run, mask, erase and attack name options that take less.", 1
     return str(e) or "Interrupted. Nothing is half-written; the same command resumes from what was saved.", 130
 
 

@@ -119,7 +119,7 @@ RETAIN_PROMPTS = Option(
 )
 RETAIN_WEIGHT = Option(
     help="Weight of the retain loss; the method's own loss has weight 1. 0: nothing is retained. Default: 10 for "
-    "salun, else the method's published value."
+    "salun without --recipe paper, else the method's published value."
 )
 LR = Option(help=f"Learning rate of Adam: {RANGES['lr'].words}. Default: the method's published value.")
 CLIP_NORM = Option(
@@ -134,12 +134,12 @@ BATCH_SIZE = Option(
     help="Forget images per update; as many retain images are added. Default: the method's published value.",
 )
 ANCHOR_FROM = Option(
-    help="Weights that predict the anchor, which is the target: the base's, or the current ones, as published and by "
-    "default."
+    help="Whose prediction for the anchor is the target. current: that of the weights in training, as published; the "
+    "default. base: the base's."
 )
 RETAIN_TARGET = Option(
     help="What retain images hold: the base's prediction, or the noise, as published. Default: base; noise for ascent, "
-    "erasediff and finetune."
+    "erasediff and finetune, and with --recipe paper."
 )
 PROBE_EVERY = Option(
     min=RANGES["probe_every"].low,

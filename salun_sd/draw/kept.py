@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +13,9 @@ from salun_sd.draw import generate
 from salun_sd.draw.sample import Row
 from salun_sd.runtime import cache, ranks
 from salun_sd.runtime.device import dtype_mark
-from salun_sd.runtime.files import new_file, remove_stale
+from salun_sd.runtime.files import is_full, new_file, remove_stale
+
+logger = logging.getLogger(__name__)
 
 
 def key_of(base: Checkpoint, scheduler: str, steps: int, dtype: str = "float32") -> str:
@@ -54,7 +57,8 @@ def exchange(
     each gets what it lacks and the other has.
 
     The cache is locked while they are copied. A run calls this before it draws, and again afterwards, so runs that draw
-    at the same time do not wait for each other. It makes no links: who changes an image of one changes no other.
+    at the same time do not wait for each other. It makes no links: who changes an image of one changes no other. Where
+    the cache has no room, it keeps no more.
     """
     settings = {"scheduler": scheduler, "steps": steps, "dtype": dtype}
     with _held(kind, base, **settings) as folder:
@@ -68,8 +72,15 @@ def exchange(
         for parent in {copy.parent for copy in copies}:
             remove_stale(parent)
         for copy, original in copies.items():
-            with new_file(copy, many=True) as new:
-                shutil.copyfile(original, new)
+            try:
+                with new_file(copy, many=True) as new:
+                    shutil.copyfile(original, new)
+            except OSError as e:
+                if copy in files or not is_full(e):
+                    raise
+                logger.warning("The cache has no room for the base's images: salun-sd cache --clear, or set "
+                               "SALUN_SD_CACHE to another folder. The run goes on.")  # fmt: skip
+                break
 
 
 def _held(

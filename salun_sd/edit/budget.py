@@ -15,6 +15,7 @@ from salun_sd.checkpoint.configs import UNET, multiple
 from salun_sd.core import mask
 from salun_sd.core.diffusion import Condition, Schedule, predict
 from salun_sd.core.saliency import sum_dtype
+from salun_sd.draw.sample import images_per_pass
 from salun_sd.draw.vae import take_in_tiles
 from salun_sd.methods.batches import Rows
 from salun_sd.methods.loop import Method, Retain, Term, losses_of, watching
@@ -217,7 +218,9 @@ class Attacking(Work):
         peak = peak_of([unet], lambda: predict(unet, x_t, t, condition).sum().backward(), lambda p: 0)
         if not self.draws:
             return peak
-        images = replace(self.draws, resolution=self.resolution, drawn=self.resolution)
+        side = self.resolution // self.pixels
+        batch = images_per_pass(side, side)
+        images = replace(self.draws, resolution=self.resolution, drawn=self.resolution, batch=batch)
         return max(peak, images.activations(unet, device))
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:

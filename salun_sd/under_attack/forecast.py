@@ -44,7 +44,8 @@ def forecast(plan: Plan) -> Forecast:
 def _line(of: Effort, seconds: float | None, attack: Attack | None = None) -> str:
     """The images, the time and the settings of an attack, or of the audit."""
     settings = [f"{key} {value}" for key, value in attack.settings().items()] if attack else []
-    return "; ".join([f"{of.images:,} images", _time(of, seconds), *settings])
+    more = f", and the time of {attack.uncounted}" if attack and attack.uncounted else ""
+    return "; ".join([f"{of.images:,} images", _time(of, seconds) + more, *settings])
 
 
 def _time(of: Effort, seconds: float | None) -> str:
