@@ -174,9 +174,9 @@ All rows are in [methods.jsonl](methods.jsonl).
 On {" and ".join(TUNED_ON)} with seed {TUNING}, of which no row is above: up to {TRIES} tries for each run, settings on
 the first class, and the choice among them on the second, too. The choice is the setting of the least change among those
 with a UA of at least {ENOUGH}, or else the one of the largest UA. `salun` had more tries, also on dress, in 25
-denoising steps and later in 10 (those with the weights 10 and 20, and with 60 or 200 steps); it was chosen by RA, change and an
-attack: see docs/results.md. By this rule `erasediff` would have 6e-5, its last try, which came after its rows. Stopped:
-the model was ruined, and `erase` said so.
+denoising steps and later in 10 (those with the weights 10 and 20, and with 60 or 200 steps); it was chosen by RA,
+change and an attack: see docs/results.md. By this rule `erasediff` would have 6e-5, its last try, which came after
+its rows. Stopped: the model was ruined, and `erase` said so.
 
 | run | options | class | UA | RA - base | change |
 | --- | --- | --- | --- | --- | --- |
