@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from salun_sd.cli.streams import listen
 from salun_sd.errors import SalunError, first_line
 from salun_sd.runtime import ranks
+from salun_sd.runtime.escape import visible
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def said() -> Iterator[None]:
         if os.environ.get("SALUN_SD_DEBUG"):
             raise
         text, code = in_words(e)
-        logger.error(text, extra={"fields": {"code": code}})
+        logger.error(visible(text), extra={"fields": {"code": code}})
         raise typer.Exit(code) from e
 
 

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from salun_sd.cli import app as cli
 from salun_sd.cli.failures import in_words
 
 
@@ -28,3 +29,10 @@ def test_of_a_copy_that_fails_the_place_is_named_and_not_the_source():
     assert code == 1 and "the place" in sentence and "source" not in sentence
     assert "the file" in in_words(OSError(errno.EACCES, "Permission denied", "the file"))[0]
     assert "no shard" in in_words(OSError("There is no shard\nof it."))[0]
+
+
+@pytest.mark.parametrize("word", ["--\udcff", "-\udcff", "\udcff"])
+def test_a_wrong_word_that_utf_8_cannot_hold_is_named_in_one_that_it_can(word, caplog):
+    with pytest.raises(SystemExit) as exit:
+        cli.run(["evaluate", word])
+    assert exit.value.code == 2 and "Error: " in caplog.text and caplog.text.encode()
