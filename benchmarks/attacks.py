@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple
 
 import kept_rows
 import typer
-from methods import RUNS, WITHOUT_ANCHOR
+from methods import RUNS, erase
 from pocket_classes import cpu
 
 from salun_sd.attacks.catalog import ATTACKS
@@ -89,20 +89,17 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
     here = out / f"{concept}-{erasure}-{budget}-{seed}".replace(" ", "_").replace(":", "_")
     shared = out / f"{concept}-shared-{budget}-{seed}"
     run, support = ERASURES[erasure]
-    anchor = [] if run in WITHOUT_ANCHOR else ["--anchor", photo_of(kept_rows.next_class(concept))]
-    if not (here / "erased" / "model_index.json").exists():
-        cli.run(["erase", "pocket", "--method", run.partition(":")[0], "--concept", photo_of(concept), *anchor,
-                 *(["--mask", support] if support else []), *shlex.split(RUNS[run]), "--seed", str(seed),
-                 "--out", str(here / "erased")])  # fmt: skip
+    mask = ["--mask", support] if support else []
+    erase(concept, run, [*mask, *shlex.split(RUNS[run])], seed, here / "erased")
     attacked = here / "attacked"
     if shared.exists() and not attacked.exists():
         shutil.copytree(shared, attacked)
-    begun, mask = monotonic(), here / "erased.run" / "mask.safetensors"
+    begun, own_mask = monotonic(), here / "erased.run" / "mask.safetensors"
     (here / "prompts.csv").write_text(prompts.as_csv(some_prompts(concept)))
     cli.run(["attack", str(here / "erased"), "--concept", photo_of(concept), "--concept-class", concept,
              "--prompts", str(here / "prompts.csv"), "--limit", str(PROMPTS), "--base", "pocket",
              "--floor", str(floor), "--detector", "none",
-             *(["--mask", str(mask)] if run.startswith("salun") and not support else []),
+             *(["--mask", str(own_mask)] if run.startswith("salun") and not support else []),
              *(word for name in wanted for word in ("--with", name)),
              "--budget", budget, "--seed", str(seed), "--out", str(attacked)])  # fmt: skip
     seconds, report = monotonic() - begun, json.loads((attacked / "report.json").read_text())

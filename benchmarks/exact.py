@@ -11,7 +11,6 @@ pictures need the extra `figures`.
 
 import json
 import shlex
-import shutil
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,13 +22,11 @@ import numpy as np
 import typer
 from distances import jackknife, jensen_shannon, per_timestep
 from exact_drawn import EXAMPLES, Drawn, audited_prompts, draw, seen_in_data
-from methods import RUNS, WITHOUT_ANCHOR
+from methods import RUNS, erase
 
 from salun_sd.audit.fidelity import frechet, kid, moments
+from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import find
-from salun_sd.checkpoint.load import load_part
-from salun_sd.cli import app as cli
-from salun_sd.cli.demo import photo_of
 from salun_sd.pocket import train
 from salun_sd.pocket.fashion import CLASSES
 
@@ -92,7 +89,8 @@ def measure(out: Path, concept: str, name: str, seed: int, data: Path) -> None:
     if key in {row[:4] for row in kept_rows.read(ROWS, Row)}:
         return
     here = folder_of(out, concept, name, seed)
-    cost = erase(here, concept, run, seed, options) if run else {}
+    if run:
+        erase(concept, run, shlex.split(options), seed, here / "erased")
     exact, base = reference(out, concept, RETRAINED, data), reference(out, concept, BASE, data)
     if run:
         own = draw(here, str(here / "erased"), concept, data)
@@ -106,7 +104,7 @@ def measure(out: Path, concept: str, name: str, seed: int, data: Path) -> None:
     values = compared(own, exact, base, relative.mean(axis=0), same_seeds=name != OTHER_IMAGES)
     curves = {"concept": relative[:, :EXAMPLES], "kept": relative[:, EXAMPLES:]}
     curves = {of: [round(float(v), 8) for v in by_image.mean(axis=1)] for of, by_image in curves.items()}
-    kept_rows.add(ROWS, Row(*key, values, curves, **cost))
+    kept_rows.add(ROWS, Row(*key, values, curves, **(cost(here / "erased") if run else {})))
 
 
 def write_pictures(out: Path, concept: str, data: Path) -> None:
@@ -121,21 +119,11 @@ def folder_of(out: Path, concept: str, name: str, seed: int = 0) -> Path:
     return out / f"{concept}-{name}-{seed}".translate(str.maketrans(" :", "__", ","))
 
 
-def erase(here: Path, concept: str, run: str, seed: int, options: str) -> dict[str, float]:
-    """Erase a class, unless it is done; gives what it cost."""
-    anchor = [] if run in WITHOUT_ANCHOR else ["--anchor", photo_of(kept_rows.next_class(concept))]
-    erased, made_with = here / "erased", here / "options.txt"
-    if not (made_with.exists() and made_with.read_text() == options):
-        shutil.rmtree(here, ignore_errors=True)
-        here.mkdir(parents=True)
-        made_with.write_text(options)
-    if not (erased / "model_index.json").exists():
-        cli.run(["erase", "pocket", "--method", run.partition(":")[0], "--concept", photo_of(concept), *anchor,
-                 *shlex.split(options), "--seed", str(seed), "--out", str(erased)])  # fmt: skip
-    of_run = json.loads((here / "erased.run" / "run.json").read_text())
+def cost(erased: Path) -> dict[str, float]:
+    """What an erasure cost, by its own records."""
+    of_run = json.loads((provenance.run_folder(erased) / "run.json").read_text())
     changed = json.loads((erased / "salun.json").read_text())["changed"]["inside"]
-    weights = sum(p.numel() for p in load_part(find("pocket"), "unet").parameters())
-    peak = max(of_run["peak_bytes"].values()) / 2**30
+    peak, weights = max(of_run["peak_bytes"].values()) / 2**30, find("pocket").weights
     return {"seconds": round(of_run["seconds"]), "peak": round(peak, 2), "changed": round(changed / weights, 4)}
 
 

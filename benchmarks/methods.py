@@ -20,7 +20,7 @@ import platform
 import shlex
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import mean
@@ -104,11 +104,9 @@ def measure(out: Path, row: Row) -> None:
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
     (here / "prompts.csv").write_text(prompts.as_csv(audit_prompts(prompts.read("pocket"), row.concept)))
-    anchor = [] if row.run in WITHOUT_ANCHOR else ["--anchor", photo_of(kept_rows.next_class(row.concept))]
     mask = [] if row.support == PUBLISHED else ["--mask", row.support]
     try:
-        cli.run(["erase", "pocket", "--method", row.run.partition(":")[0], "--concept", photo_of(row.concept), *anchor,
-                 *mask, *shlex.split(row.options), "--seed", str(row.seed), "--out", str(here / "erased")])  # fmt: skip
+        erase(row.concept, row.run, [*mask, *shlex.split(row.options)], row.seed, here / "erased")
     except SystemExit as e:
         if e.code != 1:  # not stopped because its model is ruined, but interrupted, or wrong
             raise
@@ -117,6 +115,13 @@ def measure(out: Path, row: Row) -> None:
     kept_rows.add(ROWS, row)
     for name in ("erased", "audit"):
         shutil.rmtree(here / name, ignore_errors=True)
+
+
+def erase(concept: str, run: str, options: Sequence[str], seed: int, out: Path) -> None:
+    """Erase a class towards the next one, unless `out` has that erasure."""
+    anchor = [] if run in WITHOUT_ANCHOR else ["--anchor", photo_of(kept_rows.next_class(concept))]
+    cli.run(["erase", "pocket", "--method", run.partition(":")[0], "--concept", photo_of(concept), *anchor, *options,
+             "--seed", str(seed), "--out", str(out)])  # fmt: skip
 
 
 def audited(here: Path, base: Path) -> dict[str, float]:
