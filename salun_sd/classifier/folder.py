@@ -17,7 +17,7 @@ from salun_sd.checkpoint import tensors
 from salun_sd.classifier import deliver, measure, original, search
 from salun_sd.classifier.architectures import Classifier
 from salun_sd.classifier.data import Data
-from salun_sd.classifier.jobs import check_same, in_time
+from salun_sd.classifier.jobs import check_same
 from salun_sd.classifier.methods.be import head
 from salun_sd.classifier.methods.catalog import Result
 from salun_sd.classifier.methods.catalog import forget as run_method
@@ -27,6 +27,7 @@ from salun_sd.classifier.settings import METHODS
 from salun_sd.classifier.split import Split, Wanted, split
 from salun_sd.errors import UsageError
 from salun_sd.runtime import ranks, seals
+from salun_sd.runtime.bar import in_time
 from salun_sd.runtime.device import default_device
 from salun_sd.runtime.files import new_file, write_atomic
 from salun_sd.runtime.finite import NotFinite

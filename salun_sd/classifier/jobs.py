@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from salun_sd.classifier.request import Job
 from salun_sd.errors import UsageError
+from salun_sd.runtime.bar import in_time
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +42,6 @@ def work(jobs: Sequence[Job], folder: Path, is_done: Callable[[Job], bool], do: 
             logger.info("Every job that is left is being done by another process: waiting.")
         told = idle
         time.sleep(WAIT if idle else 0)
-
-
-def in_time(seconds: float) -> str:
-    """A duration in words: 40 s, 12 min, 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def check_same(before: dict, now: dict, out: Path) -> None:

@@ -20,7 +20,7 @@ from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Given, Row, Sampler, nothing_given
 from salun_sd.errors import UsageError, some
 from salun_sd.runtime import ranks
-from salun_sd.runtime.bar import Bar, in_words
+from salun_sd.runtime.bar import Bar, in_time
 from salun_sd.runtime.contents import content_of
 from salun_sd.runtime.device import dtype_mark
 from salun_sd.runtime.files import new_file, remove_stale, to_disk
@@ -177,7 +177,7 @@ def _foretell(bar: Bar, seconds: float) -> None:
     """Log how long the images of a bar will take from now on, if that is long."""
     if seconds >= LONG and ranks.is_main():
         bar.clear()
-        left = f"{bar.total:,} images take about {in_words(seconds)}"
+        left = f"{bar.total:,} images take about {in_time(seconds)}"
         logger.info(f"{bar.desc}: {left}, as the first {bar.n:.0f} took.")
 
 

@@ -25,7 +25,7 @@ def is_drawn() -> bool:
     return _way["bars"] and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def in_words(seconds: float) -> str:
+def in_time(seconds: float) -> str:
     """A time in two units at most, as in "3 h 20 min"."""
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours:

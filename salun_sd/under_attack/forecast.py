@@ -10,7 +10,7 @@ from salun_sd.edit import budget
 from salun_sd.edit.budget import Attacking
 from salun_sd.edit.resources import LARGE, Compute, Forecast
 from salun_sd.runtime import ranks
-from salun_sd.runtime.bar import in_words
+from salun_sd.runtime.bar import in_time
 from salun_sd.runtime.device import default_device
 from salun_sd.under_attack.plan import Plan
 
@@ -50,7 +50,7 @@ def _line(of: Effort, seconds: float | None, attack: Attack | None = None) -> st
 
 def _time(of: Effort, seconds: float | None) -> str:
     """How long it takes, where the time of a pass is known."""
-    return "time not known" if seconds is None else f"about {in_words(of.passes * seconds / ranks.count())}"
+    return "time not known" if seconds is None else f"about {in_time(of.passes * seconds / ranks.count())}"
 
 
 def _seconds_of_pass(plan: Plan, work: Attacking) -> float | None:

@@ -35,7 +35,7 @@ def passed(monkeypatch, caplog, stream, total=4, **way) -> list[dict]:
 
 def test_a_time_has_two_units_at_most():
     times = {0.4: "0 s", 59: "59 s", 60: "1 min", 3570: "1 h 0 min", 3661: "1 h 1 min", 4e6: "1,111 h 7 min"}
-    assert {seconds: bar.in_words(seconds) for seconds in times} == times
+    assert {seconds: bar.in_time(seconds) for seconds in times} == times
 
 
 def test_a_terminal_gets_a_bar_and_a_file_lines(monkeypatch, caplog):
