@@ -69,7 +69,7 @@ def draw(
         exchange("audited", model, files, missing, **sampling)
     for _ in generate.draw(pipeline, files, identity=model.identity, what=what, until=until, **sampling):
         pass
-    missing = find_missing() if shares or until is not None else {}
+    missing = find_missing() if until is not None else {}
     if shares:
         exchange("audited", model, files, missing, **sampling)
     if missing:
