@@ -52,7 +52,8 @@ class Plan(NamedTuple):
 
 def plans(steps: Sequence[Step], model: Checkpoint, machine: Machine, density: float, parts: int) -> list[Plan]:
     """The plan of each step. density, parts: of the erasures."""
-    compute, update = _compute(model, machine), 3  # forward, and twice that backward
+    compute = Compute(model, machine.precision, machine.precision, model.weights >= LARGE)
+    update = 3  # forward, and twice that backward
     ARCHS[model.name] = {"unet": model.unet_settings, "vae": model.vae_settings}
     side = model.image_size // model.pixels_per_latent
     of_one = flops_of_prediction(Case(model.name, side, 1, "float32", False))
@@ -69,11 +70,6 @@ def plans(steps: Sequence[Step], model: Checkpoint, machine: Machine, density: f
         hours = predictions(step, costs) * of_one / machine.rate / 3600
         plans.append(Plan(hours, known[key], _disk(step, compute, density)))
     return plans
-
-
-def _compute(model: Checkpoint, machine: Machine) -> Compute:
-    weights = sum(t.shape.numel() for t in model.unet.values())
-    return Compute(model, machine.precision, machine.precision, weights >= LARGE, weights)
 
 
 def _flops_of_text(model: Checkpoint) -> float:
@@ -141,7 +137,7 @@ def _disk(step: Step, compute: Compute, density: float) -> int:
     if command == "mask":
         return compute.mask_bytes() + step.task.drawn * image
     if command == "erase":
-        kept = compute.disk(round(density * compute.weights), "diffusers", False)
+        kept = compute.disk(round(density * compute.model.weights), "diffusers", False)
         return sum(kept.values()) + step.task.drawn * image
     if command == "evaluate":
         return step.prompts * 3 * image  # of the model, of the base, and those of the base in the cache

@@ -20,7 +20,7 @@ class Target:
     def __init__(self, model: Checkpoint, dtype: torch.dtype = torch.float32):
         self.model, self.pipeline = model, load_pipeline(model, dtype=dtype)
         self.unet, self.schedule = self.pipeline.unet, Schedule(alphas_cumprod(model), model.prediction_type)
-        if sum(p.numel() for p in self.unet.parameters()) >= LARGE:
+        if model.weights >= LARGE:
             self.unet.enable_gradient_checkpointing()
 
     @property

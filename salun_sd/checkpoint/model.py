@@ -212,15 +212,20 @@ class Checkpoint:
         """Pixels that both sides of a training image must be a multiple of, so that VAE and UNet can halve them."""
         return self.pixels_per_latent * configs.multiple(self.unet_settings)
 
+    @property
+    def weights(self) -> int:
+        """The number of weights of the denoiser."""
+        return sum(t.shape.numel() for t in self.unet.values())
+
     def describe(self) -> str:
         """One line: family, classes, prediction type, image size, number of weights of the denoiser and their dtype."""
         dtypes = sorted({dtype_name(t.dtype) for t in self.unet.values()})
-        weights, classes = sum(t.shape.numel() for t in self.unet.values()), ""
+        classes = ""
         if self.classes:
             classes = f", {len(self.classes.labels)} classes with{'' if self.classes.has_null else 'out'} a null class"
         return (
             f"{self.name}: {self.family.name}{classes}, predicts {self.prediction_type.removesuffix('_prediction')}, "
-            f"{self.image_size} x {self.image_size} pixels, {weights:,} {self.denoiser.replace('unet', 'UNet')} "
+            f"{self.image_size} x {self.image_size} pixels, {self.weights:,} {self.denoiser.replace('unet', 'UNet')} "
             f"weights in {', '.join(dtypes)}"
         )
 

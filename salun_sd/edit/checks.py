@@ -152,9 +152,8 @@ def densities_of(density: float | Sequence[float]) -> list[float]:
 
 def check_kept(base: Checkpoint, densities: Sequence[float]) -> None:
     """Raise UsageError for a density that keeps no weight of the UNet."""
-    total = sum(t.shape.numel() for t in base.unet.values())
     for each in densities:
-        masks.keep_count(each, total)
+        masks.keep_count(each, base.weights)
 
 
 def plain(value: Any) -> Any:

@@ -43,7 +43,6 @@ class Compute(NamedTuple):
     precision: Precision  # of the UNet, to train
     drawn_in: Precision  # of the pipeline, to draw and encode
     checkpointing: bool  # activations are recomputed in the backward pass
-    weights: int  # of the UNet
 
     @classmethod
     def of(cls, model: Checkpoint, dtype: str | None, checkpointing: bool | None) -> "Compute":
@@ -56,8 +55,7 @@ class Compute(NamedTuple):
         precision, drawn_in = Precision.of(dtype, default_device()), Precision.to_draw(dtype, default_device())
         logger.info(f"Images are drawn and encoded in {dtype_name(drawn_in.dtype)}: {drawn_in.reason}.")
         logger.info(f"The UNet is held in {dtype_name(precision.dtype)} to train: {precision.reason}.")
-        weights = sum(t.shape.numel() for t in model.unet.values())
-        return cls(model, precision, drawn_in, weights >= LARGE if checkpointing is None else checkpointing, weights)
+        return cls(model, precision, drawn_in, model.weights >= LARGE if checkpointing is None else checkpointing)
 
     def dtypes(self) -> dict[str, str]:
         """The dtypes as settings: that of the training, and that of the images where it is not float32, which was the
@@ -111,7 +109,8 @@ class Compute(NamedTuple):
     def planned_bytes(self, steps: Sequence[Work]) -> dict[str, int]:
         """Bytes that each step will take; a warning names a step that does not fit the device. Only for a large UNet,
         and without the step of the images, which may be cached."""
-        plans = self._plans([work for work in steps if not isinstance(work, Drawing)]) if self.weights >= LARGE else {}
+        trained = [work for work in steps if not isinstance(work, Drawing)]
+        plans = self._plans(trained) if self.model.weights >= LARGE else {}
         for step, sizes in plans.items():
             if not budget.fits(sizes, default_device()):
                 size = f"{sum(sizes.values()) / 2**30:.1f} GiB"

@@ -128,7 +128,7 @@ class Job(NamedTuple):
         """The settings, by the name of their option, and what the run will take."""
         settings, compute = self.settings, self.compute
         of_options = {OPTIONS.get(name, name): value for name, value in settings.items()}
-        kept = round(self.density * compute.weights)
+        kept = round(self.density * self.base.weights)
         disk = compute.disk(kept, settings["format"], settings["reversible"])
         if asks := self.recipe.asks:
             side = settings["resolution"] // self.base.pixels_per_latent

@@ -19,8 +19,7 @@ def forecast(plan: Plan) -> Forecast:
     """What --dry-run gives: how much the audit and each attack draw, and with which settings; why others are not run;
     the memory; and the time, which is that of a pass through the UNet, measured here, times the number of passes."""
     model, precision, attacks = plan.job.audited, plan.precision, plan.attacks.values()
-    weights, side = sum(t.shape.numel() for t in model.unet.values()), max(plan.cases[0].size)
-    compute = Compute(model, precision, precision, weights >= LARGE, weights)
+    side, compute = max(plan.cases[0].size), Compute(model, precision, precision, model.weights >= LARGE)
     work = compute.work(
         Attacking, side, max(getattr(attack, "batch_size", 1) for attack in attacks),
         draws=compute.drawing(side, draws=False), models=2 if plan.needs_base else 1,
