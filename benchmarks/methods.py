@@ -47,6 +47,7 @@ RUNS = {
     "salun:base": f"{IMAGES} --steps 150 --batch-size 32 --lr 1e-4 --retain-weight 5 --anchor-from base",
     "salun:paper": f"--recipe paper {IMAGES} --steps 60 --batch-size 32 --lr 1e-4",
     "esd": "--steps 100 --batch-size 8 --lr 3e-4",
+    "esd:anchor": "--steps 100 --batch-size 8 --lr 3e-4",
     "ablation": "--steps 100 --batch-size 32 --lr 4e-4 --samples 200",
     "forget-me-not": "--steps 35 --batch-size 8 --lr 2e-4 --samples 200 --setting end_token=left-out",
     "ascent": f"--steps 30 --batch-size 32 --lr 1e-5 {IMAGES}",

@@ -4,8 +4,8 @@ which drift a ruined model has.
     python benchmarks/moved.py --out /tmp/moved
 
 Erases classes of the pocket checkpoint with several seeds and numbers of steps, and audits each; then one class with
-learning rates that are too high. Writes benchmarks/moved.md and benchmarks/moved.svg. Run again to go on where it
-stopped.
+learning rates that are too high. The points are kept in benchmarks/moved.jsonl, and benchmarks/moved.md and moved.svg
+are written from all of them. Run again to go on where it stopped.
 """
 
 import json
@@ -17,11 +17,13 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import kept_rows
 import numpy as np
 import torch
 import typer
 from pocket_classes import cpu
 
+from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import photo_of
 from salun_sd.draw import prompts
@@ -29,12 +31,15 @@ from salun_sd.draw.prompts import Prompt
 from salun_sd.edit import watch
 from salun_sd.methods.probe import Measure, Points, Probe
 from salun_sd.runtime import seals
-from salun_sd.runtime.files import write_atomic
 
 HERE = Path(__file__).parent
+POINTS = HERE / "moved.jsonl"
 PAIRS = {"dress": "coat", "sneaker": "bag", "trouser": "shirt", "bag": "sandal", "pullover": "t-shirt"}
 SEEDS, ANCHORS, STEPS, LR = (0, 1), ("current", "base"), (8, 20, 50), 1e-4
 RUINED = (1e-3, 3e-3, 1e-2)  # learning rates, of the first pair
+RUNS = [(concept, seed, anchor_from, steps, LR)
+        for anchor_from, seed, concept, steps in product(ANCHORS, SEEDS, PAIRS, STEPS)]  # fmt: skip
+RUINS = [(next(iter(PAIRS)), 0, ANCHORS[0], max(STEPS), lr) for lr in RUINED]
 TRAINING = "--samples 200 --retain-prompts pocket --batch-size 16".split()
 BOUND = watch.RUNAWAY
 DRAWS = 2000  # of the bootstrap
@@ -75,20 +80,15 @@ class Point(NamedTuple):
 
 def main(out: Annotated[Path, typer.Option(help="Folder for masks, checkpoints and audits.")]) -> None:
     watch.RUNAWAY, watch.Probe = math.inf, Both  # so that ruined models are audited, too
-    first = next(iter(PAIRS))
-    runs = [(*run, LR) for run in product(SEEDS, PAIRS, ANCHORS, STEPS)]
-    runs[6:6] = [(0, first, "current", max(STEPS), lr) for lr in RUINED]
-    points: list[Point] = []
-    for seed, concept, anchor_from, steps, lr in runs:
-        here = out / concept / f"{seed}-{anchor_from}-{steps}-{lr:g}"
-        if not (here / "point.json").exists():
-            write_atomic(here / "point.json", json.dumps(measured(here, concept, seed, anchor_from, steps, lr)))
-        points.append(Point(*json.loads((here / "point.json").read_text())))
-        write(points)
+    for run in [*RUINS, *RUNS]:
+        if run not in {point[:5] for point in kept_rows.read(POINTS, Point)}:
+            kept_rows.add(POINTS, measured(out, *run))
+            write(kept_rows.read(POINTS, Point))
 
 
-def measured(here: Path, concept: str, seed: int, anchor_from: str, steps: int, lr: float) -> Point:
+def measured(out: Path, concept: str, seed: int, anchor_from: str, steps: int, lr: float) -> Point:
     """Erase a class, and audit what is left of it and of the others."""
+    here = out / concept / f"{seed}-{anchor_from}-{steps}-{lr:g}"
     mask, asked, pair = here.parent / "mask.safetensors", here.parent / "prompts.csv", ["--concept", photo_of(concept)]
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
@@ -151,6 +151,7 @@ def write(points: list[Point]) -> None:
         if len({p.concept for p in some}) > 1:
             both = (correlation(some, measure) for measure in ("moved", "other"))
             by_anchor.append(f"| {name} | {len(some)} | {' | '.join(both)} |")
+    denoising, _ = find("pocket").sampling
     rows = [f"| {p.concept} → {PAIRS[p.concept]} | {p.seed} | {p.anchor_from} | {p.steps} | {p.moved:.3f} "
             f"| {p.other:.3f} | {p.drift:.4f} | {p.ua:.2f} | {p.ra:.2f} |" for p in usual]  # fmt: skip
     high_lr = [f"| {p.lr:g} | {p.moved:.3f} | {p.drift:.3f} | {p.ua:.2f} | {p.ra:.2f} |" for p in ruined]
@@ -160,7 +161,8 @@ def write(points: list[Point]) -> None:
 
 `python benchmarks/{Path(__file__).name}`, {date.today()}, {cpu()}, Python {platform.python_version()}; `erase pocket`
 with `{" ".join(TRAINING)} --lr {LR:g}` and a mask of density 0.5; the last measure of each run. Audits: UA on 50
-prompts of the concept, RA on 45 of the other classes, 25 denoising steps.
+prompts of the concept, RA on 45 of the other classes, {denoising} denoising steps. {len(usual)} of {len(RUNS)} erasures
+were run.
 
 Spearman's rank correlation of a measure with UA, with its 95 % bootstrap over pairs of class and seed. `moved` is
 1 - |e(c) - g|² / |e_base(c) - e_base(c')|². With the anchor from the base, g is the base's prediction e_base(c'); with

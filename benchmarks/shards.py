@@ -78,7 +78,7 @@ def finished(folder: Path, source: Path) -> None:
     with (folder / "detections.jsonl").open("w", encoding="utf-8") as lines:
         for file, row in wanted(folder, source).items():
             info = PngImagePlugin.PngInfo()
-            info.add_itxt(generate.PROVENANCE, generate._provenance(row, **settings()))
+            info.add_itxt(generate.PROVENANCE, generate.provenance_of(row, **settings(), dtype="float32"))
             image.save(file, "png", pnginfo=info)
             place = {"file": f"images/{file.name}", "case": int(file.stem.partition("_")[0]), "k": 0}
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()

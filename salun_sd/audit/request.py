@@ -11,12 +11,13 @@ from typing import NamedTuple
 from salun_sd.audit import bounds, classify
 from salun_sd.audit.classify import Judge
 from salun_sd.audit.looked import FILE as LOOKED
-from salun_sd.audit.saved import begins
+from salun_sd.audit.saved import LINE, begins
 from salun_sd.checkpoint.model import POCKET, Checkpoint
 from salun_sd.draw import prompts
 from salun_sd.draw.prompts import Prompt
 from salun_sd.errors import UsageError, some
 from salun_sd.report import gate
+from salun_sd.runtime import seals
 from salun_sd.runtime.device import default_device
 from salun_sd.runtime.files import HIDDEN, check_place
 from salun_sd.runtime.stamps import FILE as STAMPS
@@ -102,6 +103,15 @@ def check_out(out: Path) -> None:
     """Raise UsageError if `out` holds anything but an audit."""
     if out.exists() and (not out.is_dir() or not _is_audit(out)):
         raise UsageError(f"{out} holds something that is not of an audit: choose another --out.")
+
+
+def check_images(out: Path, manifest: list[dict]) -> None:
+    """Raise UsageError if `out` holds the audit of images of which the manifest has none."""
+    if (earlier := out / "manifest.jsonl").is_file():
+        audited = (line["file"] for line in seals.read_lines(earlier, LINE, skip=True))
+        files = {line["file"] for line in manifest}
+        if (first := next(audited, None)) and first not in files and files.isdisjoint(audited):
+            raise UsageError(f"{out} holds the audit of other images, such as {first}: choose another --out.")
 
 
 def seconds_in(text: str) -> int:

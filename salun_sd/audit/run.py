@@ -19,7 +19,7 @@ from salun_sd.audit.examine import examine
 from salun_sd.audit.features import extractor
 from salun_sd.audit.looked import Looked
 from salun_sd.audit.report import Run, assemble, headline_metrics, numbers, part_of
-from salun_sd.audit.request import JUDGE, Request, check_options, check_record, check_values
+from salun_sd.audit.request import JUDGE, Request, check_images, check_options, check_record, check_values
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
@@ -166,12 +166,15 @@ def _requested(
     a row."""
     if o.prompts is None:
         there = _gather(o.images, _path(o.against), out, o.recursive, o.concept_class, o.classifier, o.clip)
+        check_images(out, there.model)
         request = Request.of_lines(f"{len(there.model):,} image files", digest(there.model), there.model)
         return request, request.rows, there
     class_model = (models()[0] or models()[1]) if o.prompts == CLASSES else None
     request = Request.of(o.prompts, o.where, o.limit, o.guidance, o.size, class_model)
     own = shards.own(request.rows, shard)
     lines = collected(o.images, own, out, subset=bool(o.where or o.limit or shard)) if o.images else []
+    if o.images:
+        check_images(out, lines)
     return request, own, Pairs(lines, None, None)
 
 

@@ -106,7 +106,7 @@ def missing(
     """
     rows, damaged, stamps = {}, [], cache(Stamps)
     for file, row in wanted.items():
-        provenance = _provenance(row, identity=identity, scheduler=scheduler, steps=steps, dtype=dtype)
+        provenance = provenance_of(row, identity=identity, scheduler=scheduler, steps=steps, dtype=dtype)
         if stamps(file.parent).of(file.name) == _brief(provenance):
             continue
         state, recorded = state_of(file), _recorded(file)
@@ -164,10 +164,10 @@ def draw(
                     break
                 images = sampler.draw([rows[i] for i in places], advance=partial(_move, bar, len(places)))
                 for i, image in zip(places, images, strict=True):
-                    _write(files[i], image, _provenance(rows[i], **settings))
+                    _write(files[i], image, provenance_of(rows[i], **settings))
                     yield files[i]
                 for i in places:
-                    _stamp(files[i], state_of(files[i]), _provenance(rows[i], **settings), stamps)
+                    _stamp(files[i], state_of(files[i]), provenance_of(rows[i], **settings), stamps)
                 if not n:
                     _foretell(bar, (time.monotonic() - begun) * sum(work[1:]) / work[0])
     ranks.wait()
@@ -198,7 +198,8 @@ def _move(bar: Bar, images: int, share: float) -> None:
     bar.update(min(images * share, bar.total - bar.n))
 
 
-def _provenance(row: Row, *, identity: str, scheduler: str, steps: int, dtype: str) -> str:
+def provenance_of(row: Row, *, identity: str, scheduler: str, steps: int, dtype: str) -> str:
+    """What an image records of how it was drawn."""
     width, height = row.size
     return (f"{identity} scheduler={scheduler} steps={steps}{dtype_mark(dtype)} size={width}x{height} "
             f"guidance={row.guidance} seed={row.seed} {row.text}")  # fmt: skip

@@ -41,8 +41,9 @@ def parse_json(text: str | bytes, name: str, shape: Shape = object, error: Error
     or has not this shape.
     """
     try:
-        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
-        if fault := _limits(value) or _fault(value, shape, ""):
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(text)
+        if fault := (None if _is_plain(text) else _limits(value)) or _fault(value, shape, ""):
             raise ValueError(fault)
     except UnicodeDecodeError as e:
         raise error(f"{name} is damaged: it is no UTF-8 text.") from e
@@ -51,6 +52,12 @@ def parse_json(text: str | bytes, name: str, shape: Shape = object, error: Error
     except ValueError as e:  # a JSONDecodeError too
         raise error(f"{name} is damaged: {e}.") from e
     return value
+
+
+def _is_plain(text: str) -> bool:
+    """Whether no value of a JSON text can be beyond the limits: it has few brackets, and no half of a surrogate pair,
+    escaped or not. Seen at a glance, where `_limits` looks at each text."""
+    return text.count("{") + text.count("[") < MOST_LEVELS and "\\u" not in text and is_unicode(text)
 
 
 def _limits(value: Any) -> str | None:

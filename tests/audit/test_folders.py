@@ -96,6 +96,18 @@ def test_images_that_were_drawn_here_say_their_prompts_which_a_clip_compares(tin
     assert found["quality"]["clip_score"] == drawn["quality"]["clip_score"]  # of the two whose prompt is known
 
 
+def test_an_audit_of_other_images_is_not_written_over(places, tmp_path, capsys):
+    salun_sd.evaluate(images=places["plain"], out=tmp_path / "audit")
+    before = (tmp_path / "audit" / "report.json").read_bytes()
+    line = "evaluate --images {erased} --recursive --out {out}"
+    fails_with(line, places | {"out": tmp_path / "audit"}, 2, "{out} a.png --out", capsys)
+    assert (tmp_path / "audit" / "report.json").read_bytes() == before
+    shutil.copytree(places["plain"], tmp_path / "plain")
+    salun_sd.evaluate(images=tmp_path / "plain", out=tmp_path / "grown")
+    crop(tmp_path / "plain" / "b.png", 20)
+    assert len(salun_sd.evaluate(images=tmp_path / "plain", out=tmp_path / "grown")["broken"]) == 0
+
+
 IMAGES = "evaluate --images {plain} "
 CASES = {
     "no prompts for a model": ("evaluate pocket", "--prompts"),
