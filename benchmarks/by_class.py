@@ -58,6 +58,7 @@ class Row(NamedTuple):
     fid_data: float  # of the kept classes, to images of the test split
     base_fid_data: float
     seconds: float | None  # of `erase`
+    machine: str = "2 x AMD EPYC"  # that of all rows until 26 Nov 2026
 
 
 def main(
@@ -108,7 +109,7 @@ def measured(out: Path, key: tuple, options: list[str], data: Path) -> Row:
     metrics, ra_of_base = of_base["metrics"], of_base["against"]["metrics"]["ra"]["rate"]
     fids = [q["fid"]["value"] for q in (of_base["quality"], of_data["quality"], of_data["against"]["quality"])]
     change = of_base["quality"]["change"]["value"]
-    return Row(*key, metrics["ua"]["rate"], metrics["ra"]["rate"], ra_of_base, change, *fids, seconds)
+    return Row(*key, metrics["ua"]["rate"], metrics["ra"]["rate"], ra_of_base, change, *fids, seconds, cpu())
 
 
 def retrain(concept: str, seed: int, out: Path, data: Path) -> None:
@@ -140,7 +141,8 @@ def write(table: list[Row]) -> None:
         f"""# Erasing a class of pocket-ddpm
 
 `python benchmarks/{Path(__file__).name} --out DIR`, with the options that the last table names
-{date.today()}, {cpu()}, Python {platform.python_version()}; one thread. Seconds were taken while other programs ran.
+{date.today()}, Python {platform.python_version()}; one thread of
+{" or ".join(sorted({row.machine for row in table}))}. Seconds were taken while other programs ran.
 
 Each class is erased towards the next one; `{RETRAIN}` is the base's own training without the class. {IMAGES} images of
 each class, the same seeds for every model. UA: share of the class's images that the pocket judge does not classify as

@@ -75,6 +75,7 @@ class Row(NamedTuple):
     seconds: float | None = None  # of `erase`
     peak: float | None = None  # GiB of memory, of `erase`
     denoising: int = 25  # steps to draw an image: those of pocket; it had 25, with leading spacing, until 26 Nov 2026
+    machine: str = "2 x AMD EPYC"  # that of all rows until 26 Nov 2026
 
     @property
     def lost(self) -> float:
@@ -93,7 +94,7 @@ def main(
         for c in concept or (TUNED_ON if tune else CLASSES):
             for name in run or RUNS:
                 for where in support or [PUBLISHED]:
-                    measure(out, Row(name, where, c, s, tune or RUNS[name], tune is not None))
+                    measure(out, Row(name, where, c, s, tune or RUNS[name], tune is not None, machine=cpu()))
                     write(kept_rows.read(ROWS, Row))
 
 
@@ -147,8 +148,8 @@ def write(measured: list[Row]) -> None:
     (HERE / "methods.md").write_text(
         f"""# Methods and supports, on the classes of the pocket checkpoint
 
-`python benchmarks/{Path(__file__).name} --out DIR`, {date.today()}, {cpu()}, Python {platform.python_version()}; one
-thread. Up to six other programs shared the core: seconds do not compare.
+`python benchmarks/{Path(__file__).name} --out DIR`, {date.today()}, Python {platform.python_version()}; one thread of
+{" or ".join(sorted({row.machine for row in table}))}. Up to six other programs shared the core: seconds do not compare.
 
 Each class is erased towards the next one. UA: share of the concept's 100 prompts whose image is not classified as it.
 RA: share of 180 prompts of the other classes classified as what they ask for, less the base's on the same prompts and
