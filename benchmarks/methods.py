@@ -185,9 +185,9 @@ denoising steps and later in 10 (those with the weights 10 and 20, and with 60 o
 change and an attack: see docs/results.md. By this rule `erasediff` would have 6e-5, its last try, which came after
 its rows. Stopped: the model was ruined, and `erase` said so.
 
-| run | options | class | UA | RA - base | change |
-| --- | --- | --- | --- | --- | --- |
-{lines(tries, ("run", "options", "concept"), of_class)}
+| run | support | options | class | UA | RA - base | change |
+| --- | --- | --- | --- | --- | --- | --- |
+{lines(tries, ("run", "support", "options", "concept"), of_class)}
 """
     )
     if table:

@@ -52,7 +52,7 @@ TRAINING_SIZE = Option(
 )
 SALIENCY_GUIDANCE = Option(
     help="w in the saliency loss, whose prediction is (1 + w) conditional - w unconditional. 0: the paper's loss. "
-    "Default: 7.5; for a class-conditional model 2, or 0 where it has no null class."
+    "Default, as in the authors' code: 7.5; for a class-conditional model 2, or 0 where it has no null class."
 )
 SEED = Option(min=RANGES["seed"].low, max=RANGES["seed"].high, help="Random seed of noise, timesteps and image order.")
 DTYPE = Option(
@@ -114,12 +114,12 @@ RETAIN_CAPTION = Option(
 )
 RETAIN_PROMPTS = Option(
     help="Prompt set, by name or file, to draw retain images from; rows of the concept's class are left out. anchor: "
-    "the anchors alone. Default: a third anchors, a third neighbours of the concept, a third everyday prompts; for a "
-    "class-conditional model all other classes."
+    "the anchors alone, as published. Default, our choice: a third anchors, a third neighbours of the concept, a third "
+    "everyday prompts; for a class-conditional model all other classes."
 )
 RETAIN_WEIGHT = Option(
     help="Weight of the retain loss; the method's own loss has weight 1. 0: nothing is retained. Default: 10 for "
-    "salun without --recipe paper, else the method's published value."
+    "salun, as we measured to be better; with --recipe paper and for other methods the published value."
 )
 LR = Option(help=f"Learning rate of Adam: {RANGES['lr'].words}. Default: the method's published value.")
 CLIP_NORM = Option(
@@ -134,12 +134,12 @@ BATCH_SIZE = Option(
     help="Forget images per update; as many retain images are added. Default: the method's published value.",
 )
 ANCHOR_FROM = Option(
-    help="Whose prediction for the anchor is the target. current: that of the weights in training, as published; the "
-    "default. base: the base's."
+    help="Whose prediction for the anchor is the target. current: that of the weights in training, the default: as "
+    "published, and as we measured to be better under attack. base: the base's."
 )
 RETAIN_TARGET = Option(
-    help="What retain images hold: the base's prediction, or the noise, as published. Default: base; noise for ascent, "
-    "erasediff and finetune, and with --recipe paper."
+    help="What retain images hold: the base's prediction, or the noise, as published. Default: base, as we measured to "
+    "be better; noise for ascent, erasediff and finetune, and with --recipe paper."
 )
 PROBE_EVERY = Option(
     min=RANGES["probe_every"].low,
