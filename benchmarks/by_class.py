@@ -13,6 +13,7 @@ import platform
 import shlex
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
@@ -97,8 +98,7 @@ def measured(out: Path, key: tuple, options: list[str], data: Path) -> Row:
         retrain(concept, seed, made, data)
     else:
         shutil.rmtree(made, ignore_errors=True)
-        cli.run(["erase", MODEL, "--concept", concept, "--anchor", kept_rows.next_class(concept), *options, "--seed",
-                 str(seed), "--out", str(made)])  # fmt: skip
+        erase(concept, options, seed, made)
     evaluate = [str(made), "--prompts", "classes", "--samples-per-prompt", str(IMAGES), "--against", MODEL,
                 "--concept-class", concept, "--fid", "pocket", *DRAWING]  # fmt: skip
     of_base = kept_rows.audited(evaluate, here / "audit", out / BASE)
@@ -110,6 +110,12 @@ def measured(out: Path, key: tuple, options: list[str], data: Path) -> Row:
     fids = [q["fid"]["value"] for q in (of_base["quality"], of_data["quality"], of_data["against"]["quality"])]
     change = of_base["quality"]["change"]["value"]
     return Row(*key, metrics["ua"]["rate"], metrics["ra"]["rate"], ra_of_base, change, *fids, seconds, cpu())
+
+
+def erase(concept: str, options: Sequence[str], seed: int, out: Path) -> None:
+    """Erase a class towards the next one, unless `out` has that erasure."""
+    cli.run(["erase", MODEL, "--concept", concept, "--anchor", kept_rows.next_class(concept), *options, "--seed",
+             str(seed), "--out", str(out)])  # fmt: skip
 
 
 def retrain(concept: str, seed: int, out: Path, data: Path) -> None:

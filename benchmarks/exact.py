@@ -1,7 +1,8 @@
-"""How close each erasure comes to the exact answer: pocket, trained anew without the class.
+"""How close each erasure comes to the exact answer: pocket or pocket-ddpm, trained anew without the class.
 
     python benchmarks/exact.py --out /tmp/exact --quick
     python benchmarks/exact.py --out /tmp/exact --class sneaker --model salun --model esd --seed 1
+    python benchmarks/exact.py --out /tmp/exact --kind ddpm --class dress
 
 Runs the commands that a person would type. A class's retrained model is trained if it is not in DIR (75 minutes on one
 core; a training that was stopped goes on). Each row, a model without a class, is kept in benchmarks/exact.jsonl, and
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import by_class
 import exact_page
 import kept_rows
 import numpy as np
@@ -23,12 +25,14 @@ import typer
 from distances import jackknife, jensen_shannon, per_timestep
 from exact_drawn import EXAMPLES, Drawn, audited_prompts, draw, seen_in_data
 from methods import RUNS, erase
+from pocket_classes import cpu
 
 from salun_sd.audit.fidelity import frechet, kid, moments
 from salun_sd.checkpoint import provenance
 from salun_sd.checkpoint.find import find
 from salun_sd.pocket import train
 from salun_sd.pocket.fashion import CLASSES
+from salun_sd.pocket.train import Kind
 
 ROWS = Path(__file__).parent / "exact.jsonl"
 QUICK = ("sneaker", "dress")
@@ -44,7 +48,10 @@ ERASURES = {  # name => a run of methods.py, and its support where it is not the
     **{run: (run, None) for run in RUNS if not run.startswith("salun")},
 }
 PICTURED = (BASE, RETRAINED, "salun", "salun:paper", "no mask", "esd", "uce")
-MODELS = [BASE, RETRAINED, OTHER_IMAGES, OTHER_TRAINING, *ERASURES]
+BY_CLASS = [run for run in by_class.RUNS if run != by_class.RETRAIN]
+YARDSTICKS = [BASE, RETRAINED, OTHER_IMAGES, OTHER_TRAINING]
+MODELS = {Kind.stable_diffusion: [*YARDSTICKS, *ERASURES], Kind.ddpm: [*YARDSTICKS, *BY_CLASS]}
+BASES = {Kind.stable_diffusion: "pocket", Kind.ddpm: by_class.MODEL}
 
 
 class Row(NamedTuple):
@@ -59,86 +66,117 @@ class Row(NamedTuple):
     seconds: float | None = None  # of `erase`
     peak: float | None = None  # GiB of memory, of `erase`
     changed: float | None = None  # share of the UNet's weights
+    kind: str = Kind.stable_diffusion.value
+    machine: str = "2 x AMD EPYC"  # that of all rows until 26 Nov 2026
+
+
+class Task(NamedTuple):
+    """A class that is to be forgotten: by which kind of model, and where models and images are kept."""
+
+    concept: str
+    kind: Kind
+    out: Path
+    data: Path
+
+    def folder(self, name: str, seed: int = 0) -> Path:
+        kind = "" if self.kind is Kind.stable_diffusion else f"{self.kind.value}-"
+        return self.out / f"{kind}{self.concept}-{name}-{seed}".translate(str.maketrans(" :", "__", ","))
+
+    def retrained(self, seed: int = 0) -> str:
+        """The model that never saw the class, trained as long as the base; trained now, unless it is there."""
+        folder = self.folder("retrained-model", seed)
+        train.train(self.data, folder, self.kind, seed=seed, without=self.concept)
+        return str(folder)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and images.")],
     concept: Annotated[list[str] | None, typer.Option("--class", help="Default: all ten.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"{' and '.join(QUICK)} alone.")] = False,
+    kind: Annotated[Kind, typer.Option(help="stable-diffusion: pocket. ddpm: pocket-ddpm.")] = Kind.stable_diffusion,
     model: Annotated[list[str] | None, typer.Option(help=f"Default: all but {OTHER_TRAINING!r}.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Of the erasures. Default: 0.")] = None,
     data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = Path("/usr/share/datasets/fashion-mnist"),
 ) -> None:
     if not find_spec("matplotlib"):
         raise typer.BadParameter("the pictures need matplotlib: pip install 'salun-sd[figures]'.")
-    if unknown := [name for name in model or [] if name not in MODELS]:
-        raise typer.BadParameter(f"there is no model {unknown[0]!r}: give one of {', '.join(MODELS)}.")
+    if unknown := [name for name in model or [] if name not in MODELS[kind]]:
+        raise typer.BadParameter(f"there is no model {unknown[0]!r}: give one of {', '.join(MODELS[kind])}.")
     for c in concept or (QUICK if quick else CLASSES):
+        task = Task(c, kind, out, data)
         for s in seed or [0]:
-            for name in model or [name for name in MODELS if name != OTHER_TRAINING]:
-                measure(out, c, name, s if name in ERASURES else 0, data)
-                exact_page.write(sorted(kept_rows.read(ROWS, Row), key=lambda row: MODELS.index(row.model)))
-        write_pictures(out, c, data)
+            for name in model or [name for name in MODELS[kind] if name != OTHER_TRAINING]:
+                measure(task, name, 0 if name in YARDSTICKS else s)
+                write(kept_rows.read(ROWS, Row))
+        if kind is Kind.stable_diffusion:
+            write_pictures(task)
 
 
-def measure(out: Path, concept: str, name: str, seed: int, data: Path) -> None:
+def measure(task: Task, name: str, seed: int) -> None:
     """Make a model without a class, and compare it, unless there is such a row."""
-    run, support = ERASURES.get(name, (None, None))
-    options = shlex.join([*(["--mask", support] if support else []), *shlex.split(RUNS[run])]) if run else ""
-    key = (concept, name, seed, options)
-    if key in {row[:4] for row in kept_rows.read(ROWS, Row)}:
+    options = [] if name in YARDSTICKS else options_of(task.kind, name)
+    key = (task.concept, name, seed, shlex.join(options))
+    if (*key, task.kind.value) in {(*row[:4], row.kind) for row in kept_rows.read(ROWS, Row)}:
         return
-    here = folder_of(out, concept, name, seed)
-    if run:
-        erase(concept, run, shlex.split(options), seed, here / "erased")
-    exact, base = reference(out, concept, RETRAINED, data), reference(out, concept, BASE, data)
-    if run:
-        own = draw(here, str(here / "erased"), concept, data)
+    here, is_erased = task.folder(name, seed), name not in YARDSTICKS
+    if is_erased and task.kind is Kind.ddpm:
+        by_class.erase(task.concept, options, seed, here / "erased")
+    elif is_erased:
+        erase(task.concept, ERASURES[name][0], options, seed, here / "erased")
+    exact, base = reference(task, RETRAINED), reference(task, BASE)
+    if is_erased:
+        own = draw(here, str(here / "erased"), task.concept, task.data)
     elif name in (BASE, RETRAINED):
         own = {BASE: base, RETRAINED: exact}[name]
     elif name == OTHER_TRAINING:
-        own = draw(here, retrained(out, concept, data, seed=1), concept, data)
+        own = draw(here, task.retrained(seed=1), task.concept, task.data)
     else:
-        own = draw(here, exact.model, concept, data, shifted=1000)
+        own = draw(here, exact.model, task.concept, task.data, shifted=1000)
     relative = per_timestep(own.predictions, exact.predictions)
     values = compared(own, exact, base, relative.mean(axis=0), same_seeds=name != OTHER_IMAGES)
     curves = {"concept": relative[:, :EXAMPLES], "kept": relative[:, EXAMPLES:]}
     curves = {of: [round(float(v), 8) for v in by_image.mean(axis=1)] for of, by_image in curves.items()}
-    kept_rows.add(ROWS, Row(*key, values, curves, **(cost(here / "erased") if run else {})))
+    costs = cost(here / "erased", find(base.model).weights) if is_erased else {}
+    kept_rows.add(ROWS, Row(*key, values, curves, **costs, kind=task.kind.value, machine=cpu()))
 
 
-def write_pictures(out: Path, concept: str, data: Path) -> None:
+def options_of(kind: Kind, name: str) -> list[str]:
+    """The options of `erase` for an erasure."""
+    if kind is Kind.ddpm:
+        return by_class.RUNS[name]
+    run, support = ERASURES[name]
+    return [*(["--mask", support] if support else []), *shlex.split(RUNS[run])]
+
+
+def write(rows: list[Row]) -> None:
+    """The page, with the rows of each kind in the order of its models."""
+    order = [*YARDSTICKS, *ERASURES, *BY_CLASS]
+    rows = sorted(rows, key=lambda row: order.index(row.model))
+    exact_page.write(*([row for row in rows if row.kind == kind.value] for kind in MODELS))
+
+
+def write_pictures(task: Task) -> None:
     """The same prompts and seeds, by the models of PICTURED that were drawn."""
-    audits = {name: folder_of(out, concept, name) / "audit" for name in PICTURED}
+    audits = {name: task.folder(name) / "audit" for name in PICTURED}
     whole = {name: audit for name, audit in audits.items() if (audit / "report.json").is_file()}
     if whole:
-        exact_page.pictures(concept, {name: Drawn(audit, name, concept, data) for name, audit in whole.items()})
+        drawn = {name: Drawn(audit, name, task.concept, task.data) for name, audit in whole.items()}
+        exact_page.pictures(task.concept, drawn)
 
 
-def folder_of(out: Path, concept: str, name: str, seed: int = 0) -> Path:
-    return out / f"{concept}-{name}-{seed}".translate(str.maketrans(" :", "__", ","))
-
-
-def cost(erased: Path) -> dict[str, float]:
-    """What an erasure cost, by its own records."""
+def cost(erased: Path, weights: int) -> dict[str, float]:
+    """What an erasure cost, by its own records; weights: those of the base's UNet."""
     of_run = json.loads((provenance.run_folder(erased) / "run.json").read_text())
     changed = json.loads((erased / "salun.json").read_text())["changed"]["inside"]
-    peak, weights = max(of_run["peak_bytes"].values()) / 2**30, find("pocket").weights
+    peak = max(of_run["peak_bytes"].values()) / 2**30
     return {"seconds": round(of_run["seconds"]), "peak": round(peak, 2), "changed": round(changed / weights, 4)}
 
 
-def retrained(out: Path, concept: str, data: Path, seed: int = 0) -> str:
-    """The model that never saw the class, trained as long as the base; trained now, unless it is there."""
-    folder = out / f"no-{concept.replace(' ', '_')}{f'-{seed}' if seed else ''}"
-    train.train(data, folder, seed=seed, without=concept)
-    return str(folder)
-
-
 @cache
-def reference(out: Path, concept: str, name: str, data: Path) -> Drawn:
+def reference(task: Task, name: str) -> Drawn:
     """What the base or the retrained model draws."""
-    model = "pocket" if name == BASE else retrained(out, concept, data)
-    return draw(folder_of(out, concept, name), model, concept, data)
+    model = BASES[task.kind] if name == BASE else task.retrained()
+    return draw(task.folder(name), model, task.concept, task.data)
 
 
 def compared(

@@ -17,9 +17,11 @@ from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import photo_of
+from salun_sd.core.diffusion import add_noise, predict
 from salun_sd.draw import prompts
-from salun_sd.draw.encode import embedded
+from salun_sd.draw.encode import encode_prompts
 from salun_sd.draw.generate import file_of
+from salun_sd.edit.resources import schedule_of
 from salun_sd.pocket.fashion import CLASSES, load_split
 from salun_sd.pocket.stable_diffusion import encode
 
@@ -52,22 +54,24 @@ class Drawn:
 
     @cached_property
     def predictions(self) -> np.ndarray:
-        """The noise that the model predicts in images of the test split under their own prompts, the class's and then
-        the others': [timesteps, 2 x EXAMPLES, 4, 8, 8]. Each model has its own text encoder."""
-        latents, labels = examples(self.data, self.concept)
-        pipeline = load_pipeline(find(self.model))
-        alphas = pipeline.scheduler.alphas_cumprod
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        """What the model predicts in noised images of the test split under their own prompts, the class's and then the
+        others': [timesteps, 2 x EXAMPLES, ...]. Each model has its own text encoder."""
+        model = find(self.model)
+        schedule, pipeline = schedule_of(model), load_pipeline(model)
+        x0, labels = examples(self.data, self.concept, bool(model.classes))
+        condition = encode_prompts(pipeline, CLASSES if model.classes else [photo_of(name) for name in CLASSES])
+        condition = {key: of_classes[labels] for key, of_classes in condition.items()}
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+        times = [torch.full((len(x0),), t) for t in TIMESTEPS]
         with torch.no_grad():
-            contexts = [embedded(pipeline, photo_of(name))["context"] for name in CLASSES]
-            context = torch.cat([contexts[label] for label in labels])
-            noised = [alphas[t].sqrt() * latents + (1 - alphas[t]).sqrt() * noise for t in TIMESTEPS]
-            return np.stack([pipeline.unet(x, t, context).sample for x, t in zip(noised, TIMESTEPS, strict=True)])
+            return np.stack([predict(pipeline.unet, add_noise(schedule, x0, noise, t), t, condition) for t in times])
 
 
 def draw(here: Path, model: str, concept: str, data: Path, shifted: int = 0) -> Drawn:
-    """Draw by an audit without detectors; the seeds of the prompts are `shifted`."""
-    rows = [p._replace(seed=p.seed + shifted) for p in audited_prompts(concept)]
+    """Draw by an audit without detectors; the seeds of the prompts are `shifted`. A class-conditional model gets the
+    name of a class in place of each prompt."""
+    by_class = bool(find(model).classes)
+    rows = [p._replace(seed=p.seed + shifted, text=p.label if by_class else p.text) for p in audited_prompts(concept)]
     here.mkdir(parents=True, exist_ok=True)
     (here / "prompts.csv").write_text(prompts.as_csv(rows))
     cli.run(["evaluate", model, "--prompts", str(here / "prompts.csv"), "--detector", "none", "--no-images", "--out",
@@ -93,14 +97,16 @@ def seen_in_data(data: Path, concept: str) -> np.ndarray:
 
 
 @cache
-def examples(data: Path, concept: str) -> tuple[torch.Tensor, list[int]]:
-    """Latents of images of the test split and their labels: first the class's, then the others'."""
+def examples(data: Path, concept: str, by_class: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of images of the test split, or for a class-conditional model their grey values, and their labels: first
+    the class's, then the others'."""
     images, labels = load_split(data, "t10k")
     number = CLASSES.index(concept)
     each = EXAMPLES // (len(CLASSES) - 1)
     rows = torch.cat([torch.nonzero(labels == number)[:EXAMPLES, 0]]
                      + [torch.nonzero(labels == n)[:each, 0] for n in range(len(CLASSES)) if n != number])  # fmt: skip
-    return encode(load_pipeline(find("pocket")).vae, images[rows]), labels[rows].tolist()
+    x0 = images[rows, :1] if by_class else encode(load_pipeline(find("pocket")).vae, images[rows])
+    return x0, labels[rows]
 
 
 def seen(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:

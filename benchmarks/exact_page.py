@@ -10,7 +10,6 @@ from statistics import mean, stdev
 import attacks
 import kept_rows
 from exact_drawn import TIMESTEPS, Drawn
-from pocket_classes import cpu
 
 from salun_sd.runtime.files import write_atomic
 
@@ -30,15 +29,15 @@ SHOWN = {"base": "#888888", "retrained, another training seed": "#1a7f37", "salu
          "no mask": "#8250df", "esd": "#bf8700"}  # fmt: skip
 
 
-def write(rows: Sequence) -> None:
-    by_model = defaultdict(list)
-    for row in rows:
-        by_model[row.model].append(row)
+def write(rows: Sequence, by_class: Sequence) -> None:
+    """The page and its figure, from the rows of pocket, and those of pocket-ddpm."""
+    by_model, of_ddpm = _by_model(rows), _by_model(by_class)
     write_atomic(
         HERE / "exact.md",
         f"""# The distance to the exact answer
 
-`python benchmarks/exact.py --out DIR`, {date.today()}, {cpu()}, Python {platform.python_version()}; one thread.
+`python benchmarks/exact.py --out DIR`, {date.today()}, Python {platform.python_version()}; one thread of
+{" or ".join(sorted({row.machine for row in [*rows, *by_class]}))}.
 
 The exact answer to "forget this class" is the model that was trained without it: `python -m salun_sd.pocket.train
 --without CLASS`, as long as the base and with the same seed; the VAE is the base's. Each erasure goes towards the next
@@ -79,10 +78,26 @@ other programs may have used the core.
 | --- | --- | --- | --- | --- |
 {_lines(by_model, _cost)}
 
+## A class-conditional model
+
+`python benchmarks/exact.py --out DIR --kind ddpm`: pocket-ddpm beside the same model, trained without the class. The
+erasures have the options in [by_class.md](by_class.md). What it predicts is v, and not the noise.
+
+{_table(of_ddpm, IMAGES)}
+
+{_table(of_ddpm, MORE)}
+
 All rows are in [exact.jsonl](exact.jsonl), with the distance at each timestep.
 """,
     )
     _figure(by_model)
+
+
+def _by_model(rows: Sequence) -> dict[str, list]:
+    by_model = defaultdict(list)
+    for row in rows:
+        by_model[row.model].append(row)
+    return by_model
 
 
 def _lines(by_model: dict[str, list], cells: Callable[[list], Iterable[str] | None]) -> str:
