@@ -77,17 +77,30 @@ def _kappas(counts: np.ndarray) -> np.ndarray:
 def effective_size(clusters: Sequence[tuple[int, int]]) -> float:
     """The number of independent images that would estimate a rate as precisely; a cluster is (n, of) of a prompt.
 
-    It is rate x (1 - rate) over the variance of the ratio estimator between prompts (Korn & Graubard 1998, Survey
-    Methodology 24:193). Two prompts with the mean number of images are added, one with only hits and one with none: so
-    the variance is never 0, and the result is cautious if all rates are equal. The result is at least the number of
-    prompts and at most the number of images; with one image per prompt, the number of images.
+    With m_i images of prompt i, M in all, it is M / (1 + rho (sum of m_i^2 / M - 1)) (Donner, Birkett & Buck 1981,
+    American Journal of Epidemiology 114:906): from M, where images of a prompt are no more alike than others, down to
+    M^2 / sum of m_i^2, where they are the same. So one prompt with most of the images counts for little more than one.
+    """
+    _, images = np.asarray(clusters, dtype=float).T  # (prompts,)
+    of = images.sum()
+    return float(of / (1 + _alikeness(clusters) * ((images**2).sum() / of - 1)))
+
+
+def _alikeness(clusters: Sequence[tuple[int, int]]) -> float:
+    """rho, the correlation of two images of a prompt, 0 to 1, by analysis of variance (Donner 1986, International
+    Statistical Review 54:67).
+
+    Two prompts with the mean number of images are added, one with only hits and one with none: so there always is a
+    variance between prompts, and the result is cautious where they are few or all rates are equal.
     """
     hits, images = np.asarray(clusters, dtype=float).T  # (prompts,)
-    prompts, of, mean = len(images), images.sum(), images.mean()
+    mean = images.mean()
     hits, images = np.append(hits, [mean, 0]), np.append(images, [mean, mean])
-    rate = hits.sum() / images.sum()
-    variance = ((hits - rate * images) ** 2).sum() / images.sum() ** 2
-    return float(np.clip(rate * (1 - rate) / variance * prompts / (prompts + 2), prompts, of))
+    prompts, of, rates = len(images), images.sum(), hits / images
+    between = (images * (rates - hits.sum() / of) ** 2).sum() / (prompts - 1)
+    within = (images * rates * (1 - rates)).sum() / (of - prompts) if of > prompts else 0
+    usual = (of - (images**2).sum() / of) / (prompts - 1)  # images of a prompt
+    return float(np.clip((between - within) / (between + (usual - 1) * within), 0, 1))
 
 
 def interval(clusters: Sequence[tuple[int, int]]) -> tuple[str, tuple[float, float]]:
@@ -98,11 +111,11 @@ def interval(clusters: Sequence[tuple[int, int]]) -> tuple[str, tuple[float, flo
     above that of hits only.
     """
     n, of = map(sum, zip(*clusters, strict=True))
-    if of == (prompts := len(clusters)):
+    if of == len(clusters):
         return "wilson", wilson(n, of)
-    size = effective_size(clusters)
+    size, least = effective_size(clusters), effective_size([(0, images) for _, images in clusters])
     low, high = wilson(n / of * size, size)
-    return "wilson with effective size", (min(low, wilson(prompts, prompts)[0]), max(high, wilson(0, prompts)[1]))
+    return "wilson with effective size", (min(low, wilson(least, least)[0]), max(high, wilson(0, least)[1]))
 
 
 def difference_interval(clusters: Sequence[tuple[int, int, int, int]]) -> tuple[str, tuple[float, float]]:

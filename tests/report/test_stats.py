@@ -104,10 +104,11 @@ def test_one_image_a_prompt_is_wilson_of_the_images():
 
 
 def test_effective_size_worked_out_by_hand():
-    """Four prompts of 2 images with 2, 1, 0 and 0 hits, and those added: 5 of 12, so the prompts are 7/6, 1/6, -5/6,
-    -5/6, 7/6 and -5/6 off, squares of 174 / 36; 5/12 x 7/12 x 144 / (29/6) x 4/6."""
-    assert effective_size([(2, 2), (1, 2), (0, 2), (0, 2)]) == pytest.approx(35 / (29 / 6) * 4 / 6)
+    """Four prompts of 2 images with 2, 1, 0 and 0 hits, and those added: 5 of 12. Between prompts 2 x 174/144 / 5 =
+    29/60, within them 2 x 1/4 / 6 = 5/60: rho is 24/34, and 8 images count as 8 / (1 + 12/17)."""
+    assert effective_size([(2, 2), (1, 2), (0, 2), (0, 2)]) == pytest.approx(8 * 17 / 29)
     assert effective_size([(2, 2), (2, 2), (0, 2), (0, 2)]) == 4  # as many as prompts
+    assert effective_size([(100, 100), *[(0, 1)] * 20]) == pytest.approx(120**2 / 10_020)  # little more than one
     assert effective_size(spread(50, 4, 100)) > 150
 
 
@@ -136,22 +137,33 @@ def test_images_that_are_alike_are_as_many_as_their_prompts_in_rates_and_in_diff
     assert difference_interval(one)[1] == pytest.approx(difference_interval(ten)[1], abs=1e-12)
 
 
-def drawn(rng, rate: float, correlation: float, prompts: int, images: int) -> np.ndarray:
+def drawn(rng, rate: float, correlation: float, images: list[int]) -> np.ndarray:
     """Hits of each prompt, beta-binomial, by the correlation of its images."""
     a = (1 - correlation) / correlation
-    return rng.binomial(images, rng.beta(rate * a, (1 - rate) * a, size=prompts))
+    return rng.binomial(images, rng.beta(rate * a, (1 - rate) * a, size=len(images)))
 
 
 @pytest.mark.parametrize("rate, correlation", [(0.02, 0.3), (0.02, 0.9), (0.1, 0.3), (0.5, 0.9)])
 def test_intervals_cover_what_they_say_where_images_of_a_prompt_are_alike(rate, correlation):
     rng, held, of_images = np.random.default_rng(0), [], []
     for _ in range(600):
-        hits = drawn(rng, rate, correlation, 100, 4).tolist()
+        hits = drawn(rng, rate, correlation, [4] * 100).tolist()
         low, high = interval([(n, 4) for n in hits])[1]
         held.append(low <= rate <= high)
         low, high = wilson(sum(hits), 400)
         of_images.append(low <= rate <= high)
     assert np.mean(of_images) < 0.9 < 0.93 <= np.mean(held)
+
+
+@pytest.mark.parametrize("images", [[20] * 5 + [1] * 50, [100] + [1] * 20, [30, 10, 5, 3, 2] + [1] * 30])
+@pytest.mark.parametrize("rate, correlation", [(0.1, 0.3), (0.5, 0.6), (0.5, 0.999)])
+def test_intervals_cover_what_they_say_where_some_prompts_have_most_of_the_images(images, rate, correlation):
+    rng, held = np.random.default_rng(0), []
+    for _ in range(400):
+        hits = drawn(rng, rate, correlation, images).tolist()
+        low, high = interval(list(zip(hits, images, strict=True)))[1]
+        held.append(low <= rate <= high)
+    assert np.mean(held) > 0.85
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.9])
