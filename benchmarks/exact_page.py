@@ -57,7 +57,7 @@ that is smaller than in its row cannot be told from zero with so many images.
 - Noise: ‖ε - ε_retrained‖² / ‖ε_retrained‖² on images of the test split under their own prompts, the mean over ten
   timesteps.
 
-![Change and UA; and the distance of the predictions at each timestep](exact.svg)
+![The distance of the predictions at each timestep](exact.svg)
 
 {_table(by_model, IMAGES)}
 
@@ -146,26 +146,16 @@ def _over_floor(by_model: dict[str, list]) -> str:
 
 
 def _figure(by_model: dict[str, list]) -> None:
-    """exact.svg: UA against the change of the kept images, and the distance of predictions over t."""
+    """exact.svg: the distance of predictions over t."""
     plt = _pyplot()
-    figure, (left, *right) = plt.subplots(1, 3, figsize=(13, 4))
-    for model, rows in by_model.items():
-        change = [row.values["change"][0] for row in rows if "change" in row.values]
-        colour = SHOWN.get(model, "#888888")
-        if change and mean(change) > 0:
-            ua = mean(row.values["ua"][0] for row in rows)
-            left.scatter(mean(change), ua, color=colour, s=20)
-            left.annotate(model, (mean(change), ua), (4, 3), textcoords="offset points", fontsize=7, color="#888888")
-        if model in SHOWN:
-            for axes, of in zip(right, ("concept", "kept"), strict=True):
-                curve = [mean(values) for values in zip(*(row.curves[of] for row in rows), strict=True)]
-                axes.plot(list(TIMESTEPS), curve, color=colour, label=model)
-                axes.set_title(f"predictions, {of} prompts", fontsize=10, color="#888888")
-    left.set(xscale="log", ylim=(-5, 108), xlabel="change of the kept images", ylabel="UA, %")
-    left.xaxis.set_minor_formatter("")
-    for axes in right:
+    figure, grid = plt.subplots(1, 2, figsize=(9, 4))
+    for axes, of in zip(grid, ("concept", "kept"), strict=True):
+        for model in filter(by_model.get, SHOWN):
+            curve = [mean(values) for values in zip(*(row.curves[of] for row in by_model[model]), strict=True)]
+            axes.plot(list(TIMESTEPS), curve, color=SHOWN[model], label=model)
+        axes.set_title(f"predictions, {of} prompts", fontsize=10, color="#888888")
         axes.set(yscale="log", xlabel="timestep t", ylabel="distance to the retrained model")
-    right[0].legend(fontsize=7, frameon=False, labelcolor="#888888")
+    grid[0].legend(fontsize=7, frameon=False, labelcolor="#888888")
     _save(figure, "exact.svg")
 
 

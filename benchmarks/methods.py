@@ -251,14 +251,15 @@ def scatter(rows: list[Row]) -> str:
         return height - pad - ua * (height - 2 * pad)
 
     marks = []
-    taken = [(x(change) - 5, x(change) + 5, y(ua)) for ua, change, _ in points]  # the ends of what is drawn, its middle
+    # the ends of what is drawn, and its middle; the ticks are drawn, too
+    taken = [(0, width, height - pad + 16), *((x(change) - 5, x(change) + 5, y(ua)) for ua, change, _ in points)]
     for ua, change, label in sorted(points, key=lambda point: (-point[0], -point[1])):
         left, right, middle = x(change) + 8, x(change) + 8 + 7 * len(label), y(ua)
         while any(left < end and start < right and abs(middle - other) < line for start, end, other in taken):
             middle += line
         taken.append((left, right, middle))
-        marks += [f'<path d="M{x(change):.1f} {y(ua):.1f}L{left - 1:.1f} {middle:.1f}" stroke="#bbb"/>',
-                  f'<circle cx="{x(change):.1f}" cy="{y(ua):.1f}" r="4"/>',
+        marks += [f'<path d="M{x(change):.1f} {y(ua):.1f}L{left - 1:.1f} {middle:.1f}" stroke="#80868f"/>',
+                  f'<circle cx="{x(change):.1f}" cy="{y(ua):.1f}" r="4" fill="#0969da"/>',
                   f'<text x="{left:.1f}" y="{middle + 4:.1f}">{label}</text>']  # fmt: skip
     for tick in (factor * 10.0**exponent for exponent in range(-5, 0) for factor in (1, 3)):
         if low < tick < high:
@@ -266,8 +267,7 @@ def scatter(rows: list[Row]) -> str:
     for ua in (0, 0.25, 0.5, 0.75, 1):
         marks.append(f'<text x="{pad - 8}" y="{y(ua) + 4:.1f}" text-anchor="end">{ua:g}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-    return f"""{head} font-family="sans-serif" font-size="12">
-<rect width="{width}" height="{height}" fill="white"/>
+    return f"""{head} font-family="sans-serif" font-size="12" fill="#80868f">
 <path d="M{pad} {pad}V{height - pad}H{width - 3 * pad}" fill="none" stroke="#888"/>
 {chr(10).join(marks)}
 <text x="{width / 2 - pad}" y="{height - 10}" text-anchor="middle">change of the kept images</text>
