@@ -18,6 +18,7 @@ from salun_sd.checkpoint.model import BUNDLED
 from salun_sd.classifier.small_resnet import SmallResNetConfig, SmallResNetForImageClassification
 from salun_sd.errors import SalunError, UsageError, first_line, some
 from salun_sd.runtime.contents import check_files, hash_into
+from salun_sd.runtime.documents import read_json
 from salun_sd.runtime.finite import finite
 
 AutoConfig.register(SmallResNetConfig.model_type, SmallResNetConfig, exist_ok=True)
@@ -131,10 +132,10 @@ def in_order_of(classifier: Classifier, classes: Sequence[str], model: str) -> t
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256, in hex, of the config and the weights in a model's folder."""
+    """SHA-256, in hex, of the config and the weights in a model's folder. Raises SalunError for a damaged config."""
     whole = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         hash_into(whole, file)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", dict)
     whole.update(json.dumps(config, sort_keys=True).encode())
     return whole.hexdigest()

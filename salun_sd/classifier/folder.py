@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from salun_sd.checkpoint import tensors
 from salun_sd.classifier import deliver, measure, original, search
 from salun_sd.classifier.architectures import Classifier
 from salun_sd.classifier.data import Data
-from salun_sd.classifier.jobs import check_same
+from salun_sd.classifier.jobs import alone, check_same
 from salun_sd.classifier.methods.be import head
 from salun_sd.classifier.methods.catalog import Result
 from salun_sd.classifier.methods.catalog import forget as run_method
@@ -80,9 +79,10 @@ class Run:
                     "tune": self.tune, "model": self.whole.model and digest(self.whole.model)}  # fmt: skip
         self.settings = json.loads(json.dumps(settings))
         file = self.files / "settings.json"
+        begun = (self.out / "report.json").exists() or (self.out / ORIGINAL).exists()
         names = {f.name for f in self.files.iterdir() if f.name[0] != "."} if self.files.is_dir() else set()
         if file.name not in names:  # another process may be about to write it: its partial file is hidden
-            if names or (self.out / "report.json").exists():
+            if names or begun:
                 raise UsageError(f"{self.out} holds something else: choose another --out, or remove it.")
             write_atomic(file, json.dumps(seals.sealed(self.settings), indent=2) + "\n")
         check_same(seals.read(file, dict, deliver.ADVICE), self.settings, self.out)
@@ -108,12 +108,19 @@ class Run:
 
     @cached_property
     def original(self) -> Classifier:
+        """MODEL, or the original in the folder, whichever process wrote it: trained on another machine, it would have
+        other bits. Raises UsageError where models were made with one that is gone."""
         if self.whole.model:
             return self.whole.model
-        classifier = original.trained(self.whole.data, self.whole.split(0), self.training, device())
-        with FileLock(self.files / f"{ORIGINAL}.lock"):  # of processes that start together, one writes it
-            original.copied(classifier, self.out / ORIGINAL, self.training)
-        return classifier
+        folder = self.out / ORIGINAL
+        with alone(self.files / f"{ORIGINAL}.lock", "opens or trains the original"):
+            if not folder.exists():
+                if any(self.files.glob("split-*.json")):  # a job was begun
+                    raise UsageError(f"{folder}, with which the models beside it were made, is gone: put it back, or "
+                                     "choose another --out.")  # fmt: skip
+                made = original.trained(self.whole.data, self.whole.split(0), self.training, device())
+                original.write(made, folder, {"training": dict(self.training)})
+            return original.read(folder, device())
 
     def folder(self, job: Job) -> Path:
         return self.out / job.row.label / f"seed-{job.seed}"

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -42,6 +43,21 @@ def work(jobs: Sequence[Job], folder: Path, is_done: Callable[[Job], bool], do: 
             logger.info("Every job that is left is being done by another process: waiting.")
         told = idle
         time.sleep(WAIT if idle else 0)
+
+
+@contextmanager
+def alone(lock_file: Path, what: str) -> Iterator[None]:
+    """Hold a lock until the block ends. While another process holds it, wait; the log says `what` it does."""
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info(f"Another process {what}: waiting.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_same(before: dict, now: dict, out: Path) -> None:

@@ -60,16 +60,18 @@ def _train(data: Data, split: Split, training: Mapping, device: str, folder: Pat
                 training["batch_size"])  # fmt: skip
     logger.info(f"Training {training['architecture']} on {len(split.trained):,} images of {data.name}; it is kept.")
     result = forget("retrain", task, what="original", state=folder.parent / "state.safetensors", run=wanted)
-    _write(classifier, folder, {"training": dict(training), "data": data.name, "seconds": result.seconds})
+    write(classifier, folder, {"training": dict(training), "data": data.name, "seconds": result.seconds})
 
 
-def copied(classifier: Classifier, folder: Path, training: Mapping) -> None:
-    """Write the original into a run's folder, if it is not there."""
-    if not folder.exists():
-        _write(classifier, folder, {"training": dict(training)})
+def read(folder: Path, device: str) -> Classifier:
+    """The original in a run's folder. Raises SalunError where it is not as it was written."""
+    if not _is_whole(folder):
+        raise SalunError(f"{folder} is not as it was written: put it back, or choose another --out.")
+    return opened(str(folder), device)
 
 
-def _write(classifier: Classifier, folder: Path, record: dict) -> None:
+def write(classifier: Classifier, folder: Path, record: dict) -> None:
+    """Write an original, and its record."""
     with new_folder(folder) as partial:
         classifier.save(partial)
         content = seals.sealed(record | {"digest_of_model": digest_of(partial)})

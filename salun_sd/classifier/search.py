@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-from filelock import FileLock
-
 from salun_sd.classifier.architectures import Classifier
+from salun_sd.classifier.jobs import alone
 from salun_sd.classifier.measure import accuracy, answers
 from salun_sd.classifier.split import Split
 from salun_sd.runtime import seals
@@ -45,7 +44,7 @@ def searched(
     """
     if len(candidates) == 1:
         return {"tried": [], "settings": candidates[0], "run": run}
-    with FileLock(f"{file}.lock"):
+    with alone(file.with_name(f"{file.name}.lock"), "searches these settings"):
         known = seals.read(file, SHAPE, "Remove it, and run the same command again.") if file.is_file() else None
         tried = known["tried"] if known and known["run"] == run else []
         for settings in candidates:

@@ -1,6 +1,7 @@
 """Bad input is refused before the first long step, by name, and leaves nothing."""
 
 import resource
+import shutil
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from helpers.commands import fails, files_in
 from helpers.pictures import TINY, classifier, write_idx
 from helpers.runs import PAIR
 
+from salun_sd.classifier import original
 from salun_sd.classifier.architectures import in_order_of, opened
 from salun_sd.cli import app as cli
 from salun_sd.errors import UsageError
@@ -92,6 +94,30 @@ def test_a_kept_original_that_is_damaged_is_trained_anew(idx, tmp_path):
     cli.run([*line, "--out", str(tmp_path / "second")])
     first, second = (tmp_path / out / "original" / "model.safetensors" for out in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_all_models_of_a_folder_are_of_the_original_in_it_whatever_the_cache_has(idx, tmp_path, monkeypatch, capsys):
+    line, made = [*START, "--data", str(idx), "--out", str(tmp_path / "out")], tmp_path / "out" / "original"
+    monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))
+    cli.run([*line, "--method", "ga", "--setting=ga.epochs=1"])
+    for folder in (tmp_path / "cache").glob("trained/*/model"):  # as another machine trains it: with other bits
+        shutil.rmtree(folder)
+        original.write(classifier(seed=7), folder, {"training": seals.read(made / "salun.json")["training"]})
+    line += ["--method", "salun", "--density", "0.1", "--setting=salun.epochs=1"]
+    cli.run(line)
+    start, end = (opened(str(f), "cpu").net.parameters() for f in (made, tmp_path / "out" / "salun-0.1" / "seed-0"))
+    changed = seals.read(tmp_path / "out" / "salun-0.1" / "seed-0" / "salun.json")["changed"]
+    assert sum(int((a != b).sum()) for a, b in zip(start, end, strict=True)) == changed["inside"] > 0
+    (made / "config.json").write_text("{")
+    assert f"{made} is not as it was written" in fails(line, 1, capsys)
+    shutil.rmtree(made)
+    assert f"{made}, with which" in fails(line, 2, capsys)
+
+
+def test_an_original_of_a_folder_without_settings_is_not_taken_over(idx, tmp_path, capsys):
+    original.write(classifier(), tmp_path / "out" / "original", {"training": {"epochs": 2, "lr": 0.1, "seed": 0}})
+    assert "something else" in fails([*START, "--data", idx, "--out", tmp_path / "out"], 2, capsys)
+    assert not (tmp_path / "out" / "run").exists()
 
 
 def test_a_search_goes_on_where_settings_diverge(idx, tmp_path, capsys):
