@@ -8,6 +8,7 @@ import torch
 from salun_sd.checkpoint.provenance import LIBRARIES, versions
 from salun_sd.classifier.architectures import Classifier, digest_of, opened
 from salun_sd.classifier.original import FILE
+from salun_sd.classifier.settings import in_words
 from salun_sd.core.mask import Bits, kept
 from salun_sd.errors import SalunError
 from salun_sd.runtime import seals
@@ -73,7 +74,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def card(record: dict) -> str:
     """The README.md of an unlearned model."""
     run, changes = record["run"], record["changed"]
-    settings = ", ".join(f"{name} {value:g}" for name, value in run["settings"].items())
+    settings = in_words(run["settings"], {name: [count] for name, count in record["used"].items()})
     statistics = "kept" if run["keep_statistics"] else "those of the training"
     return f"""---
 library_name: transformers

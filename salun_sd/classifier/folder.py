@@ -34,7 +34,7 @@ from salun_sd.runtime.finite import NotFinite
 logger = logging.getLogger(__name__)
 
 RUN = "run"  # the folder of what the maker keeps: who was forgotten, states, answers, searches
-RESULT = {"run": dict, "metrics": {str: float}, "seconds": float, "changed": (dict, None)}
+RESULT = {"run": dict, "metrics": {str: float}, "seconds": float, "changed": (dict, None), "used?": {str: int}}
 
 
 def device() -> str:
@@ -129,7 +129,7 @@ class Run:
         return (self.files / f"{job.name}.json").is_file()
 
     def result(self, job: Job) -> dict:
-        return seals.read(self.files / f"{job.name}.json", RESULT, deliver.ADVICE)
+        return {"used": {}} | seals.read(self.files / f"{job.name}.json", RESULT, deliver.ADVICE)
 
     def answers(self, job: Job) -> dict[str, np.ndarray]:
         content, _ = tensors.read_sealed(self.files / f"{job.name}.safetensors")
@@ -160,8 +160,9 @@ class Run:
 
             def made(settings: dict) -> dict:
                 try:
-                    model, _ = self.unlearned(job, settings, state=False)
-                    return search.score(model, self.original, parts, self.whole.forget.label is not None)
+                    model, result = self.unlearned(job, settings, state=False)
+                    score = search.score(model, self.original, parts, self.whole.forget.label is not None)
+                    return score | {"used": result.used}
                 except NotFinite:
                     return {"score": search.WORST}
 
@@ -188,7 +189,7 @@ class Run:
         """Make a model, if it is not there, and measure it."""
         parts, seed = self.whole.split(job.seed), job.seed
         write_atomic(self.files / f"split-{seed}.json", json.dumps(seals.sealed(parts.as_json())) + "\n")
-        record, model = {"run": {}, "seconds": 0.0, "changed": None}, self.original
+        record, model = {"run": {}, "seconds": 0.0, "changed": None, "used": {}}, self.original
         if job.row.method != ORIGINAL:
             record, model = self.made(job, parts)
         of = {name: measure.answers(model, getattr(parts, name)) for name in measure.PARTS}
@@ -197,7 +198,7 @@ class Run:
                   for kind, array in answers._asdict().items()}  # fmt: skip
         with new_file(self.files / f"{job.name}.safetensors") as partial:
             tensors.write(partial, {n: tensors.in_memory(t) for n, t in arrays.items()}, {}, sealed=True)
-        result = {key: record[key] for key in ("run", "seconds", "changed")} | {"metrics": values}
+        result = {key: record.get(key, {}) for key in ("run", "seconds", "changed", "used")} | {"metrics": values}
         write_atomic(self.files / f"{job.name}.json", json.dumps(seals.sealed(result), indent=2) + "\n")
         (self.files / f"{job.name}.state").unlink(missing_ok=True)
         logger.info(f"{job.row.label}, seed {seed}: " + ", ".join(f"{n} {values[n]:.2f}" for n in measure.METRICS)
@@ -216,7 +217,8 @@ class Run:
         published = METHODS[job.row.method]
         record = {"run": run, "seconds": result.seconds, "model": self.whole.name or "the original",
                   "data": self.whole.data.name, "summary": published.summary, "source": published.source,
-                  "sizes": {name: len(getattr(parts, name)) for name in parts._fields}, **result.used}  # fmt: skip
+                  "sizes": {name: len(getattr(parts, name)) for name in parts._fields},
+                  "used": result.used}  # fmt: skip
         return deliver.write(folder, model, self.original, record, result.bits), model
 
 

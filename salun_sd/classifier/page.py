@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from salun_sd.classifier.measure import PARTS
+from salun_sd.classifier.settings import in_words
 from salun_sd.report.gate import reasons
 from salun_sd.report.html import template
 
@@ -16,8 +17,8 @@ def html(report: dict, answers: Mapping[str, Mapping[str, np.ndarray]], headline
     """The page. answers: of each row's first seed, the confidence in the true class for each image of each part."""
     pictures = {name: lines({part: of[f"{part}/confidence"] for part in PARTS}) for name, of in answers.items()}
     return template(__package__, "report.html.j2").render(
-        report, headline=headline, shown=shown, pictures=pictures, reasons=reasons, width=WIDTH, height=HEIGHT,
-        edge=EDGE,
+        report, headline=headline, shown=shown, in_words=in_words, pictures=pictures, reasons=reasons, width=WIDTH,
+        height=HEIGHT, edge=EDGE,
     )  # fmt: skip
 
 

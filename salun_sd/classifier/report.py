@@ -14,7 +14,7 @@ from salun_sd import __version__
 from salun_sd.classifier import measure, page
 from salun_sd.classifier.measure import PARTS
 from salun_sd.classifier.request import EXACT, ORIGINAL, Job, Row
-from salun_sd.classifier.settings import METHODS
+from salun_sd.classifier.settings import METHODS, in_words
 from salun_sd.report import gate, stats
 from salun_sd.report.markdown import table as markdown_table
 from salun_sd.runtime import seals
@@ -52,6 +52,7 @@ def _row(run: "Run", row: Row, results: dict[str, list[dict]], seeds: int) -> di
     return {
         "method": row.method, "density": row.density, "summary": published.summary if published else "not changed",
         "source": published.source if published else None, "settings": own[0]["run"].get("settings", {}),
+        "used": {name: [r["used"][name] for r in own if name in r["used"]] for name in own[-1]["used"]},
         "tried": search["tried"], "rule": search.get("rule"), "changed": own[0]["changed"], "metrics": values,
         "gap": measure.summary(gaps) if gaps else None, "seconds": measure.summary([r["seconds"] for r in own]),
         "paired": _paired(run, row, seeds) if compared else None,
@@ -135,7 +136,7 @@ def as_markdown(report: dict) -> str:
         ]))  # fmt: skip
     parts.append("## Settings\n")
     parts.append(markdown_table(["method", "settings", "from"], [
-        [code(name), settings(row), "a search" if row["tried"] else row["source"]]
+        [code(name), in_words(row["settings"], row["used"]), "a search" if row["tried"] else row["source"]]
         for name, row in report["rows"].items() if row["source"]
     ]))  # fmt: skip
     if report["gate"]:
@@ -144,10 +145,6 @@ def as_markdown(report: dict) -> str:
             [code(e["bound"]), "yes" if e["holds"] else "no", gate.reasons(e)] for e in report["gate"]
         ]))  # fmt: skip
     return "\n".join(parts)
-
-
-def settings(row: dict) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in row["settings"].items())
 
 
 def as_csv(report: dict) -> str:

@@ -35,12 +35,12 @@ def score(model: Classifier, original: Classifier, split: Split, of_class: bool)
 
 
 def searched(
-    file: Path, candidates: list[dict[str, float]], run: dict, made: Callable[[dict[str, float]], dict[str, float]]
+    file: Path, candidates: list[dict[str, float]], run: dict, made: Callable[[dict[str, float]], dict]
 ) -> dict:  # fmt: skip
-    """What was tried, each with its score, and the best settings; from the file, where an earlier run searched.
+    """The rule, what was tried with its scores, and the best settings; from the file, where an earlier run searched.
 
-    made: settings => their `score`. Several processes wait for the one that searches. Where there is one candidate,
-    nothing is tried. What was tried before a run was killed is not tried again.
+    made: settings => their `score`, and what else is told of them. Several processes wait for the one that searches.
+    Where there is one candidate, nothing is tried. What was tried before a run was killed is not tried again.
     """
     if len(candidates) == 1:
         return {"tried": [], "settings": candidates[0], "run": run}
@@ -54,4 +54,5 @@ def searched(
                 content = {"rule": RULE, "tried": tried, "settings": best, "run": run}
                 write_atomic(file, json.dumps(seals.sealed(content), indent=2) + "\n")
         wanted = [each for each in tried if each["settings"] in candidates]
-        return {"tried": wanted, "settings": min(wanted, key=lambda each: each["score"])["settings"], "run": run}
+        best = min(wanted, key=lambda each: each["score"])["settings"]
+        return {"rule": RULE, "tried": wanted, "settings": best, "run": run}

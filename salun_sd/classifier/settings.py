@@ -1,5 +1,6 @@
 """What each method is run with: the settings that its authors published, and what is searched where they did not."""
 
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -53,6 +54,17 @@ METHODS: MappingProxyType[str, Published] = MappingProxyType({
 })  # fmt: skip
 DEFAULT = tuple(name for name in METHODS if name != "random")
 MASKED = ("salun", "random")  # methods of --density
+
+
+def in_words(settings: Mapping[str, float], used: Mapping[str, Sequence[int]]) -> str:
+    """Settings in words. used: of a number that is used as far as it goes, what each run of the method used; where that
+    was less, it says so, as in "samples 120 to 134 of 1000"."""
+    words = []
+    for name, value in settings.items():
+        low, high = min(used.get(name, [value])), max(used.get(name, [value]))
+        span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        words.append(f"{name} {value:g}" if low == value else f"{name} {span} of {value:g}")
+    return ", ".join(words)
 
 
 def label(method: str, density: float) -> str:

@@ -9,6 +9,7 @@ from helpers.pictures import TINY
 from transformers import AutoModelForImageClassification
 
 from salun_sd.classifier.measure import METRICS
+from salun_sd.classifier.settings import in_words
 from salun_sd.cli import app as cli
 from salun_sd.runtime import seals
 
@@ -65,8 +66,28 @@ def test_a_masked_model_is_the_original_outside_its_mask_and_says_so(made):
     assert changed["mask"] == round(changed["weights"] / 2)
 
 
-def test_the_record_says_how_many_single_gradients_iu_used(made):
-    assert seals.read(made / "iu" / "seed-0" / "salun.json")["samples"] == 3
+def test_it_says_everywhere_how_many_single_gradients_iu_used_where_that_is_fewer_than_asked_for(idx, tmp_path, made):
+    line = command(idx, tmp_path / "out", "--method", "iu")
+    for word, other in (
+        ("0.2", "0.8"),
+        ("none", "unpublished"),
+        ("--setting=iu.samples=3", "--setting=iu.samples=1000"),
+    ):
+        line[line.index(word)] = other
+    cli.run(line)
+    row, folder = report(tmp_path / "out")["rows"]["iu"], tmp_path / "out" / "iu" / "seed-0"
+    assert row["settings"]["samples"] == 1000 and row["used"] == {"samples": [14]}  # all retain images
+    assert [each["used"] for each in row["tried"]] == [{"samples": 14}] * 5 and "Retrain" in row["rule"]
+    assert seals.read(folder / "salun.json")["used"] == {"samples": 14}
+    for file in (folder / "README.md", tmp_path / "out" / "report.md", tmp_path / "out" / "report.html"):
+        assert "samples 14 of 1000, alpha" in file.read_text()
+    plain = report(made)["rows"]
+    assert plain["iu"]["used"] == {"samples": [3]} and "samples 3, alpha" in (made / "report.md").read_text()
+    assert plain["ft"]["used"] == {} and plain["ft"]["rule"] is None
+
+
+def test_settings_in_words_have_the_range_that_seeds_used():
+    assert in_words({"samples": 1000, "alpha": 0.5}, {"samples": [134, 120]}) == "samples 120 to 134 of 1000, alpha 0.5"
 
 
 def test_it_prints_a_table_and_its_forms_have_every_row(made, idx, capsys):
