@@ -13,9 +13,8 @@ from salun_sd.classifier.methods.ft import ft
 from salun_sd.classifier.methods.ga import ga
 from salun_sd.classifier.methods.iu import iu
 from salun_sd.classifier.methods.l1_sparse import l1_sparse
-from salun_sd.classifier.methods.retrain import retrain
 from salun_sd.classifier.methods.rl import rl
-from salun_sd.classifier.methods.salun import control_bits, salient_bits, salun
+from salun_sd.classifier.methods.salun import control_bits, salient_bits
 from salun_sd.classifier.methods.task import Task
 from salun_sd.classifier.settings import DROPS
 from salun_sd.classifier.training import Schedule, train
@@ -34,16 +33,16 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "retrain": Method(retrain),
+    "retrain": Method(ft),  # as the original was trained, on the retain images alone, from new random weights
     "ft": Method(ft),
     "rl": Method(rl),
-    "salun": Method(salun, bits=salient_bits),
+    "salun": Method(rl, bits=salient_bits),
     "ga": Method(ga),
     "iu": Method(step=iu),
     "l1-sparse": Method(l1_sparse),
     "bs": Method(bs),
     "be": Method(be, before=expand, after=shrink),
-    "random": Method(salun, bits=control_bits),
+    "random": Method(rl, bits=control_bits),
 }
 
 

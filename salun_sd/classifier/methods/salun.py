@@ -1,20 +1,10 @@
-"""SalUn: random labels, on the most salient weights."""
+"""SalUn: the losses of RL, on the most salient weights alone (Fan et al., ICLR 2024, arXiv 2310.12508, eq. 4 and 5)."""
 
-from collections.abc import Iterator
-
-import torch
 import torch.nn.functional as F
 
-from salun_sd.classifier.methods.rl import rl
 from salun_sd.classifier.methods.task import Task
 from salun_sd.core.mask import Bits, cut, random_bits
 from salun_sd.core.saliency import GradientSum
-
-
-def salun(task: Task, epoch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """The losses of RL; only the weights of `salient_bits` are trained (Fan et al., ICLR 2024, arXiv 2310.12508,
-    eq. 4 and 5)."""
-    return rl(task, epoch, generator)
 
 
 def salient_bits(task: Task) -> Bits:
