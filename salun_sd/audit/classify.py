@@ -109,9 +109,9 @@ class Classifier(Judge):
         self.processor, self.model, _ = loaded(
             AutoModelForImageClassification, model, device, what="image classifier", advice=advice
         )
-        labels = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
-        if not all(isinstance(label, str) for label in labels):
-            raise SalunError(f"{model} is damaged: a label in its config's id2label is no text. {advice}")
+        labels = [label for _, label in sorted(self.model.config.id2label.items())]
+        if sorted(self.model.config.id2label) != [*range(len(labels))] or not all(isinstance(v, str) for v in labels):
+            raise SalunError(f"{model} is damaged: its config's id2label has to name each class, from 0 on. {advice}")
         classes = list(dict.fromkeys(classes))
         self.name, self.vocabulary = str(model), match_labels(labels, classes)
         self.matches = [(name, label) for name, label in zip(self.vocabulary, labels, strict=True) if name in classes]

@@ -51,6 +51,7 @@ class Classifier:
 
     @property
     def classes(self) -> list[str]:
+        """The names of its classes, in their order."""
         return [self.net.config.id2label[i] for i in range(self.net.config.num_labels)]
 
     def copy(self) -> "Classifier":
@@ -111,6 +112,9 @@ def opened(model: str, device: str) -> Classifier:
                          "folder or hub id of one.") from e  # fmt: skip
     if missing := sorted(loading["missing_keys"]):
         raise SalunError(f"MODEL {model} is no trained image classifier: its weights lack {some(missing)}.")
+    labels = net.config.id2label
+    if sorted(labels) != list(range(len(labels))) or not all(isinstance(label, str) for label in labels.values()):
+        raise SalunError(f"MODEL {model} is damaged: the id2label of its config has to name each class, from 0 on.")
     for name, weight in net.named_parameters():
         finite(weight, f"{name} of {model}")
     return classifier

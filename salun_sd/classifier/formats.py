@@ -18,7 +18,7 @@ from salun_sd.draw.folders import images_in, visible
 from salun_sd.draw.hub import HUB_ID
 from salun_sd.draw.images import Unreadable, in_order, read_image
 from salun_sd.errors import SalunError, UsageError, some
-from salun_sd.runtime.contents import content_of
+from salun_sd.runtime.contents import MOST_BYTES, content_of, file_bytes
 
 SPEC = re.compile(HUB_ID.pattern + "(:[^:]+)?")  # with the column of the labels
 FORMS = "train/CLASS/*.png and test/CLASS/*.png, idx files, CIFAR's batches"
@@ -30,6 +30,14 @@ PICKLES = {  # the files of its python form, the key of the labels, the file and
     10: ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", "labels", ("batches.meta", "label_names")),
     100: (["train"], "test", "fine_labels", ("meta", "fine_label_names")),
 }
+
+ARRAYS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
+}  # what a pickle of arrays asks for, whole
 
 
 def read(spec: str, size: int | None = None) -> Data:
@@ -71,8 +79,8 @@ def _checked(data: Data) -> Data:
     if not len(data.test.labels):
         raise UsageError(f"--data {data.name} has no images to test with: put some into test/CLASS.")
     labels = torch.cat([data.train.labels, data.test.labels])
-    if (largest := int(labels.max())) >= len(data.classes):
-        raise SalunError(f"--data {data.name} has the label {largest}, and names for {len(data.classes)} classes.")
+    if odd := labels[(labels < 0) | (labels >= len(data.classes))].tolist():
+        raise SalunError(f"--data {data.name} has the label {odd[0]}, and names for {len(data.classes)} classes.")
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
     if small := [f"{name} ({n})" for name, n in zip(data.classes, counts, strict=True) if n < 2]:
         raise UsageError(f"--data {data.name} has classes with fewer than two images to train on: {some(small)}. Add "
@@ -153,7 +161,10 @@ def _idx_array(file: Path) -> np.ndarray:
     """An idx file: two zeros, the type 8 (bytes), the number of axes; each axis's length; the values."""
     try:
         content = content_of(file)
-        content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it unpacks to more than {MOST_BYTES:,} bytes")
         if content[:3] != b"\0\0\x08":
             raise ValueError("it is no idx file of bytes")
         shape = np.frombuffer(content, ">u4", content[3], 4)
@@ -167,8 +178,7 @@ def _binary(folder: Path, spec: str) -> Data | None:
     for classes, (train, test, before, names) in CIFAR.items():
         if not (folder / train[0]).is_file():
             continue
-        names = [line for line in (folder / names).read_text().split("\n") if line] if (folder / names).is_file() else (
-            [str(i) for i in range(classes)])  # fmt: skip
+        names = _lines(folder / names) if (folder / names).is_file() else [str(i) for i in range(classes)]
         parts = []
         for split, files in (("train", train), ("test", [test])):
             content = b"".join(content_of(folder / file) for file in files)
@@ -180,6 +190,14 @@ def _binary(folder: Path, spec: str) -> Data | None:
     return None
 
 
+def _lines(file: Path) -> list[str]:
+    """The lines of a text that are not empty."""
+    try:
+        return [line for line in file_bytes(file).decode("utf-8-sig").splitlines() if line]
+    except UnicodeDecodeError as e:
+        raise SalunError(f"{file} is damaged: it is no UTF-8 text.") from e
+
+
 def _python(folder: Path, spec: str) -> Data | None:
     """CIFAR's python form: pickles of arrays, of which nothing else is opened."""
     for train, test, key, (meta, of_names) in PICKLES.values():
@@ -187,29 +205,36 @@ def _python(folder: Path, spec: str) -> Data | None:
             continue
         parts = []
         for split, files in (("train", train), ("test", [test])):
-            content = [_unpickled(folder / file, "data", key) for file in files]
-            if odd := [f for f, (pixels, y) in zip(files, content, strict=True) if np.shape(pixels) != (len(y), 3072)]:
-                raise SalunError(f"{folder / odd[0]} is damaged: it needs 3,072 values of pixels for each label.")
-            pixels = np.concatenate([pixels for pixels, _ in content]).reshape(-1, 3, 32, 32)
-            parts.append(from_array(pixels, np.concatenate([labels for _, labels in content]), split))
-        return Data(spec, *_unpickled(folder / meta, of_names), *parts)
+            batches = [_batch(folder / file, key) for file in files]
+            parts.append(from_array(*map(np.concatenate, zip(*batches, strict=True)), split))
+        [names] = _unpickled(folder / meta, of_names)
+        if names.ndim != 1 or names.dtype.kind != "U":
+            raise SalunError(f"{folder / meta} is damaged: its {of_names} are no texts.")
+        return Data(spec, names.tolist(), *parts)
     return None
+
+
+def _batch(file: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels, uint8 [n, 3, 32, 32], and the labels, whole numbers [n], of one of CIFAR's pickles."""
+    pixels, labels = _unpickled(file, "data", key)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise SalunError(f"{file} is damaged: its {key} are no whole numbers.")
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
+        raise SalunError(f"{file} is damaged: it needs 3,072 bytes of pixels for each label.")
+    return pixels.reshape(-1, 3, 32, 32), labels
 
 
 class _Arrays(pickle.Unpickler):
     """Reads numpy arrays and plain values, and refuses all that could run code."""
 
     def find_class(self, module: str, name: str):
-        if (module.removeprefix("numpy."), name) in (("core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
-                ("numpy", "dtype"), ("_core.multiarray", "_reconstruct")):  # fmt: skip
+        if (module, name) in ARRAYS:
             return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _unpickled(file: Path, *keys: str) -> list:
-    """What a pickle of CIFAR holds under some keys; texts as str."""
+def _unpickled(file: Path, *keys: str) -> list[np.ndarray]:
+    """The arrays or lists that a pickle of CIFAR holds under some keys; texts as str."""
     try:
         content = _Arrays(io.BytesIO(content_of(file)), encoding="bytes").load()
 
@@ -217,6 +242,7 @@ def _unpickled(file: Path, *keys: str) -> list:
             return value.decode() if isinstance(value, bytes) else value
 
         content = {text(key): value for key, value in content.items()}
-        return [[text(v) for v in content[key]] if isinstance(content[key], list) else content[key] for key in keys]
+        values = (content[key] for key in keys)
+        return [np.asarray([text(v) for v in value] if isinstance(value, list) else value) for value in values]
     except Exception as e:  # a damaged pickle fails by many types
         raise SalunError(f"{file} is no batch of CIFAR that can be read: {e}.") from e

@@ -9,6 +9,7 @@ import torch
 from salun_sd.classifier.data import Data, Images
 from salun_sd.draw.hub import splits_of
 from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.runtime.contents import content_of
 
 TESTS = ("test", "validation", "valid", "val")  # the split to test with: the first that is there
 Decoded = Callable[[list[Callable[[], bytes]], list[str]], torch.Tensor]
@@ -58,5 +59,6 @@ def _images(split: str, rows, image: str, label: str, decoded: Decoded) -> Image
 
 
 def _bytes(rows, place: int, column: str) -> bytes:
+    """The file of an image: in the row, or where the library put it. Raises OSError as `content_of` does."""
     content = rows[place][column] or {}
-    return content.get("bytes") or (Path(content["path"]).read_bytes() if content.get("path") else b"")
+    return content.get("bytes") or (content_of(Path(content["path"])) if content.get("path") else b"")

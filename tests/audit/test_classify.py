@@ -117,7 +117,8 @@ def test_a_model_without_a_trained_classifier_head_is_refused(tiny, tmp_path):
         *((PROCESSOR, "rescale_factor", value) for value in (["a"], float("inf"))),
         (PROCESSOR, "image_std", [0.5, 0.5]), (PROCESSOR, "image_mean", [0.5, 0.5, "x"]),
         (PROCESSOR, "size", {"width": float("nan"), "height": 16}),
-        ("config.json", "id2label", {str(n): [n] for n in range(5)}), ("config.json", None, None),
+        ("config.json", "id2label", {str(n): [n] for n in range(5)}),
+        ("config.json", "id2label", {str(n): IMAGENET[n - 1] for n in range(1, 6)}), ("config.json", None, None),
     ],
 )  # fmt: skip
 def test_a_classifier_whose_files_are_odd_is_refused_before_it_is_asked(tiny, tmp_path, file, key, value):

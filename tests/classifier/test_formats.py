@@ -5,11 +5,14 @@ import pickle
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers.pictures import arrays
 from PIL import Image
+from pyarrow import parquet
 
+from salun_sd.classifier import formats
 from salun_sd.classifier.formats import read
 from salun_sd.errors import SalunError, UsageError
 
@@ -178,6 +181,37 @@ def pickle_with_a_label_too_many(folder):
     (write_python(folder) / "test_batch").write_bytes(pickle.dumps(batch))
 
 
+def changed_pickle(name, **content):
+    """A writer of CIFAR's pickles, of which one has other content under some keys."""
+
+    def write(folder):
+        file = write_python(folder) / name
+        batch = pickle.loads(file.read_bytes()) | {key.encode(): value for key, value in content.items()}
+        file.write_bytes(pickle.dumps(batch, protocol=2))
+
+    return write
+
+
+def latin_names(folder):
+    (write_binary(folder) / "batches.meta.txt").write_bytes("\n".join(["café", *NAMES[1:]]).encode("latin-1"))
+
+
+def bomb(folder):
+    cut_idx(folder)
+    (folder / "train-images-idx3-ubyte").write_bytes(gzip.compress(bytes(10**7)))
+
+
+def parquet_of_a_device(folder):
+    from datasets import ClassLabel, Features
+    from datasets import Image as Picture
+
+    folder.mkdir()
+    schema = Features({"img": Picture(), "label": ClassLabel(names=NAMES)}).arrow_schema
+    rows = [{"img": {"bytes": None, "path": "/dev/zero"}, "label": i % 4} for i in range(8)]
+    for split in ("train", "test"):
+        parquet.write_table(pa.Table.from_pylist(rows, schema), folder / f"{split}.parquet")
+
+
 def idx_of_no_image(folder):
     cut_idx(folder)
     for name in ("train", "t10k"):
@@ -201,14 +235,33 @@ REFUSED = {  # what is wrong => the kind of error, a word of it
     cut_idx: (SalunError, "idx"), no_labels_beside_idx: (UsageError, "labels-idx1"),
     evil_pickle: (SalunError, "print"), cut_binary: (SalunError, "test_batch.bin"),
     label_without_a_name: (SalunError, "label 3"), pickle_without_labels: (SalunError, "test_batch"),
+    changed_pickle("test_batch", labels=[-1] * TEST): (SalunError, "label -1"),
+    changed_pickle("test_batch", labels=["cat"] * TEST): (SalunError, "test_batch"),
+    changed_pickle("test_batch", labels=[[0, 1]] * (TEST - 1) + [[0]]): (SalunError, "test_batch"),
+    changed_pickle("test_batch", labels=0): (SalunError, "test_batch"),
+    changed_pickle("test_batch", data=np.zeros((TEST, 3072))): (SalunError, "test_batch"),
+    changed_pickle("batches.meta", label_names=[0, 1, 2, 3]): (SalunError, "label_names"),
+    latin_names: (SalunError, "batches.meta.txt"), bomb: (SalunError, "1,000,000 bytes"),
+    parquet_of_a_device: (SalunError, "train[0] (it is no regular file)"),
     pickle_with_a_label_too_many: (SalunError, "test_batch"), idx_of_no_image: (SalunError, "train"),
     lambda folder: None: (UsageError, "data"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("write", "kind", "named"), [(w, *e) for w, e in REFUSED.items()])
-def test_what_is_no_labelled_data_is_refused_by_name(write, kind, named, tmp_path, capsys):
+def test_what_is_no_labelled_data_is_refused_by_name(write, kind, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(formats, "MOST_BYTES", 10**6)
     write(tmp_path / "data")
     with pytest.raises(kind) as e:
         read(str(tmp_path / "data"))
     assert named in str(e.value) and "run" not in capsys.readouterr().out
+
+
+def test_a_pickle_imports_no_module_that_only_ends_as_one_of_numpy(tmp_path, monkeypatch):
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "multiarray.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n_reconstruct = print\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (write_python(tmp_path / "data") / "test_batch").write_bytes(b"ccore.multiarray\n_reconstruct\n.")
+    with pytest.raises(SalunError, match="it asks for core.multiarray._reconstruct"):
+        read(str(tmp_path / "data"))
+    assert not (tmp_path / "ran").exists()

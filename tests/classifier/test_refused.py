@@ -1,5 +1,6 @@
 """Bad input is refused before the first long step, by name, and leaves nothing."""
 
+import json
 import resource
 import shutil
 import sys
@@ -12,7 +13,7 @@ from helpers.runs import PAIR
 from salun_sd.classifier import original
 from salun_sd.classifier.architectures import in_order_of, opened
 from salun_sd.cli import app as cli
-from salun_sd.errors import UsageError
+from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime import cache, seals
 
 START = ["classifier", "--forget", "0.2", *TINY]
@@ -68,6 +69,14 @@ def test_what_is_no_classifier_is_refused(idx, model, tmp_path, capsys):
     assert "empty" in fails(["classifier", tmp_path / "empty", *rest], 1, capsys)
     assert "--width" in fails(["classifier", model, *rest, "--width", "3"], 2, capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("labels", [{"1": "0", "2": "1", "3": "2", "4": "3"}, {"0": 0, "1": 1, "2": 2, "3": 3}])
+def test_a_model_that_does_not_name_its_classes_from_0_on_is_refused(model, tmp_path, labels):
+    config = json.loads((shutil.copytree(model, tmp_path / "odd") / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"id2label": labels}))
+    with pytest.raises(SalunError, match="odd.*id2label"):
+        opened(str(tmp_path / "odd"), "cpu")
 
 
 def test_a_model_with_other_classes_is_refused_and_with_another_order_is_not(model):

@@ -68,12 +68,8 @@ def test_a_masked_model_is_the_original_outside_its_mask_and_says_so(made):
 
 def test_it_says_everywhere_how_many_single_gradients_iu_used_where_that_is_fewer_than_asked_for(idx, tmp_path, made):
     line = command(idx, tmp_path / "out", "--method", "iu")
-    for word, other in (
-        ("0.2", "0.8"),
-        ("none", "unpublished"),
-        ("--setting=iu.samples=3", "--setting=iu.samples=1000"),
-    ):
-        line[line.index(word)] = other
+    others = {"0.2": "0.8", "none": "unpublished", "--setting=iu.samples=3": "--setting=iu.samples=1000"}
+    line = [others.get(word, word) for word in line]
     cli.run(line)
     row, folder = report(tmp_path / "out")["rows"]["iu"], tmp_path / "out" / "iu" / "seed-0"
     assert row["settings"]["samples"] == 1000 and row["used"] == {"samples": [14]}  # all retain images
