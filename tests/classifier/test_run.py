@@ -1,6 +1,8 @@
 """The command from end to end on small images: what it writes, what its numbers are, that it resumes."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,14 @@ def test_a_masked_model_is_the_original_outside_its_mask_and_says_so(made):
     changed = seals.read(made / "salun" / "seed-0" / "salun.json")["changed"]
     assert changed["outside"] == 0 and 0 < moved == changed["inside"] <= changed["mask"]
     assert changed["mask"] == round(changed["weights"] / 2)
+
+
+def test_every_key_of_the_report_is_documented(made):
+    documented = set(re.findall(r"`(\w+)`", (Path(__file__).parents[2] / "docs" / "classifier.md").read_text()))
+    content = json.loads((made / "report.json").read_text())
+    row = content["rows"]["iu"]
+    inside = (row["metrics"], row["gap"], row["changed"], row["used"], row["paired"], row["paired"]["forget"])
+    assert {*content, *row}.union(*inside) - {"samples"} <= documented
 
 
 def test_it_says_everywhere_how_many_single_gradients_iu_used_where_that_is_fewer_than_asked_for(idx, tmp_path, made):
