@@ -111,7 +111,7 @@ def recipe_of(
     check_until(typed.get("until"), values["probe_every"])
     if kind is UCE:  # the others are of a loop
         values = {option: values[option] for option in ("samples", "batch_size", "retain_prompts")}
-    elif kind.join and not values["retain_weight"]:
+    elif (kind.join or kind.shows is None) and not values["retain_weight"]:
         raise UsageError(f"--method {name} is defined by what it retains: give a --retain-weight above 0.")
     elif kind.shows is None and values["retain_target"] == "base":
         raise UsageError(f"--retain-target base leaves --method {name} nothing to learn: give noise, or leave it out.")

@@ -63,6 +63,8 @@ WRONG = {
     "a stop that nothing measures": (("salun", "paper", None, {"until": 0.9}), "--until --probe-every"),
     "a stop where no concept moves": (("finetune", None, None, {"until": 0.9}), "--until finetune"),
     "a join of one gradient": (("erasediff", None, None, {"retain_weight": 0.0}), "erasediff --retain-weight"),
+    "no images at all": (("finetune", None, None, {"retain_weight": 0.0}), "finetune --retain-weight"),
+    "no images at all, as published": (("finetune", "paper", None, {"retain_weight": 0}), "finetune --retain-weight"),
     "nothing to learn": (("finetune", None, None, {"retain_target": "base"}), "finetune --retain-target base"),
     "a batch where no mask is computed": (("uce", None, None, {"batch_size": 4}), "--batch-size uce"),
     "forget images that nothing shows": (("esd", None, None, {"forget": "photos"}), "--forget esd"),
