@@ -170,9 +170,11 @@ def check_retain(retain: str | None, caption: str | None, retain_prompts: str | 
 
 
 def images_to_retain(retain: str | None, caption: str | None, concepts: Sequence[Concept]) -> list[Item] | None:
-    """The images of --retain. Images without a caption take the anchor's prompt, where there is only one anchor."""
-    images = images_of(retain, caption or "")
-    if images and not caption and len({c.anchor for c in concepts}) > 1:
-        if bare := next((item.name for item in images if item.caption is None), None):
-            raise UsageError(f"{bare} has no caption, and there are several anchors: give --retain-caption.")
+    """The images of --retain. Images without a caption take the anchor's prompt, where there is only one anchor; else
+    raises UsageError."""
+    images, anchors = images_of(retain, caption or ""), {c.anchor for c in concepts if c.anchor}
+    bare = next((item.name for item in images or () if item.caption is None), None)
+    if bare and not caption and len(anchors) != 1:
+        number = "are several anchors" if anchors else "is no anchor"
+        raise UsageError(f"{bare} has no caption, and there {number}: give --retain-caption.")
     return images

@@ -33,9 +33,10 @@ class Sources(NamedTuple):
     concepts: tuple[Concept, ...]
     method: Method | UCE
     images: list[list[Item] | None]  # of each concept; None: the base draws `samples`
+    retains: bool  # whether images are retained; uce takes prompts alone
     retain: list[Item] | None  # None: the base draws `samples` from `prompts`
     caption: str | None  # of retain images that have none
-    prompts: list[tuple[str, float]]  # text and guidance scale, for retain images; empty: nothing is retained
+    prompts: list[tuple[str, float]]  # text and guidance scale, of retain images that the base draws, and for uce
     samples: int
     seed: int  # of what is drawn by chance
     holds_empty: bool  # whether the prompt "" is retained, too
@@ -50,14 +51,17 @@ class Sources(NamedTuple):
         if bare and any(c.anchor for c in concepts) and not recipe.is_closed:
             raise UsageError(f"Concept {bare!r} has no anchor, and another has one: give one for each, or for none.")
         samples, retain_prompts, prompts = recipe.values["samples"], recipe.values["retain_prompts"], []
-        if recipe.retain or (recipe.is_closed and retain_prompts):
-            prompts = prompts_to_retain(base, concepts, ANCHOR if retain else retain_prompts, samples)
+        if (recipe.retain and not retain) or (recipe.is_closed and retain_prompts):
+            prompts = prompts_to_retain(base, concepts, retain_prompts, samples)
         images = [images_of(c.images, c.prompt) for c in concepts]
         retain_images = images_to_retain(retain, caption, concepts)
         texts = [text for text, _ in prompts] if retain_prompts and retain_prompts != ANCHOR else []
         check_texts(base, concepts, images, [*texts, *filter(None, [caption])], retain_images)
         holds_empty = base.is_guided and recipe.retain is not None and recipe.retain.target == "base"
-        sources = cls(concepts, recipe.method, images, retain_images, caption, prompts, samples, seed, holds_empty)
+        sources = cls(
+            concepts, recipe.method, images, recipe.retain is not None, retain_images, caption, prompts, samples, seed,
+            holds_empty,
+        )  # fmt: skip
         if isinstance(recipe.method, ForgetMeNot):
             sources.tokens(base)  # raises where there are none
         if sources.shows == TRAJECTORY:
@@ -82,11 +86,6 @@ class Sources(NamedTuple):
         if self.shows in (batches.ANCHOR, TRAJECTORY) or (self.retains and not self.retain):
             return True
         return (needs_mask or self.shows == CONCEPT) and not all(self.images)
-
-    @property
-    def retains(self) -> bool:
-        """Whether images are retained; uce takes prompts alone."""
-        return bool(self.prompts) and not isinstance(self.method, UCE)
 
     def tokens(self, base: Checkpoint) -> dict[str, torch.Tensor]:
         """The tokens that name a concept, for each caption of an image to forget. Raises UsageError as

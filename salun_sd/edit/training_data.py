@@ -51,7 +51,7 @@ def collect(base: LoadedBase, sources: Sources, needs_mask: bool) -> Data:
     """Draw the images that are missing, and encode all."""
     retain = retain_empty = None
     if sources.retains:
-        caption = sources.caption or sources.concepts[0].anchor
+        caption = sources.caption or sources.concepts[0].anchor or ""  # where each image has one of its own
         items = retain_items(base, sources.retain, caption, sources.prompts, sources.samples)
         retain, row = encode(base, items, [""])
         retain_empty = row[""] if sources.holds_empty else None

@@ -51,8 +51,8 @@ def drawn_files(folder) -> dict[str, int]:
 # What a run asks for
 
 
-def sources(tiny, *concepts, samples=5, retain=None, caption=None, prompts=None) -> Sources:
-    recipe = recipe_of("salun", None, None, {"samples": samples, "retain_prompts": prompts})
+def sources(tiny, *concepts, samples=5, retain=None, caption=None, prompts=None, method="salun") -> Sources:
+    recipe = recipe_of(method, None, None, {"samples": samples, "retain_prompts": prompts, "retain_weight": 1.0})
     return Sources.of(find(tiny), concepts, recipe, retain and str(retain), caption, seed=0)
 
 
@@ -73,12 +73,33 @@ def test_images_are_counted_whether_they_are_given_or_will_be_drawn(tiny, photog
 def test_what_stays_is_the_anchors_the_texts_or_a_prompt_set_without_the_concepts_classes(tiny, photographs):
     guidance = find(tiny).sampling[1]
     two, one = [SNEAKER, COAT], [SNEAKER, COAT._replace(anchor=ANCHOR)]
-    for given in ({"prompts": "anchor"}, {"retain": photographs, "caption": "a photo"}):
-        assert sources(tiny, *two, **given).prompts == [(ANCHOR, guidance), (COAT.anchor, guidance)]
-        assert sources(tiny, *one, **given).prompts == [(ANCHOR, guidance)]
+    assert sources(tiny, *two, prompts="anchor").prompts == [(ANCHOR, guidance), (COAT.anchor, guidance)]
+    assert sources(tiny, *one, prompts="anchor").prompts == [(ANCHOR, guidance)]
+    given = sources(tiny, *two, retain=photographs, caption="a photo")
+    assert given.prompts == [] and given.retains
     assert sources(tiny, SNEAKER, prompts=("a tree", "a dog")).prompts == [("a tree", guidance), ("a dog", guidance)]
     texts = [text for text, _ in sources(tiny, SNEAKER, prompts="pocket").prompts]
     assert len(texts) == 900 and not [text for text in texts if "sneaker" in text]
+
+
+@pytest.mark.parametrize("method", ["finetune", "ascent", "esd", "forget-me-not"])
+def test_images_to_retain_need_no_anchor_but_each_a_caption(tiny, photographs, method):
+    bare = SNEAKER._replace(anchor=None)
+    for caption, concepts in (("a photo", [bare]), ("a photo", [bare, COAT._replace(anchor=None)]), (None, [SNEAKER])):
+        found = sources(tiny, *concepts, retain=photographs, caption=caption, method=method)
+        assert found.retains and len(found.retain) == 3 and found.examples(1)[0] == CONCEPT
+    for concepts in ([bare], [bare, COAT._replace(anchor=None)]):
+        with pytest.raises(UsageError, match=r"photographs.* no anchor.*--retain-caption"):
+            sources(tiny, *concepts, retain=photographs, method=method)
+
+
+def test_images_to_retain_that_have_captions_need_neither_an_anchor_nor_another_caption(tiny, photographs):
+    bare = SNEAKER._replace(anchor=None)
+    (photographs / "metadata.jsonl").write_text(
+        "".join(f'{{"file_name": "{f.name}", "text": "a tree"}}\n' for f in sorted(photographs.glob("*.png")))
+    )
+    of_finetune = sources(tiny, bare, retain=photographs, method="finetune")
+    assert len(collect(encodings.LoadedBase(find(tiny), 32), of_finetune, needs_mask=False).training.retain) == 3
 
 
 def test_sample_images_show_each_concept_and_each_prompt_alike_often(tiny):
@@ -303,7 +324,7 @@ def test_a_second_run_on_the_same_cache_waits_for_the_first(tiny, own_cache, tmp
 
 def test_images_of_the_anchor_have_the_concepts_prompts_and_are_those_that_are_retained(tiny, own_cache):
     concepts, guidance = (SNEAKER._replace(synonyms=("a boot",)),), find(tiny).sampling[1]
-    asked = Sources(concepts, Ablation(), [None], None, None, [(ANCHOR, guidance)], 2, 0, False)
+    asked = Sources(concepts, Ablation(), [None], True, None, None, [(ANCHOR, guidance)], 2, 0, False)
     training = collect(encodings.LoadedBase(find(tiny), 32), asked, needs_mask=False).training
     assert torch.equal(training.forget.latents, training.retain.latents) and len(drawn_files(own_cache)) == 2
     prompts, contexts = encode_prompts(load_pipeline(find(tiny)), [CONCEPT, "a boot", ANCHOR]), training.forget.prompts

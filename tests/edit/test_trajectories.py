@@ -57,8 +57,8 @@ def test_points_are_spread_over_the_whole_path(tiny):
 
 def esd_of(tiny, *, anchor=None, seed=0, samples=2):
     """What ESD is given for a concept with a synonym."""
-    sources = Sources(concepts=(Concept(CONCEPT, anchor, ("a boot",)),), method=ESD(), images=[None], retain=None,
-                      caption=None, prompts=[], samples=samples, seed=seed, holds_empty=False)  # fmt: skip
+    sources = Sources(concepts=(Concept(CONCEPT, anchor, ("a boot",)),), method=ESD(), images=[None], retains=False,
+                      retain=None, caption=None, prompts=[], samples=samples, seed=seed, holds_empty=False)  # fmt: skip
     return collect(LoadedBase(find(tiny), 32), sources, needs_mask=False).training
 
 
