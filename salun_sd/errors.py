@@ -16,6 +16,10 @@ class UsageError(SalunError):
     exit_code = 2
 
 
+class TrainingError(SalunError):
+    """A training came to nothing by its own settings and data: the same command comes to the same again."""
+
+
 class OutOfTime(SalunError):
     """What ends before it has a result, because its time is over; the same command goes on."""
 

@@ -10,7 +10,7 @@ import torch
 from salun_sd.checkpoint import provenance, tensors
 from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
 from salun_sd.core.mask import Bits, unpacked_bits
-from salun_sd.errors import SalunError, UsageError
+from salun_sd.errors import SalunError, TrainingError, UsageError
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import no_file
 from salun_sd.runtime.documents import parse_json
@@ -32,13 +32,13 @@ def of_training(values: dict[str, torch.Tensor], bits: Bits, base: Tensors, reve
     """The patch of trained values, float32 [k] for each parameter with k salient weights, in the dtype of the base's
     own tensors. Its record is empty.
 
-    Raises SalunError naming a weight that the dtype cannot hold.
+    Raises TrainingError naming a weight that the dtype cannot hold.
     """
     changes: Tensors = {}
     for name, trained in values.items():
         new = trained.to(base[name].dtype)
         if not new.isfinite().all():
-            raise SalunError(f"{name} has a value too large for {base[name].dtype}: lower --lr.")
+            raise TrainingError(f"{name} has a value too large for {base[name].dtype}: lower --lr.")
         changes[f"mask/{name}"], changes[f"new/{name}"] = in_memory(bits.packed[name]), in_memory(new)
         if reversible:
             changes[f"old/{name}"] = Lazy(new.dtype, new.shape, partial(_salient, base[name], bits, name))

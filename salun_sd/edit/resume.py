@@ -22,10 +22,11 @@ from salun_sd.core.masked import MaskedAdam
 from salun_sd.edit import maskfile
 from salun_sd.edit.curve import svg
 from salun_sd.edit.maskfile import Mask
-from salun_sd.errors import SalunError, UsageError, some
+from salun_sd.errors import SalunError, TrainingError, UsageError, some
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import HIDDEN, is_full, new_file, remove_stale, write_atomic
+from salun_sd.runtime.finite import NotFinite
 from salun_sd.runtime.tracker import FOLDER as TRACKED
 from salun_sd.runtime.tracker import Tracker
 
@@ -106,11 +107,12 @@ class Progress:
             self._end()
 
     @contextmanager
-    def no_state_after_an_error(self) -> Iterator[None]:
-        """Remove the state where a SalunError is raised inside: a run that resumed from it would fail again."""
+    def no_state_of_a_failure(self) -> Iterator[None]:
+        """Remove the state where the training fails inside, or what it was given: a run that resumed from it would fail
+        again. After any other error, such as of a damaged file, the same command resumes."""
         try:
             yield
-        except SalunError:
+        except (TrainingError, NotFinite, UsageError):
             if ranks.is_main():
                 self._remove_state()
             raise

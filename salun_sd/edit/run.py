@@ -214,7 +214,7 @@ def _train(job: Job, progress: Progress, state: State | None) -> Trained:
         progress.save(mask)
 
     # train
-    with progress.no_state_after_an_error():
+    with progress.no_state_of_a_failure():
         values = _values(job, unet, mask, data, progress, state)
         trained = patch.of_training(values, mask.bits, base.unet, settings["reversible"])
     peaks["erase"] = memory.reset_peak()

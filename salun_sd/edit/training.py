@@ -18,7 +18,7 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.resources import Compute
 from salun_sd.edit.resume import Progress, State, note_interrupts
 from salun_sd.edit.watch import Watch
-from salun_sd.errors import SalunError, first_line
+from salun_sd.errors import TrainingError, first_line
 from salun_sd.methods.loop import Erasure, erase
 from salun_sd.runtime import memory, ranks, seals
 from salun_sd.runtime.bar import Bar
@@ -130,7 +130,7 @@ def strip_writer(compute: Compute, unet, texts: list[str], folder: Path, every: 
         except NotFinite as e:
             if not step:  # the weights are still the base's
                 raise
-            raise SalunError(f"After step {step} no sample can be drawn: lower --lr. {first_line(e)}.") from e
+            raise TrainingError(f"After step {step} no sample can be drawn: lower --lr. {first_line(e)}.") from e
 
     return write
 

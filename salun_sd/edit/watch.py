@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from salun_sd.errors import SalunError, UsageError
+from salun_sd.errors import TrainingError, UsageError
 from salun_sd.methods.loop import Erasure
 from salun_sd.methods.probe import Points, Probe, points_of, split
 from salun_sd.runtime.finite import NotFinite
@@ -52,7 +52,7 @@ class Watch:
     def at(self, step: int) -> dict:
         """What is measured after a step: {"moved": {prompt: share}, "drift": share}; {} where it is not time for it.
 
-        Raises SalunError where the model is ruined.
+        Raises TrainingError where the model is ruined.
         """
         steps = self.erasure.steps
         if self.probe is None or (step % self.every and step < steps):
@@ -64,10 +64,10 @@ class Watch:
         try:
             moved, drift = measure = self.probe(self.unet)
         except NotFinite as e:
-            raise SalunError(f"After step {step} the model predicts numbers that are not finite: {lower}") from e
+            raise TrainingError(f"After step {step} the model predicts numbers that are not finite: {lower}") from e
         if drift is not None and drift > RUNAWAY:
-            raise SalunError(f"After step {step} the model is ruined: its drift on prompts to retain is {drift:.2f}, "
-                             f"above {RUNAWAY}: {lower}")  # fmt: skip
+            raise TrainingError(f"After step {step} the model is ruined: its drift on prompts to retain is "
+                                f"{drift:.2f}, above {RUNAWAY}: {lower}")  # fmt: skip
         prompts = [concept["prompt"] for concept in self.settings["concepts"]]
         measured = {"moved": {prompts[c]: share for c, share in moved.items()}, "drift": drift}
         self.last = {"step": step, **measured}

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from salun_sd.errors import SalunError
+from salun_sd.errors import TrainingError
 from salun_sd.methods.batches import CONCEPT, Rows
 from salun_sd.methods.loop import Method
 
@@ -90,9 +90,9 @@ class ForgetMeNot(Method):
         return (sum(layer.squares for layer in layers) / (queries * rows.tokens.sum(1))).sqrt()
 
     def check_first(self, loss: float, name: str) -> None:
-        """Log the attention before training, from the mean loss of the first step. Raises SalunError where there is
-        none to lower."""
+        """Log the attention before training, from the mean loss of the first step. Raises TrainingError where there
+        is none to lower."""
         if loss < NONE:
-            raise SalunError(f"{name} pays no attention to the concept's words, {loss:.1e} on average: there is "
-                             "nothing to lower. Use another --method, or other words in --concept.")  # fmt: skip
+            raise TrainingError(f"{name} pays no attention to the concept's words, {loss:.1e} on average: there is "
+                                "nothing to lower. Use another --method, or other words in --concept.")  # fmt: skip
         logger.info(f"Attention on the concept's words before training: {loss:.3f}, root mean square.")

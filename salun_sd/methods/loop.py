@@ -1,8 +1,10 @@
 """The loop of an erasure: a method's loss on the images to forget, a retain loss on the others, and the updates of the
 weights in a mask."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from salun_sd.core.diffusion import joined, mse, predict
 from salun_sd.core.masked import Masked
-from salun_sd.errors import SalunError
+from salun_sd.errors import TrainingError
 from salun_sd.methods import surgery
 from salun_sd.methods.batches import Batch, Rows, Training, batches, forget_rows, retain_rows
 from salun_sd.methods.surgery import Rule
@@ -49,7 +51,7 @@ class Method:
         return nullcontext()
 
     def check_first(self, loss: float, name: str) -> None:
-        """Raises SalunError where the loss of the first step shows that the model `name` has nothing to forget."""
+        """Raises TrainingError where the loss of the first step shows that the model `name` has nothing to forget."""
 
 
 class Retain(NamedTuple):
@@ -164,7 +166,7 @@ def erase(
     [asks, n, C, h, w]. A batch is shared among the processes. Where adam has steps behind it, goes on after them.
 
     Raises NotFinite when the model, which errors call `name`, gives no usable loss or gradient before it is changed;
-    SalunError when that happens later, naming the step and what to lower.
+    TrainingError when that happens later, naming the step and what to lower, and where the first loss is too large.
     """
     for step, batch in enumerate(erasure.batches(), 1):
         if step <= adam.steps:
@@ -206,7 +208,8 @@ def _add_gradient(
             sums = torch.stack([of_term.sum() for of_term in losses]) / erasure.batch_size
             summed = ranks.summed(sums.detach().double().cpu())
             names = [term.name for term in terms]
-            _check_losses(dict(zip(names, (summed * parts).tolist(), strict=True)), step, adam.lr, name)
+            of_part = dict(zip(names, (summed * parts).tolist(), strict=True))
+            _check_losses(of_part, erasure.method, step, adam.lr, name)
             means = {n: means.get(n, 0.0) + mean for n, mean in zip(names, summed.tolist(), strict=True)}
             sum(term.weight * mean for term, mean in zip(terms, sums, strict=True)).backward()
     return means
@@ -218,16 +221,21 @@ def watching(unet: nn.Module, terms: list[Term]) -> AbstractContextManager[None]
     return first.loss.watching(unet, first.rows) if isinstance(first.loss, Method) else nullcontext()
 
 
-def _check_losses(losses: dict[str, float], step: int, lr: float, name: str) -> None:
+def _check_losses(losses: dict[str, float], method: Method, step: int, lr: float, name: str) -> None:
     """Raise an error unless the losses of a step are those of a model that works. At the first step the weights are
-    still the model's own."""
+    still the model's own, and a loss that is finite may be too large by the method's own settings."""
     if all(abs(loss) <= EXPLODED for loss in losses.values()):
         return
     words = ", ".join(f"{term} {loss:.3g}" for term, loss in losses.items())
-    if step == 1:
+    if step == 1 and not all(map(math.isfinite, losses.values())):
         raise NotFinite(f"The UNet of {name} is damaged: before training, its losses are {words}. Use another copy of "
                         "this model.")  # fmt: skip
-    raise SalunError(f"The loss exploded at step {step} ({words}): lower --lr, now {lr:g}.")
+    if step == 1:
+        numbers = [f"{setting}={value:g}" for setting, value in asdict(method).items() if isinstance(value, float)]
+        change = f"change --setting {' '.join(numbers)}, or " if numbers else ""
+        raise TrainingError(f"Before training, the losses of the UNet of {name} are {words}, and may be {EXPLODED:g} "
+                            f"at most: {change}use another copy of this model.")  # fmt: skip
+    raise TrainingError(f"The loss exploded at step {step} ({words}): lower --lr, now {lr:g}.")
 
 
 def _check_weights(adam: Masked, step: int, retain: Retain | None, name: str) -> None:
@@ -237,4 +245,4 @@ def _check_weights(adam: Masked, step: int, retain: Retain | None, name: str) ->
     if step == 1:
         lower = f"lower --retain-weight, now {retain.weight:g}, or " if retain else ""
         raise NotFinite(f"The gradient of the UNet of {name} is not finite: {lower}use another copy of this model.")
-    raise SalunError(f"A weight is no longer finite after step {step}: lower --lr, now {adam.lr:g}.")
+    raise TrainingError(f"A weight is no longer finite after step {step}: lower --lr, now {adam.lr:g}.")

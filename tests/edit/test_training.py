@@ -9,7 +9,7 @@ from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.edit.resources import Compute
 from salun_sd.edit.training import strip_writer
-from salun_sd.errors import SalunError
+from salun_sd.errors import TrainingError
 from salun_sd.runtime.finite import NotFinite
 
 
@@ -51,6 +51,6 @@ def test_a_sample_that_cannot_be_drawn_is_the_models_fault_before_training_and_t
     with pytest.raises(NotFinite, match="UNet of"):
         write(0)
     write(1)  # nothing to draw
-    with pytest.raises(SalunError, match="step 2 .*--lr") as caught:
+    with pytest.raises(TrainingError, match="step 2 .*--lr") as caught:
         write(2)
     assert not isinstance(caught.value, NotFinite) and len(list(tmp_path.iterdir())) == 1

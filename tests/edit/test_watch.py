@@ -10,7 +10,7 @@ from helpers.runs import PAIR, erased_fingerprint, record_of
 from salun_sd.cli import app as cli
 from salun_sd.edit.curve import svg
 from salun_sd.edit.watch import COST, Watch
-from salun_sd.errors import SalunError
+from salun_sd.errors import TrainingError
 from salun_sd.methods.batches import Training
 from salun_sd.methods.loop import Erasure, Retain
 from salun_sd.methods.salun import SalUn
@@ -60,10 +60,10 @@ def test_a_model_that_is_ruined_is_stopped_with_what_to_lower(fresh_unet, schedu
     assert 0.02 < watch.at(4)["drift"] < 0.1
     moved_to(fresh_unet, 1)
     assert watch.at(5) == {}
-    with pytest.raises(SalunError, match="step 8 .*--lr.*0.0001.*--steps.*--retain-weight.*0.5"):
+    with pytest.raises(TrainingError, match="step 8 .*--lr.*0.0001.*--steps.*--retain-weight.*0.5"):
         watch.at(8)
     moved_to(fresh_unet, float("nan"))
-    with pytest.raises(SalunError, match="step 60 .*--lr"):
+    with pytest.raises(TrainingError, match="step 60 .*--lr"):
         watch.at(60)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.erasures import check_forget_loss, erasure_by, of_prompt, train
 
+from salun_sd.errors import TrainingError
 from salun_sd.methods.esd import ESD
 
 TIMES = torch.arange(10) * 97 + 20
@@ -51,3 +52,10 @@ def test_the_prediction_goes_past_the_anchors(pocket, schedule, forget):
     erasure = erasure_by(ESD(), schedule, forget, anchors=anchors(2), empty=0, times=TIMES, steps=6)
     losses = [step["forget"] for step in train(unet, erasure, lr=3e-4)]
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
+
+
+def test_a_scale_that_is_too_large_is_named_and_the_model_is_not_called_damaged(pocket, schedule, forget):
+    erasure = erasure_by(ESD(scale=1e4), schedule, forget, empty=0, times=TIMES)
+    with pytest.raises(TrainingError, match=r"UNet of here/model are forget .*--setting scale=10000 ") as caught:
+        next(train(deepcopy(pocket.unet), erasure, name="here/model"))
+    assert "damaged" not in str(caught.value)

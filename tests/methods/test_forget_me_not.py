@@ -11,7 +11,7 @@ from helpers.models import TINY
 from salun_sd.core.diffusion import Examples, predict
 from salun_sd.core.mask import full_bits
 from salun_sd.core.masked import MaskedAdam
-from salun_sd.errors import SalunError
+from salun_sd.errors import TrainingError
 from salun_sd.methods.batches import Rows, Training
 from salun_sd.methods.forget_me_not import ForgetMeNot
 from salun_sd.methods.loop import Erasure, Retain, Term, erase, losses_of
@@ -157,6 +157,6 @@ def test_parts_are_the_same_update_and_what_no_gradient_reaches_stays(fresh_unet
 
 
 def test_no_attention_to_lower_is_an_error_by_name():
-    with pytest.raises(SalunError, match="here/model"):
+    with pytest.raises(TrainingError, match="here/model"):
         METHOD.check_first(3e-5, "here/model")
     METHOD.check_first(1e-2, "here/model")
