@@ -14,6 +14,7 @@ from salun_sd.edit import datasets, maskfile
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
 from salun_sd.errors import SalunError, UsageError
+from salun_sd.methods.batches import CONCEPT
 from salun_sd.methods.loop import Method
 from salun_sd.methods.uce import UCE
 from salun_sd.runtime import files, ranks
@@ -57,6 +58,14 @@ def check_method(base: Checkpoint, name: str, method: Method | UCE) -> None:
     if method.needs_empty and not base.is_guided:
         raise UsageError(f"--method {name} needs the prediction without a class, and {base.name} has no null class: "
                          "give another --method, such as salun.")  # fmt: skip
+
+
+def check_images(concepts: Sequence[Concept], name: str, method: Method | UCE, needs_mask: bool) -> None:
+    """Raise UsageError for images of a concept, of --forget or of a plan, that neither the method nor a mask takes."""
+    given = next((c for c in concepts if c.images), None)
+    if given and method.shows != CONCEPT and not needs_mask:
+        raise UsageError(f"The images of {given.prompt!r}, {given.images}, are of no use to --method {name}: leave out "
+                         "--forget or, in a plan, images.")  # fmt: skip
 
 
 def named(base: Checkpoint, concepts: Sequence[Concept]) -> tuple[Concept, ...]:

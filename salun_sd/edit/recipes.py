@@ -9,7 +9,7 @@ from salun_sd.edit.checks import check_choice
 from salun_sd.edit.retain_prompts import ANCHOR
 from salun_sd.edit.watch import check_until
 from salun_sd.errors import UsageError
-from salun_sd.methods.batches import CONCEPT, Training
+from salun_sd.methods.batches import Training
 from salun_sd.methods.catalog import METHODS
 from salun_sd.methods.loop import Erasure, Method, Retain
 from salun_sd.methods.uce import UCE
@@ -164,7 +164,6 @@ def _check_used(
     is_salient = "density" in typed or str(typed.get("mask", kind.support)).startswith("salient")
     useless = list(OF_THE_LOOP) if kind is UCE else []
     useless += OF_A_BATCH if kind is UCE and not is_salient else []
-    useless += ["forget"] if kind.shows != CONCEPT and not is_salient else []
     useless += ["until"] if kind.shows is None else []  # no concept moves
     if option := next((option for option in useless if option in typed), None):
         raise UsageError(f"--{option.replace('_', '-')} is of no use to --method {name}: leave it out.")

@@ -19,6 +19,7 @@ from salun_sd.edit.budget import Erasing, Masking, Work
 from salun_sd.edit.checks import (
     check_batch,
     check_format,
+    check_images,
     check_method,
     check_retain,
     check_writable,
@@ -38,7 +39,7 @@ from salun_sd.edit.recipes import Recipe, recipe_of
 from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.edit.resume import Progress, State
 from salun_sd.edit.sources import Sources, sources_in_words
-from salun_sd.edit.supports import support_of
+from salun_sd.edit.supports import SALIENT, support_of
 from salun_sd.edit.training import strip_writer, train
 from salun_sd.edit.training_data import Data, collect
 from salun_sd.methods.names import TITLES
@@ -155,6 +156,7 @@ def _prepared(o: SimpleNamespace) -> Job:
     recipe = recipe_of(o.method, o.recipe, o.setting, vars(o))
     support = support_of(o.mask, o.density, o.saliency_guidance, recipe.method.support)
     concepts = concepts_of(o.concept, o.anchor, o.forget, needs_anchor=recipe.method.needs_anchor)
+    check_images(concepts, o.method, recipe.method, needs_mask=support.kind == SALIENT)
     check_dtype(o.dtype)
     check_format(Path(o.out), o.format, o.reversible)
     check_retain(o.retain, o.retain_caption, o.retain_prompts)

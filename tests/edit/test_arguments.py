@@ -63,6 +63,14 @@ ERASED = {
     "no such mask": ({"mask": Path("nowhere.safetensors")}, "nowhere.safetensors"),
     "a mask of no density": ({"mask": "random:x"}, "random:x"),
     "images and prompts": ({"retain": Path("photos"), "retain_prompts": "pocket"}, "--retain-prompts"),
+    **{
+        f"images, of no use to {method}": (
+            {"method": method, "concept": Concept(CAT, DOG, images="photos"), "anchor": None},
+            f"'{CAT}', photos, .*--method {method}",
+        )
+        for method in ("esd", "ablation", "finetune", "uce")
+    },
+    "images to forget, of no use to esd": ({"method": "esd", "forget": "photos"}, "photos.* esd.*--forget"),
     "a caption of nothing": ({"retain_caption": "x"}, "--retain-caption"),
 }
 

@@ -67,7 +67,6 @@ WRONG = {
     "no images at all, as published": (("finetune", "paper", None, {"retain_weight": 0}), "finetune --retain-weight"),
     "nothing to learn": (("finetune", None, None, {"retain_target": "base"}), "finetune --retain-target base"),
     "a batch where no mask is computed": (("uce", None, None, {"batch_size": 4}), "--batch-size uce"),
-    "forget images that nothing shows": (("esd", None, None, {"forget": "photos"}), "--forget esd"),
     "retain prompts at weight 0": (("esd", None, None, {"retain_prompts": "x"}), "--retain-prompts --retain-weight"),
 }
 
