@@ -31,7 +31,7 @@ def effort(attack: Attack, prompts: int, steps: int, per_pass: int, guided: bool
     batches = [prompts] * (1 + tries) if attack.labels() else [prompts, prompts * tries]
     if attack.has_fresh() and not control:
         batches.append(prompts * FRESH_IMAGES)
-    processes = ranks.count()  # they share the prompts, and a search that serves all prompts is done by each
+    processes = ranks.count()  # they share the prompts; what serves all prompts is done by each, or by one: others wait
     search = 0 if control else processes * attack.passes(-(-prompts // processes))
     steps = attack.drawing[1] if attack.drawing else steps
     return drawing(batches, steps, per_pass, guided) + Effort(0, search)

@@ -9,7 +9,7 @@ import torch
 from salun_sd.attacks.attack import Try
 from salun_sd.checkpoint import tensors
 from salun_sd.errors import SalunError
-from salun_sd.runtime.files import new_file
+from salun_sd.runtime.files import new_file, remove_stale
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,12 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def file_of(out: Path, case: int) -> Path:
     """The file of a prompt, in the folder of a run."""
     return out / "found" / f"{case}.safetensors"
+
+
+def remove_partial(out: Path) -> None:
+    """Remove what killed searches left of their files, in the folder of a run."""
+    for folder in (out, out / "found"):
+        remove_stale(folder)
 
 
 def save(file: Path, tries: list[Try]) -> None:

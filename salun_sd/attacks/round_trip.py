@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from salun_sd.attacks.attack import Scene
-from salun_sd.attacks.weights import Weights, put_back
+from salun_sd.attacks.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,10 @@ class RoundTrip(Weights):
     @torch.no_grad()
     def change(self, scene: Scene) -> Iterator[None]:
         for format in self.formats:
-            with put_back(scene.target.unet):
-                for p in scene.target.unet.parameters():
-                    if p.ndim > 1 or format in ("float16", "bfloat16"):
-                        p.copy_(rounded(p, format))
-                yield
+            for p in scene.target.unet.parameters():
+                if p.ndim > 1 or format in ("float16", "bfloat16"):
+                    p.copy_(rounded(p, format))
+            yield
 
 
 def rounded(weights: torch.Tensor, format: str) -> torch.Tensor:

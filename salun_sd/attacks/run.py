@@ -62,8 +62,10 @@ class Run:
         another search."""
         self._keep_settings()
         together = self.out / "found.safetensors"
-        if ranks.is_main() and not kept.is_whole(together):
-            kept.save_tensors(together, self.attack.prepare(self.scene))
+        if ranks.is_main():
+            kept.remove_partial(self.out)
+            if not kept.is_whole(together):
+                kept.save_tensors(together, self.attack.prepare(self.scene))
         ranks.wait()
         found, prompts = kept.read_tensors(together), self.scene.prompts
         files = {prompt: kept.file_of(self.out, prompt.case) for prompt in prompts[ranks.rank() :: ranks.count()]}
@@ -155,8 +157,9 @@ class Run:
                 condition = one.condition or target.with_tokens(one.tokens, one.text)
             return Given(on_device(condition, "cpu"), one.start, one.begins)
 
-        wanted = self._wanted(shots, folder)
-        for _ in generate.draw(lambda: target.pipeline, wanted, what=self.name, given=given, **self._sampling(stage)):
+        settings = {"what": self.name, "given": given, **self._sampling(stage)}
+        redraw = bool(folder)  # a try that another judge chose is in the place of this one
+        for _ in generate.draw(lambda: target.pipeline, self._wanted(shots, folder), redraw=redraw, **settings):
             pass
 
     def _lines(self, shots: list[Shot]) -> list[dict]:

@@ -1,6 +1,6 @@
 """Attacks that change a model's weights, stage by stage."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,7 +25,8 @@ class Weights(Attack):
         raise NotImplementedError
 
     def change(self, scene: Scene) -> Iterator[None]:
-        """Give the UNet the weights of one stage after the other."""
+        """Give the UNet the weights of one stage after the other. Each begins from those of the last one; from the
+        first ones where the stages do not build on one another."""
         raise NotImplementedError
 
     def labels(self) -> list[str]:
@@ -35,9 +36,11 @@ class Weights(Attack):
         if scene.control and not self.control_changes:
             yield from range(1, len(self.labels()))
             return
-        with put_back(scene.target.unet), closing(self.change(scene)) as changes:
+        with put_back(scene.target.unet) as restore, closing(self.change(scene)) as changes:
             for stage, _ in enumerate(changes, 1):
                 yield stage
+                if not self.counts_last:
+                    restore()
 
     def tries(self, scene: Scene, prompt: Prompt, found: dict[str, torch.Tensor]) -> list[Try]:
         """One for each stage."""
@@ -46,12 +49,17 @@ class Weights(Attack):
 
 
 @contextmanager
-def put_back(module: nn.Module) -> Iterator[None]:
-    """In the end, the module has the weights of the beginning again, to the last bit. They are kept on the CPU."""
+def put_back(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """In the end, the module has the weights of the beginning again, to the last bit; and whenever the function is
+    called that this gives. They are kept on the CPU."""
     before = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def restore() -> None:
+        for name, p in module.named_parameters():
+            p.copy_(before[name])
+
     try:
-        yield
+        yield restore
     finally:
-        with torch.no_grad():
-            for name, p in module.named_parameters():
-                p.copy_(before[name])
+        restore()

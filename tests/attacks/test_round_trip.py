@@ -1,5 +1,7 @@
 """Storage in fewer bits: what each format keeps of a weight."""
 
+import gc
+
 import pytest
 import torch
 
@@ -40,6 +42,20 @@ def test_a_change_smaller_than_a_step_is_rounded_away():
     change = drawn(16, 16).sign() * step * (base.abs() < base.abs().amax(1, keepdim=True))  # the scale stays
     assert torch.allclose(rounded(base + 0.4 * change, "int8"), base, atol=1e-6)
     assert not torch.allclose(rounded(base + 0.6 * change, "int8"), base, atol=1e-3)
+
+
+def test_the_first_weights_are_kept_once(tiny):
+    """What the memory plan counts."""
+    weights = sum(p.nbytes for p in tiny.target.unet.parameters())
+
+    def held() -> int:
+        tensors = (t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    gc.collect()
+    before = held()
+    for _ in RoundTrip(("int8",)).stages(tiny):
+        assert 0.9 * weights < held() - before < 1.1 * weights
 
 
 def test_small_formats_round_matrices_and_half_precision_everything(tiny):

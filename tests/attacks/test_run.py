@@ -4,11 +4,20 @@ import pytest
 from helpers.scenes import NAME, run, scene
 from PIL import Image
 
+from salun_sd.attacks.attack import Attack, Try
 from salun_sd.attacks.genetic import Genetic
 from salun_sd.draw.generate import PROVENANCE
 from salun_sd.errors import UsageError
+from salun_sd.runtime.files import new_file
 
 SMALL = Genetic(population=6, generations=2)
+
+
+class Two(Attack):
+    """Two prompts, whatever is asked for."""
+
+    def tries(self, scene, prompt, found):
+        return [Try("a bag", prompt.seed), Try("a coat", prompt.seed)]
 
 
 def found(attack) -> dict[str, bytes]:
@@ -35,6 +44,29 @@ def test_fresh_images_are_of_the_chosen_try_and_of_seeds_that_no_try_has(tmp_pat
     assert [line["prompt"] for line in fresh] == [of_tries[line["case"]] for line in fresh]
     with Image.open(attack.out / "fresh" / fresh[0]["file"]) as image:
         assert str(fresh[0]["seed"]) in image.info[PROVENANCE]
+
+
+def test_a_try_that_another_judge_chose_is_drawn_with_the_fresh_seeds_in_place_of_the_first(tmp_path):
+    attack = run(Two(), scene(1), tmp_path, steps=1)
+    attack.search()
+    [case] = (prompt.case for prompt in attack.scene.prompts)
+    for k in (1, 2, 1):
+        for line in attack.fresh({case: k}):
+            with Image.open(attack.out / "fresh" / line["file"]) as image:
+                assert image.info[PROVENANCE].endswith(attack.tries(case)[k - 1].text)
+
+
+def test_what_killed_searches_left_is_removed_and_what_others_write_is_not(tmp_path):
+    attack = run(SMALL, scene(1), tmp_path)
+    (case,) = (prompt.case for prompt in attack.scene.prompts)
+    left = [f"found/.{case}.safetensors.0123456789abcdef.partial", ".found.safetensors.0123456789abcdef.partial"]
+    (tmp_path / "found").mkdir()
+    for name in (*left, *(f"{name}-lock" for name in left)):
+        (tmp_path / name).touch()
+    with new_file(tmp_path / "found" / "9.safetensors") as partial:
+        partial.touch()
+        attack.search()
+        assert [file for file in tmp_path.rglob(".*partial*") if "/.9." not in str(file)] == [] and partial.exists()
 
 
 def test_a_folder_of_another_search_is_refused(tmp_path):
