@@ -77,8 +77,8 @@ class Compute(NamedTuple):
 
     def disk(self, kept: int, format: str, reversible: bool) -> dict[str, int]:
         """Bytes that an erasure writes for `kept` weights in its mask, without the drawn images in the cache."""
-        [dtype, *_] = {t.dtype for t in self.model.unet.values()}
-        patch = self.mask_bytes() + kept * dtype.itemsize * (2 if reversible else 1)
+        values = tensors.size(self.model.unet) * kept // self.model.weights  # kept weights of each dtype alike
+        patch = self.mask_bytes() + values * (2 if reversible else 1)
         whole = sum(tensors.size(part) for part in self.model.parts.values())
         return {"the result": patch if format == "patch" else whole, "the mask": self.mask_bytes(),
                 "the state, while it runs": self.mask_bytes() + 12 * kept}  # fmt: skip

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from helpers.by_class import write_ddpm, write_dit
-from helpers.models import TINY, blocks
+from helpers.models import TINY, blocks, write_pipeline
+from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
+from salun_sd.checkpoint import tensors
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_part
 from salun_sd.core import mask
@@ -20,6 +22,7 @@ from salun_sd.core.masked import MaskedAdam
 from salun_sd.core.saliency import GradientSum
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Drawing, Erasing, Masking
+from salun_sd.edit.resources import Compute
 from salun_sd.methods.batches import Training
 from salun_sd.methods.loop import Erasure, Retain, erase
 from salun_sd.methods.salun import SalUn, forget_gradient
@@ -236,3 +239,13 @@ def test_what_comes_beside_the_program_has_to_fit(monkeypatch):
     monkeypatch.setattr(budget.memory, "available", lambda device: 1000)
     assert budget.fits(parts, "cpu")
     assert not budget.fits(parts | {"weights": 601}, "cpu")
+
+
+def test_a_patch_of_a_unet_of_several_dtypes_holds_each_weight_in_its_own(tmp_path):
+    model = write_pipeline(tmp_path / "mixed", "sd1")
+    [file] = (model / "unet").glob("*.safetensors")
+    save_file({k: t.half() if "attn2" in k else t for k, t in load_file(file).items()}, file, {"format": "pt"})
+    base = find(str(model))
+    compute = Compute.of(base, None, None)
+    size = compute.disk(base.weights, "patch", reversible=False)["the result"]
+    assert size == compute.mask_bytes() + tensors.size(base.unet) and len({t.dtype for t in base.unet.values()}) == 2
