@@ -15,6 +15,7 @@ from salun_sd.draw import prompts
 from salun_sd.draw.encode import reader
 from salun_sd.edit.concepts import Concept
 from salun_sd.errors import UsageError, some
+from salun_sd.methods.batches import spread
 from salun_sd.runtime.finite import finite
 
 logger = logging.getLogger(__name__)
@@ -63,11 +64,6 @@ def shares(samples: int, has_anchor: bool = True) -> dict[str, int]:
 
 def shares_in_words(samples: int, has_anchor: bool) -> str:
     return ", ".join(f"{name} ({count})" for name, count in shares(samples, has_anchor).items())
-
-
-def spread(choices, count: int) -> list:
-    """`count` choices in their order; their numbers differ by one at most."""
-    return [choices[i * len(choices) // count] for i in range(count)]
 
 
 def _of_set(base: Checkpoint, name: str, concepts: Sequence[Concept]) -> list[tuple[str, float]]:

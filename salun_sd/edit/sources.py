@@ -18,10 +18,10 @@ from salun_sd.edit.concept_tokens import concept_tokens
 from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
 from salun_sd.edit.recipes import Recipe
-from salun_sd.edit.retain_prompts import ANCHOR, prompts_to_retain, shares_in_words, spread
+from salun_sd.edit.retain_prompts import ANCHOR, prompts_to_retain, shares_in_words
 from salun_sd.errors import UsageError
 from salun_sd.methods import batches
-from salun_sd.methods.batches import CONCEPT, TRAJECTORY
+from salun_sd.methods.batches import CONCEPT, TRAJECTORY, spread
 from salun_sd.methods.forget_me_not import ForgetMeNot
 from salun_sd.methods.loop import Method
 from salun_sd.methods.uce import UCE

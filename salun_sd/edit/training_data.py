@@ -17,10 +17,9 @@ from salun_sd.edit.concepts import Concept
 from salun_sd.edit.datasets import Item
 from salun_sd.edit.encodings import LoadedBase, encode, half_drawn
 from salun_sd.edit.resources import schedule_of
-from salun_sd.edit.retain_prompts import spread
 from salun_sd.edit.sources import Sources
 from salun_sd.methods import batches
-from salun_sd.methods.batches import CONCEPT, TRAJECTORY, Training
+from salun_sd.methods.batches import CONCEPT, TRAJECTORY, Training, spread
 from salun_sd.methods.forget_me_not import ForgetMeNot
 from salun_sd.runtime.contents import file_bytes
 from salun_sd.runtime.device import dtype_name

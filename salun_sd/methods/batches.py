@@ -1,6 +1,6 @@
 """Which examples each step of an erasure sees: images, timesteps and noise, a function of the seed alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from typing import NamedTuple
 
@@ -52,6 +52,11 @@ class Rows(NamedTuple):
     anchor: Condition | None = None  # the anchor's prompt, n rows
     empty: Condition | None = None  # the prompt "", n rows
     tokens: torch.Tensor | None = None  # bool [n, L]
+
+
+def spread(choices: Sequence, count: int) -> list:
+    """`count` choices in their order; their numbers differ by one at most."""
+    return [choices[i * len(choices) // count] for i in range(count)]
 
 
 def shuffled(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -31,6 +31,6 @@ class EraseDiff(SalUn):
 
     eta: float = 0.1
 
-    def join(self, ff: float, fr: float, rr: float) -> tuple[float, float]:
-        """(s, 1): a rule of methods.surgery, of grad U and grad R."""
-        return (max(0.0, self.eta - fr / ff) if ff else self.eta), 1.0
+    def join(self, ff: float, fr: float) -> float:
+        """s: a rule of methods.surgery, of grad U and grad R."""
+        return max(0.0, self.eta - fr / ff) if ff else self.eta

@@ -17,7 +17,7 @@ from salun_sd.core.diffusion import (
     on_device,
     predict,
 )
-from salun_sd.methods.batches import Training
+from salun_sd.methods.batches import Training, spread
 from salun_sd.runtime import ranks
 from salun_sd.runtime.finite import finite
 
@@ -38,17 +38,12 @@ def split(retain: Examples) -> tuple[Examples, Examples | None]:
     """
     counts = Counter(retain.which.tolist())  # in the order of the images: that of the rows depends on the cache
     if len(counts) >= PROMPTS:
-        rare = torch.tensor(sorted(counts, key=counts.__getitem__)[: len(counts) // 2])
-        is_held = torch.isin(retain.which, _spread(rare, min(OF_RETAIN, len(counts) // ONE_IN)))
+        rare = sorted(counts, key=counts.__getitem__)[: len(counts) // 2]
+        is_held = torch.isin(retain.which, torch.tensor(spread(rare, min(OF_RETAIN, len(counts) // ONE_IN))))
     else:
         is_held = torch.arange(len(retain)) >= len(retain) - min(OF_RETAIN, len(retain) // ONE_IN)
     trained, held = (_some(retain, chosen.nonzero().squeeze(1)) for chosen in (~is_held, is_held))
     return trained, held if len(held) else None
-
-
-def _spread(choices: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of them in their order; their numbers differ by one at most."""
-    return choices[torch.arange(count) * len(choices) // count]
 
 
 def _some(examples: Examples, index: torch.Tensor) -> Examples:
@@ -84,10 +79,10 @@ def points_of(training: Training, held: Examples | None, seed: int) -> Points | 
         concepts = training.concepts.unique()
         count = max(1, min(OF_CONCEPT, OF_CONCEPTS // len(concepts)))
         for c in concepts.tolist():
-            index = _spread((training.concepts == c).nonzero().squeeze(1), count)
+            index = torch.tensor(spread((training.concepts == c).nonzero().squeeze(1).tolist(), count))
             groups.append(_points(training.schedule, forget, index, goals[index], c, seed, training.times))
     if held is not None:
-        index = _spread(torch.arange(len(held)), OF_RETAIN)
+        index = torch.tensor(spread(range(len(held)), OF_RETAIN))
         groups.append(_points(training.schedule, held, index, held.which[index], RETAIN, seed))
     return reduce(_joined, groups) if groups else None
 

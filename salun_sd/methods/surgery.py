@@ -1,14 +1,14 @@
-"""Two gradients, of the forget term and of the retain term, joined to one update by other weights than those of a sum.
+"""Two gradients, of the forget term and of the retain term, joined to one update by another weight than that of a sum.
 
-A rule gives the weights (a, b) of the update a g_f + b g_r. It knows the two gradients by their inner products alone,
-g_f . g_f, g_f . g_r and g_r . g_r, over all salient weights together. g_r is that of the weighted retain term.
+A rule gives the weight s of the update g_r + s g_f. It knows the two gradients by the inner products g_f . g_f and
+g_f . g_r alone, over all salient weights together. g_r is that of the weighted retain term.
 """
 
 from collections.abc import Callable
 
 import torch
 
-Rule = Callable[[float, float, float], tuple[float, float]]
+Rule = Callable[[float, float], float]
 
 
 def joined(
@@ -16,10 +16,9 @@ def joined(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """The update by a rule, from parameter name -> gradient [k] of each term; one that has no gradient of a parameter
     has 0 there. Works in place: both are used up."""
-    a, b = rule(_product(forget, forget), _product(forget, retain), _product(retain, retain))
-    update = {name: grad.mul_(b) for name, grad in retain.items() if name not in forget}
+    s, update = rule(_product(forget, forget), _product(forget, retain)), dict(retain)
     for name, grad in forget.items():
-        update[name] = grad.mul_(a).add_(retain[name], alpha=b) if name in retain else grad.mul_(a)
+        update[name] = grad.mul_(s).add_(retain[name]) if name in retain else grad.mul_(s)
     return update
 
 

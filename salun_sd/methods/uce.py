@@ -2,7 +2,7 @@
 form."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -53,10 +53,9 @@ class UCE:
         have more parameters: these do not change. concepts and anchors [K, in], n-th to n-th, preserved [P, in], P from
         0 on: embeddings.
         """
-        scaled = {"erase_scale": self.erase_scale, "preserve_scale": self.preserve_scale, "ridge": self.ridge}
         for name in weights:
             if (free := bits[name]).any():
-                yield name, edited(weights[name], free, concepts, anchors, preserved, **scaled)[free].float()
+                yield name, edited(weights[name], free, concepts, anchors, preserved, **asdict(self))[free].float()
 
 
 def edited(

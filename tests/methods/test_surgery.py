@@ -19,15 +19,15 @@ from salun_sd.methods.surgery import joined
 from salun_sd.runtime import ranks
 
 
-def test_a_rule_sees_both_gradients_as_a_whole_and_weighs_them():
+def test_a_rule_sees_both_gradients_as_a_whole_and_weighs_that_of_the_forget_term():
     """Inner products over all parameters together. A parameter may lack one of the gradients."""
     f = {"x": torch.tensor([2.0]), "y": torch.tensor([1.0, 0.5]), "forget": torch.tensor([4.0])}
     r = {"x": torch.tensor([2.0]), "y": torch.tensor([-1.0, 2.0]), "retain": torch.tensor([5.0])}
     seen = []
-    update = joined(f, r, lambda *products: seen.append(products) or (3.0, -2.0))
-    assert seen == [(4 + 1.25 + 16, 4 - 1 + 1, 4 + 5 + 25)]
+    update = joined(f, r, lambda *products: seen.append(products) or 3.0)
+    assert seen == [(4 + 1.25 + 16, 4 - 1 + 1)]
     assert {name: t.tolist() for name, t in update.items()} == {
-        "x": [2], "y": [5, -2.5], "forget": [12], "retain": [-10],
+        "x": [8], "y": [2, 3.5], "forget": [12], "retain": [5],
     }  # fmt: skip
 
 
@@ -60,10 +60,10 @@ def gradients(unet, bits, erasure, known=None) -> list[torch.Tensor]:
 
 
 class Weighted(SalUn):
-    """SalUn with other weights than those of the sum."""
+    """SalUn with another weight than that of the sum."""
 
-    def join(self, ff: float, fr: float, rr: float) -> tuple[float, float]:
-        return 3.0, -2.0
+    def join(self, ff: float, fr: float) -> float:
+        return -3.0
 
 
 def constrained(f: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def constrained(f: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
 
 
 RULES = {  # by the place of the anchor's prediction: the method, and what it makes of the two gradients
-    "weighted": (lambda source: Weighted(source), lambda f, r: 3 * f - 2 * r),
+    "weighted": (lambda source: Weighted(source), lambda f, r: r - 3 * f),
     "erasediff": (lambda source: EraseDiff(source, eta=0.7), constrained),
 }
 
