@@ -14,7 +14,7 @@ from salun_sd.attacks.effort import Effort, drawing, effort
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Attacking, Erasing, Masking, Work
-from salun_sd.edit.resources import LARGE, Compute
+from salun_sd.edit.resources import Compute
 from salun_sd.runtime import memory
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 def plans(steps: Sequence[Step], model: Checkpoint, machine: Machine, density: float, parts: int) -> list[Plan]:
     """The plan of each step. density, parts: of the erasures."""
-    compute = Compute(model, machine.precision, machine.precision, model.weights >= LARGE)
+    compute = Compute(model, machine.precision, machine.precision, model.is_large)
     update = 3  # forward, and twice that backward
     ARCHS[model.name] = {"unet": model.unet_settings, "vae": model.vae_settings}
     side = model.image_size // model.pixels_per_latent

@@ -11,7 +11,6 @@ from salun_sd.core.diffusion import Condition, Schedule, on_device
 from salun_sd.draw.encode import embedded, encode_prompts
 
 SLOT = "x"  # a word of one token, whose embedding a search replaces
-LARGE = 10**8  # weights from which activations are computed again in the backward pass
 
 
 class Target:
@@ -20,7 +19,7 @@ class Target:
     def __init__(self, model: Checkpoint, dtype: torch.dtype = torch.float32):
         self.model, self.pipeline = model, load_pipeline(model, dtype=dtype)
         self.unet, self.schedule = self.pipeline.unet, Schedule(alphas_cumprod(model), model.prediction_type)
-        if model.weights >= LARGE:
+        if model.is_large:
             self.unet.enable_gradient_checkpointing()
 
     @property

@@ -23,6 +23,7 @@ POCKET = Path(__file__).parents[1] / "pocket"
 BUNDLED = {"pocket": POCKET, "pocket-ddpm": POCKET / "ddpm"}  # the checkpoints that ship with the package, by name
 SAMPLING = "sampling.json"
 MOST_SIDE = 8192  # pixels that no Stable Diffusion was made for
+LARGE = 100_000_000  # weights of a denoiser, from which on activations are worth recomputing
 FILES = (".safetensors", *tensors.PICKLES)
 CONFIGS = {".json", ".txt", ".model"}  # the files of a pipeline folder that are not weights
 
@@ -216,6 +217,11 @@ class Checkpoint:
     def weights(self) -> int:
         """The number of weights of the denoiser."""
         return sum(t.shape.numel() for t in self.unet.values())
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it has so many weights that activations are worth recomputing in the backward pass."""
+        return self.weights >= LARGE
 
     def describe(self) -> str:
         """One line: family, classes, prediction type, image size, number of weights of the denoiser and their dtype."""

@@ -18,8 +18,6 @@ from salun_sd.runtime.device import Precision, check_dtype, default_device, dtyp
 
 logger = logging.getLogger(__name__)
 
-LARGE = 100_000_000  # weights of a UNet whose activations are worth recomputing
-
 
 class Forecast(NamedTuple):
     """What --dry-run gives in place of a result."""
@@ -55,7 +53,7 @@ class Compute(NamedTuple):
         precision, drawn_in = Precision.of(dtype, default_device()), Precision.to_draw(dtype, default_device())
         logger.info(f"Images are drawn and encoded in {dtype_name(drawn_in.dtype)}: {drawn_in.reason}.")
         logger.info(f"The UNet is held in {dtype_name(precision.dtype)} to train: {precision.reason}.")
-        return cls(model, precision, drawn_in, model.weights >= LARGE if checkpointing is None else checkpointing)
+        return cls(model, precision, drawn_in, model.is_large if checkpointing is None else checkpointing)
 
     def dtypes(self) -> dict[str, str]:
         """The dtypes as settings: that of the training, and that of the images where it is not float32, which was the
@@ -110,7 +108,7 @@ class Compute(NamedTuple):
         """Bytes that each step will take; a warning names a step that does not fit the device. Only for a large UNet,
         and without the step of the images, which may be cached."""
         trained = [work for work in steps if not isinstance(work, Drawing)]
-        plans = self._plans(trained) if self.model.weights >= LARGE else {}
+        plans = self._plans(trained) if self.model.is_large else {}
         for step, sizes in plans.items():
             if not budget.fits(sizes, default_device()):
                 size = f"{sum(sizes.values()) / 2**30:.1f} GiB"

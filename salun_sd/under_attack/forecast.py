@@ -8,7 +8,7 @@ from salun_sd.attacks.weights import Weights
 from salun_sd.draw.sample import images_per_pass
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Attacking
-from salun_sd.edit.resources import LARGE, Compute, Forecast
+from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import in_time
 from salun_sd.runtime.device import default_device
@@ -19,7 +19,7 @@ def forecast(plan: Plan) -> Forecast:
     """What --dry-run gives: how much the audit and each attack draw, and with which settings; why others are not run;
     the memory; and the time, which is that of a pass through the UNet, measured here, times the number of passes."""
     model, precision, attacks = plan.job.audited, plan.precision, plan.attacks.values()
-    side, compute = max(plan.cases[0].size), Compute(model, precision, precision, model.weights >= LARGE)
+    side, compute = max(plan.cases[0].size), Compute(model, precision, precision, model.is_large)
     work = compute.work(
         Attacking, side, max(getattr(attack, "batch_size", 1) for attack in attacks),
         draws=compute.drawing(side, draws=False), models=2 if plan.needs_base else 1,
