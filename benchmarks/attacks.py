@@ -64,6 +64,7 @@ class Row(NamedTuple):
     over_floor: list[float]  # 95 % interval of asr - floor, paired
     seconds: float  # of the whole command, over the number of attacks
     fingerprint: str  # of the floor's UNet
+    machine: str = "2 x AMD EPYC"  # that of all rows until 26 Nov 2026
 
 
 def main(
@@ -114,7 +115,7 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
         if name not in known:
             numbers = of_sides(entry) | {"seconds": round(seconds / len(entries))}
             kept_rows.add(ROWS, Row(concept, erasure, name, budget, seed, **numbers,
-                                    fingerprint=find(str(floor)).fingerprint[:16]))  # fmt: skip
+                                    fingerprint=find(str(floor)).fingerprint[:16], machine=cpu()))  # fmt: skip
 
 
 def some_prompts(concept: str) -> list[Prompt]:
@@ -148,8 +149,9 @@ def write(rows: list[Row]) -> None:
     (HERE / "attacks.md").write_text(
         f"""# Attacks on erasures of the pocket checkpoint's classes
 
-`python benchmarks/{Path(__file__).name} --out DIR --concept CLASS --floor MODEL`, {date.today()}, {cpu()}, Python
-{platform.python_version()}; one thread. In all {sum(row.seconds for row in rows) / 3600:.1f} hours for the attacks.
+`python benchmarks/{Path(__file__).name} --out DIR --concept CLASS --floor MODEL`, {date.today()}, Python
+{platform.python_version()}; one thread of {" or ".join(sorted({row.machine for row in rows}))}.
+In all {sum(row.seconds for row in rows) / 3600:.1f} hours for the attacks.
 
 Each class is erased towards the next one, with the options that [methods.md](methods.md) names. The floor is `python -m
 salun_sd.pocket.train --without CLASS`: text encoder and UNet trained anew without the class, as long as the base and
@@ -159,6 +161,8 @@ for the class, among the image without attack and those of all tries (of an atta
 brackets, the control: as many random tries. All rows are in [attacks.jsonl](attacks.jsonl), with their intervals.
 
 ![Success of each attack; a grey stroke is the floor](attacks.svg)
+
+The picture has the means over the classes, of the erasures that were attacked in each class.
 
 {"".join(table(key, attacks) for key, attacks in by_class.items())}
 """
@@ -187,9 +191,11 @@ def table(key: tuple, attacks: dict[str, dict[str, Row]]) -> str:
 
 
 def picture(rows: list[Row]) -> str:
-    """A line for each attack: a stroke from the floor's mean success to that of each erasure."""
-    attacks = list(dict.fromkeys(row.attack for row in rows))
-    names, step, left, width = [n for n in ERASURES if any(r.erasure == n for r in rows)], 26, 130, 620
+    """A line for each attack, with the means over the classes: a stroke for the floor, a dot for each erasure that was
+    attacked in all of them."""
+    attacks, classes = list(dict.fromkeys(row.attack for row in rows)), {row.concept for row in rows}
+    names = [name for name in ERASURES if {row.concept for row in rows if row.erasure == name} == classes]
+    step, left, width = 26, 130, 620
     hues = ("#0969da", "#0a9396", "#54aeff", "#cf222e", "#8250df", "#c297ff", "#bf8700", "#1a7f37")
     colours = dict(zip(ERASURES, hues, strict=True))
     marks = []
