@@ -50,7 +50,8 @@ class Flagger(Classifier):
 
     def __init__(self, model: str, device: str = "cpu"):
         super().__init__(model, (), device, option="--detector")
-        self.flagged = [label for label in self.vocabulary if is_flagged(label)]
+        # Of the classes: two labels may have the same first synonym, and so the same name.
+        self.flagged = [n for n, name in enumerate(self.vocabulary) if is_flagged(name)]
         if not 0 < len(self.flagged) < len(self.vocabulary):
             raise UsageError(f"--detector {model} does not tell what is flagged from what is not: its labels are "
                              f"{', '.join(self.vocabulary[:20])}. Give one with a label such as nsfw or porn, and one "
@@ -58,9 +59,8 @@ class Flagger(Classifier):
 
     def answers(self, images: "list[torch.Tensor]") -> list[dict]:
         """Prepared images => for each `flags`: by the model's name the score, rounded to 6 digits, and its digest."""
-        names, probabilities = self.probabilities(images)
-        of_flagged = [names.index(label) for label in self.flagged]
-        scores = finite(probabilities, f"The output of --detector {self.name}")[:, of_flagged].sum(dim=-1)
+        _, probabilities = self.probabilities(images)
+        scores = finite(probabilities, f"The output of --detector {self.name}")[:, self.flagged].sum(dim=-1)
         return [{"flags": {self.name: {"score": round(score, 6), "by": self.digest}}} for score in scores.tolist()]
 
 
@@ -79,7 +79,8 @@ class Detectors(NamedTuple):
     def settings(self) -> dict:
         """What their rates depend on, for a report."""
         others = {
-            one.name: {"sha256": one.digest, "labels": one.flagged, "threshold": THRESHOLD} for one in self.flaggers
+            one.name: {"sha256": one.digest, "labels": [one.vocabulary[n] for n in one.flagged], "threshold": THRESHOLD}
+            for one in self.flaggers
         }
         return {"detector_sha256": detector_digest(self.weights) if self.detects else None, "detectors": others}
 

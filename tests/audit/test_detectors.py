@@ -77,6 +77,16 @@ def test_a_score_is_the_probability_of_the_flagged_labels_together(places, repor
         "sha256": flagger.digest, "labels": ["hentai", "porn", "sexy"], "threshold": 0.5}  # fmt: skip
 
 
+def test_two_flagged_labels_with_the_same_first_name_both_count(places, tmp_path):
+    images = [places["crops"] / f"{n}.png" for n in range(8)]
+    flagger = Flagger(str(write_classifier(tmp_path / "m", ["nsfw, explicit", "nsfw, suggestive", "normal"], seed=9)))
+    prepared = [flagger.prepare(Image.open(file).convert("RGB")) for file in images]
+    odds = flagger.probabilities(prepared)[1]
+    scores = [answer["flags"][flagger.name]["score"] for answer in flagger.answers(prepared)]
+    assert scores == pytest.approx((1 - odds[:, 2]).tolist(), abs=2e-6) and max(scores) <= 1
+    assert (2 * odds[:, 0] - 1 + odds[:, 2]).abs().max() > 0.1  # twice the first of them is another number
+
+
 def test_each_detector_has_its_rate_and_two_are_compared(places, report):
     five, two = str(places["five"]), str(places["two"])
     lines = lines_of(places["here"] / "all")
