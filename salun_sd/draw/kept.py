@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from salun_sd.checkpoint.model import BUNDLED, Checkpoint
@@ -41,7 +41,7 @@ def kept_images(
     file's name depends on its row alone, so that runs share images, and a longer list of rows reuses a shorter one's.
     """
     settings = {"scheduler": scheduler, "steps": steps, "dtype": dtype}
-    with _held(kind, base, **settings) as folder:
+    with cache.held(kind, *_entry(base, **settings)) as folder:
         files = [folder / _name_of(row) for row in rows]
         wanted = dict(zip(files, rows, strict=True))
         for _ in generate.draw(pipeline, wanted, identity=base.identity, **settings, redraw=True, what=what):
@@ -61,34 +61,36 @@ def exchange(
     the cache has no room, it keeps no more.
     """
     settings = {"scheduler": scheduler, "steps": steps, "dtype": dtype}
-    with _held(kind, base, **settings) as folder:
-        if not ranks.is_main():
-            return
-        kept = {file: folder / _name_of(row) for file, row in files.items()}
-        rows = {kept[file]: row for file, row in files.items()}
-        absent = generate.missing(rows, identity=base.identity, **settings, redraw=True)
-        copies = {file: place for file, place in kept.items() if file in missing and place not in absent}
-        copies |= {place: file for file, place in kept.items() if place in absent and file not in missing}
-        for parent in {copy.parent for copy in copies}:
-            remove_stale(parent)
-        for copy, original in copies.items():
-            try:
-                with new_file(copy, many=True) as new:
-                    shutil.copyfile(original, new)
-            except OSError as e:
-                if copy in files or not is_full(e):
-                    raise
-                logger.warning("The cache has no room for the base's images: salun-sd cache --clear, or set "
-                               "SALUN_SD_CACHE to another folder. The run goes on.")  # fmt: skip
-                break
+    if ranks.is_main():
+        try:
+            with cache.held_by_main(kind, *_entry(base, **settings)) as folder:
+                _copy(folder, files, missing, identity=base.identity, **settings)
+        except OSError as e:
+            if not is_full(e) or e.filename in map(str, files):
+                raise
+            logger.warning("The cache has no room for the base's images: salun-sd cache --clear, or set "
+                           "SALUN_SD_CACHE to another folder. The run goes on.")  # fmt: skip
+    ranks.wait()
 
 
-def _held(
-    kind: str, base: Checkpoint, scheduler: str, steps: int, dtype: str
-) -> AbstractContextManager[Path]:  # fmt: skip
-    """The cache's folder for all images that a base draws with these settings, locked until the block ends."""
+def _copy(folder: Path, files: Mapping[Path, Row], missing: Container[Path], **settings: str | int) -> None:
+    """Copy images from an entry of the cache to the run's `missing` files, then others from the run to the entry."""
+    kept = {file: folder / _name_of(row) for file, row in files.items()}
+    rows = {kept[file]: row for file, row in files.items()}
+    absent = generate.missing(rows, **settings, redraw=True)
+    copies = {file: place for file, place in kept.items() if file in missing and place not in absent}
+    copies |= {place: file for file, place in kept.items() if place in absent and file not in missing}
+    for parent in {copy.parent for copy in copies}:
+        remove_stale(parent)
+    for copy, original in copies.items():
+        with new_file(copy, many=True) as new:
+            shutil.copyfile(original, new)
+
+
+def _entry(base: Checkpoint, scheduler: str, steps: int, dtype: str) -> tuple[str, str]:
+    """The key of the cache's entry for all images that a base draws with these settings, and a line about it."""
     about = f"by {called(base)}, {steps} steps of {scheduler.removesuffix('Scheduler')} in {dtype}"
-    return cache.held(kind, key_of(base, scheduler, steps, dtype), about)
+    return key_of(base, scheduler, steps, dtype), about
 
 
 def _name_of(row: Row) -> Path:

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,20 +52,27 @@ def held(kind: str, key: str, about: str = "") -> Iterator[Path]:
     Waits, with a log line, while another run holds it. Blocks may be nested, also for the same key. `about` is shown
     with the entry. Raises SalunError if the cache cannot be written; a full disk stays an OSError.
     """
-    entry = folder() / kind / key
-    with ExitStack() as locks:
-        if ranks.is_main():  # for all processes of the run
-            try:
-                _lock(entry, about, locks)
-            except OSError as e:
-                if is_full(e):
-                    raise
-                raise SalunError(
-                    f"The cache {folder()} cannot be written ({e.strerror}): set SALUN_SD_CACHE to another folder."
-                ) from e
+    by_main = held_by_main(kind, key, about) if ranks.is_main() else nullcontext(folder() / kind / key)
+    with by_main as entry:
         ranks.wait()
         yield entry
         ranks.wait()
+
+
+@contextmanager
+def held_by_main(kind: str, key: str, about: str = "") -> Iterator[Path]:
+    """As `held`, for a block that only the main process enters: the others do not wait for it."""
+    entry = folder() / kind / key
+    with ExitStack() as locks:
+        try:
+            _lock(entry, about, locks)
+        except OSError as e:
+            if is_full(e):
+                raise
+            raise SalunError(
+                f"The cache {folder()} cannot be written ({e.strerror}): set SALUN_SD_CACHE to another folder."
+            ) from e
+        yield entry
 
 
 def _lock(entry: Path, about: str, locks: ExitStack) -> None:

@@ -1,8 +1,13 @@
 import hashlib
+import resource
+from functools import partial
 
 from salun_sd.checkpoint.find import find
+from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.checkpoint.model import POCKET
-from salun_sd.draw.kept import called, key_of
+from salun_sd.draw import generate
+from salun_sd.draw.kept import called, exchange, key_of
+from salun_sd.draw.sample import Row
 
 
 def test_a_base_is_called_the_same_by_whoever_uses_it(tiny, tmp_path):
@@ -18,3 +23,20 @@ def test_images_in_half_are_kept_apart_and_those_of_float32_where_they_were(tiny
     keys = [key_of(base, "DDIMScheduler", 2, *dtype) for dtype in ((), ("float32",), ("bfloat16",), ("float16",))]
     assert keys[0] == keys[1] == hashlib.sha256(f"{base.identity} DDIMScheduler 2".encode()).hexdigest()[:16]
     assert len(set(keys)) == 3
+
+
+def test_a_run_goes_on_where_the_cache_is_full_and_keeps_its_images_there_later(tiny, tmp_path, monkeypatch, caplog):
+    """A limit on the size of files stands for a full disk: not even the line about a new entry can be written."""
+    monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))
+    base, settings = find(tiny), {"scheduler": "DDIMScheduler", "steps": 1, "dtype": "float32"}
+    files = {tmp_path / "out" / "0_0.png": Row("a bag", 0, 1.0, (32, 32))}
+    list(generate.draw(partial(load_pipeline, base), files, identity=base.identity, **settings))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        exchange("audited", base, files, {}, **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "SALUN_SD_CACHE" in caplog.text and not any((tmp_path / "cache").rglob("*.png"))
+    exchange("audited", base, files, {}, **settings)
+    assert len([*(tmp_path / "cache").rglob("*.png")]) == 1 and len(caplog.messages) == 1
