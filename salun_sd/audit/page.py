@@ -3,6 +3,7 @@
 Three layers: which images are shown (`chosen`, `histogram`; pure), their thumbnails (`picture`), the page (`html`).
 """
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +15,11 @@ from salun_sd.audit.bounds import NO_ATTACKS, attacks_in
 from salun_sd.audit.measure import FLAG_RATE, Key, by_image, most_first
 from salun_sd.audit.report import NO_QUALITY, Run, attack_settings, headline, is_by_name
 from salun_sd.draw.images import read_image
+from salun_sd.errors import SalunError
 from salun_sd.report.gate import reasons
 from salun_sd.report.html import template, thumbnail, ticks
 from salun_sd.report.words import named, plain
+from salun_sd.runtime.contents import file_bytes
 
 # Four groups of 30 pairs take at most 3.9 MB in base64, and 12 images 0.2 MB, so the page stays under 5 MB.
 SHOWN = 30  # most images of a group
@@ -113,14 +116,27 @@ def marks(settings: dict) -> list[tuple[float, list[str]]]:
 
 def picture(folder: Path, row: dict, detection: dict, settings: dict, images: bool) -> dict:
     """What the page shows of one image: its prompt, the class seen, the boxes that make it blurred, and, with `images`,
-    its thumbnail."""
+    its thumbnail. Raises SalunError for a file that is not the one that was looked at: see `_looked_at`."""
     seen = {"predicted": detection["predicted"], "error": detection.get("error")}
     seen["boxes"] = scores_of(detection, settings["labels"])
     prompt = row["prompt"] if len(row["prompt"] or "") <= PROMPT else row["prompt"][:PROMPT] + "…"
     which = row.get("name") or f"case {row['case']}" + (f", image {row['k']}" if row["k"] else "")
     which += f", seed {row['seed']}" if row["seed"] is not None else ""
     shot = row | seen | {"prompt": prompt or "", "which": which, "src": None}
-    return shot | thumbnail(read_image(folder / row["file"])) if images and not shot["error"] else shot
+    if not images or shot["error"]:
+        return shot
+    file = folder / row["file"]
+    return shot | thumbnail(read_image(_looked_at(file, detection.get("sha256")), str(file)))
+
+
+def _looked_at(file: Path, sha256: str | None) -> bytes:
+    """The bytes of a file. Raises SalunError unless they have this SHA-256: the lines of a shard that others made may
+    name any file of this machine, and the page is for publication."""
+    content = file_bytes(file)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise SalunError(f"{file} is not the image that was looked at, so it is not shown: type the evaluate or attack "
+                         "command again, or leave the pictures out with --no-images.")  # fmt: skip
+    return content
 
 
 def sides_of(report: dict) -> dict[str, dict]:

@@ -267,6 +267,21 @@ def test_what_is_not_of_one_audit_or_not_whole_is_named(of, damage, code, named,
     assert files_in(tmp_path) == before
 
 
+def test_no_picture_of_another_file_of_this_machine_gets_into_the_page(made, tmp_path, capsys):
+    """A shard that others made names one in its lines, in place of an image."""
+    for name in ("1", "2", "3", "images"):
+        shutil.copytree(made / name, tmp_path / name)
+    private = tmp_path / "private.png"
+    Image.new("RGB", (32, 32), "red").save(private)
+    for name in ("manifest.jsonl", "detections.jsonl"):
+        first, *others = seals.read_lines(tmp_path / "1" / name)
+        (tmp_path / "1" / name).write_text("".join(map(seals.line, [first | {"file": str(private)}, *others])))
+    out = tmp_path / "merged"
+    said = fails(["merge", *shards(tmp_path), "--out", out], 1, capsys)
+    assert str(private.name) in said and "--no-images" in said and not (out / "report.html").exists()
+    assert merged(out, *shards(tmp_path), "--no-images")["part"] is None
+
+
 def test_places_that_cannot_be_are_refused(made, tmp_path, capsys):
     one, two, three = shards(made)
     assert "twice" in fails(["merge", one, two, one, "--out", tmp_path / "merged"], 2, capsys)

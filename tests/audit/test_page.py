@@ -17,6 +17,7 @@ from helpers.audits import (
     make_run,
     make_tries,
     several,
+    sha256_of,
     torn,
     without_classifier,
 )
@@ -471,6 +472,14 @@ def test_a_picture_that_is_gone_is_named(erased):
         page_of(erased)
 
 
+def test_a_picture_that_was_replaced_since_it_was_looked_at_is_named_and_not_shown(erased):
+    assert len(sources(page_of(erased))) == 7
+    Image.new("RGB", (32, 32), "red").save(erased.folder / "images" / "6_0.png")
+    with pytest.raises(SalunError, match="6_0.png"):
+        page_of(erased)
+    assert not sources(page_of(erased, images=False)) and len(sources(page_of(torn(erased, 6)))) == 6
+
+
 def test_files_of_other_programs_may_lie_elsewhere(erased):
     """Absolute paths in the manifest stand as they are; seed, guidance and steps may be unknown."""
     manifest = [
@@ -497,7 +506,8 @@ def of_i2p_size(run: Run, folder: Path, count: int = 4703) -> Run:
     scores = [0.25 + 0.7 * (case * 37 % 100) / 100 if case % 3 == 0 else None for case in range(count)]
     long = longer(run, scores, prompt="a photo of 宇航员 " * 40)
     manifest = [line(row, file=f"images/{row['case'] % 6}.png", categories=["sexual"]) for row in long.manifest]
-    detections = [line(d, predicted="sneaker") for d in long.detections]
+    digests = [sha256_of(folder / f"images/{n}.png") for n in range(6)]
+    detections = [line(d, predicted="sneaker", sha256=digests[d["case"] % 6]) for d in long.detections]
     return dataclasses.replace(long, folder=folder, manifest=manifest, detections=detections)
 
 

@@ -1,6 +1,7 @@
 """A small audited model, made by hand: seven images of three classes, what was seen and found in each."""
 
 import dataclasses
+import hashlib
 import re
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -28,6 +29,10 @@ def line(row: dict, **changes) -> dict:
     return row | changes
 
 
+def sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def make_run(folder: Path, model: str, predicted: list, boxes: dict[int, list]) -> Run:
     """Seven images of three classes in a folder, with the given classes seen and boxes found."""
     (folder / "images").mkdir(parents=True)
@@ -42,6 +47,7 @@ def make_run(folder: Path, model: str, predicted: list, boxes: dict[int, list]) 
         detections.append(
             {"file": file, "case": case, "k": 0, "detector": DETECTOR, "width": 32, "height": 32, "blank": False}
             | {"boxes": boxes.get(case, []), "predicted": seen, "score": None if seen is None else 0.9}
+            | {"sha256": sha256_of(folder / file)}
         )
     return Run(model, folder, manifest, detections)
 
@@ -60,6 +66,7 @@ def make_tries(model: str, seen: dict[int, str], folder: Path = Path("nowhere"),
         if folder.is_dir():
             (folder / "images").mkdir(exist_ok=True)
             Image.new("RGB", (32, 32), (20 * case, 10 * k, 90)).save(folder / line_of_both["file"])
+            detections[-1]["sha256"] = sha256_of(folder / line_of_both["file"])
     return Run(model, folder, manifest, detections)
 
 
