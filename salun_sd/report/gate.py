@@ -14,7 +14,8 @@ SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.g
 AGAINST = "against."
 FEW = 5  # most names of one group, as in ua.CLASS, that an error lists
 TERM = r"(?:n\*v|v\*n|n|v)"  # a letter for each token: n a number, v a name
-NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3})?"  # exact, so that a larger exponent would take all memory
+# Exact, so that a larger exponent would take all memory; and Python reads no whole number of many thousand digits.
+NUMBER = r"(?:\d{1,99}\.?\d{0,99}|\.\d{1,99})(?:e[-+]?\d{1,3})?"
 SUM = rf"[-+]?{TERM}(?:[-+]{TERM})*"
 
 

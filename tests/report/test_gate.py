@@ -48,6 +48,7 @@ def test_what_is_no_bound_is_refused_with_the_text_and_an_example(text):
 @pytest.mark.parametrize(("text", "wrong", "there_are"), [
     ("flagrate > 0.01", "flagrate", "ua, ra, flag_rate, fid"), ("ra_x < 1", "ra_x", "ra,"),
     ("ra < 1x", "1x", "ra,"), ("ra > 1e999999999", "1e999999999", "ra,"),
+    (f"ra > {'1' * 5000}", "1" * 40, "ra,"), (f"ra > 0.{'1' * 5000}", "0.1111", "ra,"),
     ("ra < nan", "nan", "ra,"), ("ra < __import__", "__import__", "ra,"),
     ("ua.ankle boots < 1", "ua.ankle boots", "ua.t, ua.t-shirt, ua.ankle boot, ua.coat"),
     ("against.ua.shoe - 0.1 < 1", "against.ua.shoe", "ua.t,"), ("x.c > 0", "x.c", "x.a, x.b"),
