@@ -19,7 +19,13 @@ from salun_sd.runtime.documents import read_json
 PAIRING = ("concepts", "labels", "threshold", "detector", "classifier", "classifier_sha256")
 OF_CONCEPT = "ua of "
 DIGITS = 1e-6  # the numbers of a report are rounded to so much
-LINE = {"file": str, "case": int, "k": int, "detector?": (str, None), "classifier?": (str, None)}  # of a .jsonl file
+LINE = {  # of manifest.jsonl and detections.jsonl: those that others made are compared and merged
+    "file": str, "case": int, "k": int, "prompt?": (str, None), "class?": (str, None), "categories?": ([str], None),
+    "sha256?": (str, None), "detector?": (str, None), "classifier?": (str, None), "error?": str, "blank?": bool,
+    "boxes?": [{"label": str, "score": float}], "flags?": {str: {"score": float, "by": str}},
+    "predicted?": (str, None), "score?": (float, None), "concepts?": {str: float},
+    "change?": {"pixels": (float, None), "ssim": (float, None)},
+}  # fmt: skip
 AGAIN = "Run its evaluate or attack command again: nothing is drawn twice."
 
 

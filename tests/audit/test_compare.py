@@ -265,8 +265,11 @@ def test_what_is_no_report_is_named_with_what_to_do(salun, tmp_path):
     assert "manifest.jsonl, line 1, is damaged" in fails()
     for name in ("manifest.jsonl", "detections.jsonl"):
         shutil.copy(salun / name, tmp_path)
-    (tmp_path / "detections.jsonl").write_text(seals.line({"file": "a", "case": 0, "k": 0, "detector": []}))
-    assert "detector" in fails()
+    found = next(seals.read_lines(salun / "detections.jsonl"))
+    for key, value in [("detector", []), ("flags", None), ("flags", {"five": {"score": 0.5}}), ("boxes", [{}]),
+                       ("concepts", {"a": None}), ("predicted", []), ("change", {})]:  # fmt: skip
+        (tmp_path / "detections.jsonl").write_text(seals.line(found | {key: value}))
+        assert f"line 1, is damaged: {key}" in fails().replace("it has no ", "")
 
 
 def share(n: int, of: int, rate: float, low: float = 0.0, high: float = 1.0) -> dict:
