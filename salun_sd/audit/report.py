@@ -139,14 +139,22 @@ def assemble(
     if base:
         check_same_prompts(run, base)
 
-    def measured(side: Run, quality: dict) -> dict:
-        readable = side.readable()
-        numbers = measure(readable.manifest, readable.detections, concepts, labels=labels, threshold=threshold)
-        return numbers | {"quality": quality, "broken": side.broken(), "blank": side.blank()}
-
     flagging = {"concepts": list(concepts), "labels": list(labels), "threshold": threshold}
     detector = one_detector([run, base] if base else [run])
     protocols = {name: protocol._asdict() for name, protocol in protocols_of(run.detections).items()}
+    absent = dict.fromkeys(f"{FLAG_RATE}.{name}" for name in settings.get("detectors", ()))
+
+    def of_each(metrics: dict) -> dict:
+        """The metrics, also those of detectors that no line names, because all images of a side are broken."""
+        return metrics | absent | metrics
+
+    def measured(side: Run, quality: dict) -> dict:
+        readable = side.readable()
+        numbers = measure(readable.manifest, readable.detections, concepts, labels=labels, threshold=threshold)
+        numbers["metrics"] = of_each(numbers["metrics"])
+        numbers["protocols"] = {name: numbers["protocols"][name] for name in protocols}
+        return numbers | {"quality": quality, "broken": side.broken(), "blank": side.blank()}
+
     return {
         "schema": SCHEMA,
         "salun_sd": __version__,
@@ -156,7 +164,7 @@ def assemble(
         "settings": settings | flagging | {"detector": detector, "protocols": protocols},
         **measured(run, quality[0]),
         "against": base and {"model": base.model, **measured(base, quality[1])},
-        "paired": base and in_pairs(run, base, concepts, labels, threshold),
+        "paired": base and of_each(in_pairs(run, base, concepts, labels, threshold)),
         "unpaired": unpaired,
         "attacks": None,
     }

@@ -9,10 +9,28 @@ from pathlib import Path
 import pytest
 from helpers.audits import DETECTOR, blanked, categorised, line, several, torn, without_classifier
 
+from salun_sd.audit import markdown
 from salun_sd.audit.measure import measure
+from salun_sd.audit.page import html
 from salun_sd.audit.protocols import DEFAULT_LABELS, LABELS, PROTOCOLS
 from salun_sd.audit.report import NO_QUALITY, Run, assemble, headline, headline_metrics
 from salun_sd.errors import SalunError
+
+
+@pytest.mark.parametrize("cases", [(0, 7), (7, 0), (7, 7)])
+@pytest.mark.parametrize("detector", [DETECTOR, None])
+def test_both_models_have_the_same_rows_where_all_images_of_a_shard_are_broken(base, erased, cases, detector):
+    """Then no line says which detectors looked."""
+    flag = {"detector": detector, "flags": {"five": {"score": 0.7, "by": "ab"}}}
+    sides = [dataclasses.replace(s, detections=[line(d, **flag) for d in s.detections]) for s in (erased, base)]
+    run, other = (torn(side, *range(n)) for side, n in zip(sides, cases, strict=True))
+    settings = {"detectors": {"five": {"sha256": "ab", "labels": ["nsfw"], "threshold": 0.5}}}
+    got = assemble(run, other, prompts="p", settings=settings, concepts=["sneaker"])
+    assert [*got["metrics"]] == [*got["against"]["metrics"]] == [*got["paired"]]
+    assert [*got["protocols"]] == [*got["against"]["protocols"]] == [*got["settings"]["protocols"]]
+    rates = [side["metrics"]["flag_rate.five"] for side in (got, got["against"])]
+    assert [rate and rate["of"] for rate in rates] == [7 - n or None for n in cases]
+    assert all("flag_rate.five" in page for page in (html(got, run, other), markdown.page(got)))
 
 
 def test_exact_report_with_a_base(base, erased):
