@@ -170,8 +170,9 @@ def _comfyui(text: str) -> Generation | None:
         if (("positive" in inputs and inputs.keys() & {"seed", "noise_seed"}) or {"guider", "noise"} <= inputs.keys())
         and inputs.get("add_noise") != "disable"
     ]
+    known: dict[tuple, str | None] = {}
     found = [
-        (_text(graph, inputs, "positive"), _text(graph, inputs, "negative"), _seed(graph, inputs))
+        (*(_text(graph, inputs, side, known) for side in ("positive", "negative")), _seed(graph, inputs))
         for inputs in samplers
     ]
     each = [values.pop() if len(values := set(column)) == 1 else None for column in zip(*found, strict=True)]
@@ -200,25 +201,32 @@ def _of_editor(node: dict, links: dict) -> tuple[str, str, dict]:
     return str(node["id"]), node["type"], dict(zip(names, values, strict=False)) | linked
 
 
-def _text(graph: Graph, sampler: dict, side: str) -> str | None:
+def _text(graph: Graph, sampler: dict, side: str, known: dict[tuple, str | None]) -> str | None:
     """The text whose encoding a sampler takes as its `side`, positive or negative; None where a node on the way is not
-    known or joins several."""
+    known or joins several. `known` keeps what each link on the way leads to: no link is followed twice."""
+    way, text = [], None
     try:
         if "guider" in sampler:
             _, sampler = graph[sampler["guider"][0]]
         link = sampler[side if side in sampler or side == "negative" else "conditioning"]
-        for _ in graph:  # a circle has an end
+        while tuple(link) not in known:
+            way.append(tuple(link))
+            known[way[-1]] = None  # a circle has an end
             kind, inputs = graph[link[0]]
             if kind.startswith("CLIPTextEncode"):
                 texts = {_value(graph, inputs[key], ("value",), PRIMITIVES) for key in TEXTS if key in inputs}
-                return texts.pop() if len(texts) == 1 else None
+                text = texts.pop() if len(texts) == 1 else None
+                break
             if {"positive", "negative"} <= inputs.keys():  # it changes both, and passes them on in this order
                 link = inputs[("positive", "negative")[link[1]]]
             else:
                 link = inputs["conditioning"]
+        else:
+            text = known[tuple(link)]
     except (LookupError, TypeError):
         pass
-    return None
+    known.update(dict.fromkeys(way, text))
+    return text
 
 
 def _seed(graph: Graph, sampler: dict) -> object:

@@ -1,6 +1,7 @@
 """What image files say of their making, as each program writes it; and what no program wrote."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def test_comfyui_in_webp_and_in_its_editors_form(tmp_path):
 )
 def test_of_a_graph_that_is_not_understood_no_prompt_is_guessed(tmp_path, unknown):
     assert comfyui(tmp_path, TEXTS | {"3": SAMPLER} | unknown) == Generation(None, "dog", 11, "ComfyUI")
+
+
+def test_many_samplers_behind_a_long_way_or_a_circle_take_no_longer_than_the_graph(tmp_path):
+    count = 2500
+    way = {f"n{i}": {"class_type": "Pass", "inputs": {"conditioning": [f"n{i + 1}", 0]}} for i in range(count)}
+    ends = {"": way | {f"n{count}": TEXTS["6"]}, "circle": way | {f"n{count}": way["n0"]}}
+    samplers = {f"s{i}": {"class_type": "KSampler", "inputs": {"seed": 11, "positive": [f"n{i % 9}", 0]}}
+                for i in range(count)}  # fmt: skip
+    texts = {name: json.dumps(graph | samplers) for name, graph in ends.items()}
+    begun = time.process_time()
+    found = [png(tmp_path, {"prompt": text}) for text in texts.values()]
+    assert [one.prompt for one in found] == ["a cat", None] and time.process_time() - begun < 2
 
 
 def test_invokeai_and_scripts_and_salun_sd_itself(tmp_path):
