@@ -24,6 +24,7 @@ from salun_sd.runtime.bar import Bar
 logger = logging.getLogger(__name__)
 
 SAME_SEEDS = "the base's images of the same seeds"
+SAME_PATHS = "the base's images of the same paths"  # of two folders of images
 
 
 class Measures(NamedTuple):
@@ -44,7 +45,8 @@ def look(measures: Measures, run: Run, base: Run | None, concepts: Sequence[str]
     readable = set.intersection(*({_key(row) for row in side.readable().manifest} for side in (run, base) if side))
     sides = [_other_images(side, concepts, readable) for side in (run, base) if side]
     clip, extractor, reference = measures
-    looked = Looked(str(reference or SAME_SEEDS))
+    of_folders = any("name" in row for row in run.manifest)
+    looked = Looked(str(reference or (SAME_PATHS if of_folders else SAME_SEEDS)))
     if clip:
         name = f"clip_score[{clip.name}, {resize_of(clip.processor)}, max(cos, 0)]"
         looked = looked._replace(clip=Maker(name, "", clip.digest), scores=[_scores(clip, side) for side in sides])
@@ -168,7 +170,7 @@ def _matrix(vectors: dict[object, np.ndarray], whose: str) -> np.ndarray:
 
 def distances(extractor: Extractor, images: np.ndarray, reference: np.ndarray, name: str) -> dict[str, dict]:
     """The report's `fid` and `kid` between features [N, D] and the reference's [M, D]; `name` is the reference's."""
-    (n, dimensions), m, paired = images.shape, len(reference), name == SAME_SEEDS
+    (n, dimensions), m, paired = images.shape, len(reference), name in (SAME_SEEDS, SAME_PATHS)
     settings = f"[{extractor.name}, {dimensions}-d, {extractor.resize}]"
     note = None
     if min(n, m) <= dimensions:

@@ -240,6 +240,17 @@ def test_a_kid_that_rounds_to_zero_has_no_sign(inception):
     assert {str(distance["kid"]["value"]) for distance in rounded} == {"0.0"}
 
 
+def test_pairs_of_two_folders_are_said_to_have_the_same_paths(inception, pictures):
+    run = run_of(pictures, ["a cat"])
+    folders = Run("m", pictures, [row | {"name": row["file"]} for row in run.manifest], run.detections)
+    nothing = quality.Measures(None, None, None)
+    names = [quality.look(nothing, side, side, []).reference for side in (run, folders)]
+    assert names == ["the base's images of the same seeds", "the base's images of the same paths"]
+    x = np.random.default_rng(0).normal(size=(10, 12))
+    by_seeds, by_paths, apart = (quality.distances(inception, x, x + 0.1, name)["kid"] for name in (*names, "else"))
+    assert by_seeds["value"] == by_paths["value"] != apart["value"] and by_paths["reference"] == names[1]
+
+
 @pytest.fixture
 def made_here():
     """Objects that the garbage collector knows are those made during the test: fewer to look through."""
