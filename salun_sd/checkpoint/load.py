@@ -8,7 +8,7 @@ import torch
 
 from salun_sd.checkpoint import configs, families, layout
 from salun_sd.checkpoint.classes import Classes
-from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.checkpoint.model import EMPTY_IS_ZERO, Checkpoint
 from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import check_files
@@ -183,7 +183,7 @@ def load_pipeline(model: Checkpoint, *, unet: torch.nn.Module | bool = True, dty
             image_processor=diffusers.image_processor.VaeImageProcessor(), **parts,
         )  # fmt: skip
     if model.family is families.SDXL:  # a watermarker would mark images wherever its package is installed
-        empty_is_zero = model.index.get("force_zeros_for_empty_prompt", True)
+        empty_is_zero = model.index.get(EMPTY_IS_ZERO, True)
         pipeline = diffusers.StableDiffusionXLPipeline(
             **parts, force_zeros_for_empty_prompt=empty_is_zero, add_watermarker=False
         )

@@ -22,6 +22,7 @@ from salun_sd.runtime.documents import read_json
 POCKET = Path(__file__).parents[1] / "pocket"
 BUNDLED = {"pocket": POCKET, "pocket-ddpm": POCKET / "ddpm"}  # the checkpoints that ship with the package, by name
 SAMPLING = "sampling.json"
+EMPTY_IS_ZERO = "force_zeros_for_empty_prompt"  # of SDXL's model_index.json; true where it is absent
 MOST_SIDE = 8192  # pixels that no Stable Diffusion was made for
 LARGE = 100_000_000  # weights of a denoiser, from which on activations are worth recomputing
 FILES = (".safetensors", *tensors.PICKLES)
@@ -97,11 +98,14 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 over all that an image depends on: weights, configs, tokenizers, scheduler, names of classes."""
+        """SHA-256 over all that an image depends on: weights, configs, tokenizers, scheduler, names of classes, and
+        how an empty prompt is encoded."""
         unet, *others = self.fingerprints.values()
         digest = hashlib.sha256("".join([*others, unet]).encode())
         if self.classes:  # by which they are asked for
             digest.update(json.dumps(self.classes.labels).encode())
+        if not self.index.get(EMPTY_IS_ZERO, True):  # as without the key, "" is drawn as zeros
+            digest.update(f"{EMPTY_IS_ZERO} false".encode())
         files = (p for p in self.config.glob("*/*") if p.suffix in CONFIGS and ".index." not in p.name)
         for file in sorted(p for p in files if not p.is_dir()):
             if file.parent.name in self.index:

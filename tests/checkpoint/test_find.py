@@ -165,6 +165,17 @@ def test_a_folder_among_the_configs_counts_for_nothing_and_a_pipe_there_is_refus
         assert found(folder).identity
 
 
+def test_a_checkpoint_that_encodes_an_empty_prompt_otherwise_is_another_one(tmp_path):
+    folder = models.write_pipeline(tmp_path / "sdxl", "sdxl")
+    file, identities = folder / "model_index.json", []
+    settings = json.loads(file.read_text())
+    del settings["force_zeros_for_empty_prompt"]
+    for empty in ({}, {"force_zeros_for_empty_prompt": True}, {"force_zeros_for_empty_prompt": False}):
+        file.write_text(json.dumps(settings | empty))
+        identities.append(find(str(folder)).identity)
+    assert identities[0] == identities[1] != identities[2]
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
 def test_another_text_encoder_or_tokenizer_is_another_checkpoint(folder, part):
     """The UNet alone does not say what an image was drawn from."""
