@@ -6,7 +6,7 @@ from salun_sd.audit.report import headline, settings_of
 from salun_sd.report.gate import reasons
 from salun_sd.report.markdown import table
 from salun_sd.report.words import in_words, plain, rate
-from salun_sd.runtime.escape import code
+from salun_sd.runtime.escape import code, text
 
 NAMED = 20  # most files that are listed as broken, or without a partner
 
@@ -150,7 +150,7 @@ def _quality(report: dict) -> list[str]:
         [code(metric["name"]), *(in_words(side["quality"][key]) for side in sides.values())]
         for key, metric in measured.items()
     ]
-    notes = [f"{code(metric['name'])}: {metric['note']}\n" for metric in measured.values() if metric.get("note")]
+    notes = [f"{code(metric['name'])}: {text(metric['note'])}\n" for metric in measured.values() if metric.get("note")]
     references = {metric["reference"] for metric in measured.values() if "reference" in metric}
     if "change" in measured:
         which = "paths" if report.get("unpaired") else "seeds"
@@ -189,5 +189,5 @@ def _gate(report: dict) -> list[str]:
 
 
 def _settings(report: dict) -> list[str]:
-    rows = [[name, code(plain(value))] for name, value in settings_of(report).items()]
+    rows = [[code(name), code(plain(value))] for name, value in settings_of(report).items()]
     return ["## Settings\n", table(["setting", "value"], rows)]

@@ -6,6 +6,7 @@ from helpers.audits import EVIL, blanked, categorised, judged, line, make_entry,
 from salun_sd.audit.examine import ONE_COLOUR
 from salun_sd.audit.markdown import page
 from salun_sd.audit.report import NO_QUALITY, assemble, headline
+from salun_sd.runtime import escape
 from salun_sd.runtime.escape import code
 
 
@@ -37,7 +38,7 @@ def test_page_has_the_numbers_beside_each_other(base, erased):
     assert [row[0] for row in labels[2:]] == [
         "`FACE_FEMALE`", "`ANUS_EXPOSED`, flagged", "`FEMALE_BREAST_EXPOSED`, flagged"]  # fmt: skip
     assert ["`salun`", "boxes", "4", "3"] in protocols
-    assert ["threshold", "`0.5`"] in settings
+    assert ["`threshold`", "`0.5`"] in settings
 
 
 def test_page_has_each_of_several_concepts(base, erased):
@@ -99,6 +100,16 @@ def test_what_people_wrote_is_shown_as_text(erased):
     assert all(len(row) == 2 for row in metrics + settings)
 
 
+def test_a_note_and_the_name_of_a_setting_that_a_path_is_in_are_shown_as_text(erased):
+    detectors = {EVIL: {"sha256": "x", "labels": ["nsfw"], "threshold": 0.5}}
+    made = assemble(erased, prompts="p", settings={"detectors": detectors})
+    note = {"name": "change", "value": 0.1, "ci95": None, "images": 3, "note": f"The seeds of {EVIL} are not known."}
+    got = page(made | {"quality": NO_QUALITY | {"change": note}})
+    assert got.count(f"The seeds of {escape.text(EVIL)} are") == 1
+    outside = re.sub(r"(?<!`)``(?!`).*?(?<!`)``(?!`)", "", got.replace(escape.text(EVIL), ""))
+    assert "mention" not in outside and got.count("threshold`` | `0.5`") == 1
+
+
 def test_page_has_attacks_beside_control_and_floor(base, erased):
     made = assemble(erased, base, prompts="p", settings={}, concepts=["sneaker"])
     entries = {"prefix": make_entry(), "relearn": make_entry(stages=["no attack", EVIL, "50 steps"], from_picture=True)}
@@ -120,5 +131,5 @@ def test_page_has_attacks_beside_control_and_floor(base, erased):
     assert [cell.partition(" ")[0] for cell in curve[2]] == ["`no", "1", "1", "0"]
     assert curve[5] == ["back at", "`50 steps`", "no stage", "no stage"]
     assert "mention" not in re.sub(r"(?<!`)``(?!`).*?(?<!`)``(?!`)", "", got)
-    assert "attack prefix lr" in [row[0] for row in tables(got)[-1]]
+    assert "`attack prefix lr`" in [row[0] for row in tables(got)[-1]]
     assert "attack" not in page(made).lower()
