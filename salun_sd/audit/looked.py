@@ -42,10 +42,12 @@ class Looked(NamedTuple):
     of_reference: np.ndarray | None = None
 
     def about(self) -> dict:
-        """Who looked, and at how many sides: what is joined has to agree on it."""
+        """Who looked, at how many sides, and what FID compares with: what is joined has to agree on it."""
         clip, extractor = (maker and maker._asdict() for maker in (self.clip, self.extractor))
         reference = None if self.of_reference is None else self.of_reference.shape[0]
-        return {"reference": self.reference, "clip": clip, "extractor": extractor, "reference images": reference}
+        sides = [len(self.scores), len(self.features)]
+        return {"reference": self.reference, "clip": clip, "extractor": extractor, "reference images": reference,
+                "sides": sides}  # fmt: skip
 
 
 def save(looked: Looked, folder: Path) -> None:

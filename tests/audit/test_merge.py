@@ -235,6 +235,11 @@ def with_cut_features(folder):
     (folder / looked.FILE).write_bytes((folder / looked.FILE).read_bytes()[:-9])
 
 
+def with_scores_of_a_base(folder):
+    found = looked.read(folder)
+    looked.save(found._replace(scores=[*found.scores, {}]), folder)
+
+
 def without_a_report(folder):
     (folder / "report.json").unlink()
 
@@ -244,7 +249,7 @@ FAULTS = [
     (of_other_prompts, 2, ["prompts_sha256"]), (of_another_threshold, 2, ["five: threshold", "0.9"]),
     (of_four, 1, ["2/4"]), (the_first_again, 2, ["1/3"]), (renumbered, 1, ["3/3"]), (with_fewer_lines, 1, ["lines"]),
     (with_lines_of_another_detector, 1, ["lines"]), (without_features, 1, [looked.FILE]),
-    (with_cut_features, 1, [looked.FILE]),
+    (with_cut_features, 1, [looked.FILE]), (with_scores_of_a_base, 2, ["sides"]),
 ]  # fmt: skip
 OF_DRAWN = [
     (of_another_model, 2, ["identity", "0123"]), (of_another_base, 2, ["sampling_against: identity", "0123"]),
