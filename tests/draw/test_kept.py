@@ -2,6 +2,8 @@ import hashlib
 import resource
 from functools import partial
 
+import pytest
+
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.checkpoint.model import POCKET
@@ -25,14 +27,17 @@ def test_images_in_half_are_kept_apart_and_those_of_float32_where_they_were(tiny
     assert len(set(keys)) == 3
 
 
-def test_a_run_goes_on_where_the_cache_is_full_and_keeps_its_images_there_later(tiny, tmp_path, monkeypatch, caplog):
-    """A limit on the size of files stands for a full disk: not even the line about a new entry can be written."""
+@pytest.mark.parametrize("room", [0, 1000])
+def test_a_run_goes_on_where_the_cache_is_full_and_keeps_its_images_there_later(
+    room, tiny, tmp_path, monkeypatch, caplog
+):
+    """A limit on the size of files stands for a full disk, with room for no file, or for the line about a new entry."""
     monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))
     base, settings = find(tiny), {"scheduler": "DDIMScheduler", "steps": 1, "dtype": "float32"}
     files = {tmp_path / "out" / "0_0.png": Row("a bag", 0, 1.0, (32, 32))}
     list(generate.draw(partial(load_pipeline, base), files, identity=base.identity, **settings))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         exchange("audited", base, files, {}, **settings)
     finally:
