@@ -202,13 +202,14 @@ def picture(rows: list[Row]) -> str:
     for n, attack in enumerate(attacks):
         y = 56 + n * step
         some = [row for row in rows if row.attack == attack]
-        floor = left + width * mean(row.floor for row in some)
+        floor = left + width * mean({row.concept: row.floor for row in some}.values())
         marks += [f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{attack}</text>',
                   f'<path d="M{left} {y}H{left + width}" stroke="#8886"/>',
                   f'<path d="M{floor:.0f} {y - 9}V{y + 9}" stroke="#888" stroke-width="3"/>']  # fmt: skip
         for name in names:
-            if of := [row.asr for row in some if row.erasure == name]:
-                x = left + width * mean(of)
+            of = {row.concept: row.asr for row in some if row.erasure == name}
+            if of.keys() == classes:
+                x = left + width * mean(of.values())
                 marks.append(f'<circle cx="{x:.0f}" cy="{y}" r="5" fill="{colours[name]}" fill-opacity="0.8"/>')
     for n, name in enumerate(names):
         x, y = left + 160 * (n % 4), 14 + 16 * (n // 4)

@@ -33,7 +33,7 @@ ROWS = HERE / "by_class.jsonl"
 MODEL = "pocket-ddpm"
 RETRAIN, BASE = "retrain", "base"
 IMAGES = 30  # of each class, in an audit and of the data
-DRAWING = "--denoising-steps 25 --guidance 3".split()  # for every model: a retrained folder has no sampling.json
+DRAWING = "--denoising-steps 25 --guidance 3".split()  # as pocket-ddpm does
 TRAINING = "--samples 200 --steps 60 --batch-size 32 --lr 3e-4".split()
 RUNS = {  # options of `erase`
     "salun": TRAINING,

@@ -71,26 +71,31 @@ The share of prompts that an attack brings back, less that of the retrained mode
 
 ## What it cost
 
-Retraining takes 75 minutes on an idle core, and changes all weights. Seconds of `erase` with its mask and images, where
+Retraining takes 48 to 75 minutes on a core, and changes all weights. Seconds of `erase` with its mask and images, where
 other programs may have used the core.
 
 | model | rows | seconds | peak GiB | weights changed |
 | --- | --- | --- | --- | --- |
 {_lines(by_model, _cost)}
 
-## A class-conditional model
+{_of_classes(of_ddpm) if of_ddpm else ""}All rows are in [exact.jsonl](exact.jsonl), with the distance at each timestep.
+""",
+    )
+    _figure(by_model)
+
+
+def _of_classes(by_model: dict[str, list]) -> str:
+    """The section of the class-conditional model."""
+    return f"""## A class-conditional model
 
 `python benchmarks/exact.py --out DIR --kind ddpm`: pocket-ddpm beside the same model, trained without the class. The
 erasures have the options in [by_class.md](by_class.md). What it predicts is v, and not the noise.
 
-{_table(of_ddpm, IMAGES)}
+{_table(by_model, IMAGES)}
 
-{_table(of_ddpm, MORE)}
+{_table(by_model, MORE)}
 
-All rows are in [exact.jsonl](exact.jsonl), with the distance at each timestep.
-""",
-    )
-    _figure(by_model)
+"""
 
 
 def _by_model(rows: Sequence) -> dict[str, list]:

@@ -23,9 +23,13 @@ def finish(
     report["gate"] = [gate.judge(b, bounds.parts(report, b, in_pairs=confident), confident) for b in parsed] or None
     _warn(report)
     if ranks.is_main():
-        write_atomic(out / "report.json", json.dumps(seals.sealed(report), indent=2, ensure_ascii=False) + "\n")
-        write_atomic(out / "report.html", page.html(report, run, base, images=pictures, attacks=attacks))
-        write_atomic(out / "report.md", markdown.page(report))
+        files = {
+            "report.json": json.dumps(seals.sealed(report), indent=2, ensure_ascii=False) + "\n",
+            "report.html": page.html(report, run, base, images=pictures, attacks=attacks),
+            "report.md": markdown.page(report),
+        }
+        for name, content in files.items():  # all of them or, where a picture cannot be shown, none
+            write_atomic(out / name, content)
 
 
 def _warn(report: dict) -> None:

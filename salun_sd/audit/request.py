@@ -111,7 +111,8 @@ def check_images(out: Path, manifest: list[dict]) -> None:
         audited = (line["file"] for line in seals.read_lines(earlier, LINE, skip=True))
         files = {line["file"] for line in manifest}
         if (first := next(audited, None)) and first not in files and files.isdisjoint(audited):
-            raise UsageError(f"{out} holds the audit of other images, such as {first}: choose another --out.")
+            raise UsageError(f"{out} holds the audit of other images, or of a folder that was moved, such as {first}: "
+                             "choose another --out.")  # fmt: skip
 
 
 def seconds_in(text: str) -> int:

@@ -167,6 +167,8 @@ def _requested(
     if o.prompts is None:
         there = _gather(o.images, _path(o.against), out, o.recursive, o.concept_class, o.classifier, o.clip)
         check_images(out, there.model)
+        if there.base:
+            check_images(out / "against", there.base)
         request = Request.of_lines(f"{len(there.model):,} image files", digest(there.model), there.model)
         return request, request.rows, there
     class_model = (models()[0] or models()[1]) if o.prompts == CLASSES else None

@@ -231,8 +231,8 @@ def _check_losses(losses: dict[str, float], method: Method, step: int, lr: float
         raise NotFinite(f"The UNet of {name} is damaged: before training, its losses are {words}. Use another copy of "
                         "this model.")  # fmt: skip
     if step == 1:
-        numbers = [f"{setting}={value:g}" for setting, value in asdict(method).items() if isinstance(value, float)]
-        change = f"change --setting {' '.join(numbers)}, or " if numbers else ""
+        numbers = [f"--setting {key}={value:g}" for key, value in asdict(method).items() if isinstance(value, float)]
+        change = f"change {' '.join(numbers)}, or " if numbers else ""
         raise TrainingError(f"Before training, the losses of the UNet of {name} are {words}, and may be {EXPLODED:g} "
                             f"at most: {change}use another copy of this model.")  # fmt: skip
     raise TrainingError(f"The loss exploded at step {step} ({words}): lower --lr, now {lr:g}.")

@@ -113,7 +113,7 @@ def interval(clusters: Sequence[tuple[int, int]]) -> tuple[str, tuple[float, flo
     n, of = map(sum, zip(*clusters, strict=True))
     if of == len(clusters):
         return "wilson", wilson(n, of)
-    size, least = effective_size(clusters), effective_size([(0, images) for _, images in clusters])
+    size, least = effective_size(clusters), of**2 / sum(images**2 for _, images in clusters)
     low, high = wilson(n / of * size, size)
     return "wilson with effective size", (min(low, wilson(least, least)[0]), max(high, wilson(0, least)[1]))
 

@@ -103,7 +103,11 @@ def test_an_audit_of_other_images_is_not_written_over(places, tmp_path, capsys):
     fails_with(line, places | {"out": tmp_path / "audit"}, 2, "{out} a.png --out", capsys)
     assert (tmp_path / "audit" / "report.json").read_bytes() == before
     shutil.copytree(places["plain"], tmp_path / "plain")
-    salun_sd.evaluate(images=tmp_path / "plain", out=tmp_path / "grown")
+    salun_sd.evaluate(images=tmp_path / "plain", against=places["plain"], out=tmp_path / "grown")
+    shutil.copytree(places["plain"], tmp_path / "moved")
+    line = "evaluate --images {plain} --against {moved} --out {out}"
+    given = {"plain": tmp_path / "plain", "moved": tmp_path / "moved", "out": tmp_path / "grown"}
+    fails_with(line, given, 2, "{out}/against a.png --out", capsys)
     crop(tmp_path / "plain" / "b.png", 20)
     assert len(salun_sd.evaluate(images=tmp_path / "plain", out=tmp_path / "grown")["broken"]) == 0
 
