@@ -1,5 +1,7 @@
 import hashlib
+import io
 import resource
+import sys
 from functools import partial
 
 import pytest
@@ -31,7 +33,9 @@ def test_images_in_half_are_kept_apart_and_those_of_float32_where_they_were(tiny
 def test_a_run_goes_on_where_the_cache_is_full_and_keeps_its_images_there_later(
     room, tiny, tmp_path, monkeypatch, caplog
 ):
-    """A limit on the size of files stands for a full disk, with room for no file, or for the line about a new entry."""
+    """A limit on the size of files stands for a full disk, with room for no file, or for the line about a new entry. It
+    holds for the file that pytest keeps stderr in, too."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))
     base, settings = find(tiny), {"scheduler": "DDIMScheduler", "steps": 1, "dtype": "float32"}
     files = {tmp_path / "out" / "0_0.png": Row("a bag", 0, 1.0, (32, 32))}
