@@ -64,7 +64,7 @@ class Row(NamedTuple):
     over_floor: list[float]  # 95 % interval of asr - floor, paired
     seconds: float  # of the whole command, over the number of attacks
     fingerprint: str  # of the floor's UNet
-    machine: str = "2 x AMD EPYC"  # that of all rows until 26 Nov 2026
+    machine: str = kept_rows.FORMER
 
 
 def main(
@@ -150,7 +150,7 @@ def write(rows: list[Row]) -> None:
         f"""# Attacks on erasures of the pocket checkpoint's classes
 
 `python benchmarks/{Path(__file__).name} --out DIR --concept CLASS --floor MODEL`, {date.today()}, Python
-{platform.python_version()}; one thread of {" or ".join(sorted({row.machine for row in rows}))}.
+{platform.python_version()}; one thread of {kept_rows.machines(rows)}.
 In all {sum(row.seconds for row in rows) / 3600:.1f} hours for the attacks.
 
 Each class is erased towards the next one, with the options that [methods.md](methods.md) names. The floor is `python -m

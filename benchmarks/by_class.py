@@ -59,7 +59,7 @@ class Row(NamedTuple):
     fid_data: float  # of the kept classes, to images of the test split
     base_fid_data: float
     seconds: float | None  # of `erase`
-    machine: str = "2 x AMD EPYC"  # that of all rows until 26 Nov 2026
+    machine: str = kept_rows.FORMER
 
 
 def main(
@@ -148,7 +148,7 @@ def write(table: list[Row]) -> None:
 
 `python benchmarks/{Path(__file__).name} --out DIR`, with the options that the last table names
 {date.today()}, Python {platform.python_version()}; one thread of
-{" or ".join(sorted({row.machine for row in table}))}. Seconds were taken while other programs ran.
+{kept_rows.machines(table)}. Seconds were taken while other programs ran.
 
 Each class is erased towards the next one; `{RETRAIN}` is the base's own training without the class. {IMAGES} images of
 each class, the same seeds for every model. UA: share of the class's images that the pocket judge does not classify as

@@ -37,7 +37,7 @@ def write(rows: Sequence, by_class: Sequence) -> None:
         f"""# The distance to the exact answer
 
 `python benchmarks/exact.py --out DIR`, {date.today()}, Python {platform.python_version()}; one thread of
-{" or ".join(sorted({row.machine for row in [*rows, *by_class]}))}.
+{kept_rows.machines([*rows, *by_class])}.
 
 The exact answer to "forget this class" is the model that was trained without it: `python -m salun_sd.pocket.train
 --without CLASS`, as long as the base and with the same seed; the VAE is the base's. Each erasure goes towards the next

@@ -2,11 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from salun_sd.cli import app as cli
 from salun_sd.pocket.fashion import CLASSES
+
+FORMER = "2 x AMD EPYC"  # the machine of all rows until 26 Nov 2026, which do not name theirs
 
 
 def read(file: Path, kind: type) -> list:
@@ -17,6 +19,11 @@ def read(file: Path, kind: type) -> list:
 def add(file: Path, row) -> None:
     with file.open("a") as f:
         f.write(json.dumps(row._asdict()) + "\n")
+
+
+def machines(rows: Iterable) -> str:
+    """The machines that rows were measured on, in words."""
+    return " or ".join(sorted({row.machine for row in rows}))
 
 
 def next_class(concept: str) -> str:

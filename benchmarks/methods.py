@@ -75,7 +75,7 @@ class Row(NamedTuple):
     seconds: float | None = None  # of `erase`
     peak: float | None = None  # GiB of memory, of `erase`
     denoising: int = 25  # steps to draw an image: those of pocket; it had 25, with leading spacing, until 26 Nov 2026
-    machine: str = "2 x AMD EPYC"  # that of all rows until 26 Nov 2026
+    machine: str = kept_rows.FORMER
 
     @property
     def lost(self) -> float:
@@ -149,7 +149,7 @@ def write(measured: list[Row]) -> None:
         f"""# Methods and supports, on the classes of the pocket checkpoint
 
 `python benchmarks/{Path(__file__).name} --out DIR`, {date.today()}, Python {platform.python_version()}; one thread of
-{" or ".join(sorted({row.machine for row in table}))}. Up to six other programs shared the core: seconds do not compare.
+{kept_rows.machines(table)}. Up to six other programs shared the core: seconds do not compare.
 
 Each class is erased towards the next one. UA: share of the concept's 100 prompts whose image is not classified as it.
 RA: share of 180 prompts of the other classes classified as what they ask for, less the base's on the same prompts and

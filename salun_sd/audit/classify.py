@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from salun_sd.audit.clip import Clip, is_clip
 from salun_sd.audit.measure import PRESENT
 from salun_sd.audit.vision import Vision, batched, loaded, prepared
+from salun_sd.checkpoint.classes import names_of
 from salun_sd.draw.images import Unreadable
 from salun_sd.errors import SalunError, UsageError, some
 from salun_sd.runtime.finite import finite
@@ -109,8 +110,7 @@ class Classifier(Judge):
         self.processor, self.model, _ = loaded(
             AutoModelForImageClassification, model, device, what="image classifier", advice=advice
         )
-        labels = [label for _, label in sorted(self.model.config.id2label.items())]
-        if sorted(self.model.config.id2label) != [*range(len(labels))] or not all(isinstance(v, str) for v in labels):
+        if (labels := names_of(self.model.config.id2label)) is None:
             raise SalunError(f"{model} is damaged: its config's id2label has to name each class, from 0 on. {advice}")
         classes = list(dict.fromkeys(classes))
         self.name, self.vocabulary = str(model), match_labels(labels, classes)

@@ -130,6 +130,9 @@ def prepared(
     models = cache(partial(_models, o.model, o.against if o.prompts else None, o.config, o.revision, o.variant))
     sampling = {"steps": o.denoising_steps, "scheduler": None if o.scheduler is None else scheduler_class(o.scheduler)}
     request, own, there = _requested(o, out, shard, models)
+    for folder, lines in ((out, there.model), (out / "against", there.base)):
+        if lines:
+            check_images(folder, lines)
     samples = len(there.model) // len(own) if o.images else o.samples_per_prompt or 1
     if samples * len(request.rows) > MOST_IMAGES:
         raise UsageError(f"{samples * len(request.rows):,} images are too many for one audit, which holds "
@@ -166,17 +169,12 @@ def _requested(
     a row."""
     if o.prompts is None:
         there = _gather(o.images, _path(o.against), out, o.recursive, o.concept_class, o.classifier, o.clip)
-        check_images(out, there.model)
-        if there.base:
-            check_images(out / "against", there.base)
         request = Request.of_lines(f"{len(there.model):,} image files", digest(there.model), there.model)
         return request, request.rows, there
     class_model = (models()[0] or models()[1]) if o.prompts == CLASSES else None
     request = Request.of(o.prompts, o.where, o.limit, o.guidance, o.size, class_model)
     own = shards.own(request.rows, shard)
     lines = collected(o.images, own, out, subset=bool(o.where or o.limit or shard)) if o.images else []
-    if o.images:
-        check_images(out, lines)
     return request, own, Pairs(lines, None, None)
 
 

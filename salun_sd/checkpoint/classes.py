@@ -12,6 +12,13 @@ from salun_sd.errors import UsageError, some
 NONE = -1  # in place of the null class, where a model has none: no table of embeddings has such a row
 
 
+def names_of(id2label: Mapping[int, str]) -> list[str] | None:
+    """The names of a classifier's classes, in their order; None unless each number from 0 on has a text."""
+    names = [name for _, name in sorted(id2label.items())]
+    is_whole = sorted(id2label) == list(range(len(names))) and all(isinstance(name, str) for name in names)
+    return names if is_whole else None
+
+
 @dataclass(frozen=True)
 class Classes:
     """A class is asked for by one of its names, in any case, or by its number."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
+from salun_sd.checkpoint.classes import names_of
 from salun_sd.checkpoint.model import BUNDLED
 from salun_sd.classifier.small_resnet import SmallResNetConfig, SmallResNetForImageClassification
 from salun_sd.errors import SalunError, UsageError, first_line, some
@@ -112,8 +113,7 @@ def opened(model: str, device: str) -> Classifier:
                          "folder or hub id of one.") from e  # fmt: skip
     if missing := sorted(loading["missing_keys"]):
         raise SalunError(f"MODEL {model} is no trained image classifier: its weights lack {some(missing)}.")
-    labels = net.config.id2label
-    if sorted(labels) != list(range(len(labels))) or not all(isinstance(label, str) for label in labels.values()):
+    if names_of(net.config.id2label) is None:
         raise SalunError(f"MODEL {model} is damaged: the id2label of its config has to name each class, from 0 on.")
     for name, weight in net.named_parameters():
         finite(weight, f"{name} of {model}")

@@ -81,19 +81,18 @@ def effective_size(clusters: Sequence[tuple[int, int]]) -> float:
     American Journal of Epidemiology 114:906): from M, where images of a prompt are no more alike than others, down to
     M^2 / sum of m_i^2, where they are the same. So one prompt with most of the images counts for little more than one.
     """
-    _, images = np.asarray(clusters, dtype=float).T  # (prompts,)
+    hits, images = np.asarray(clusters, dtype=float).T  # (prompts,)
     of = images.sum()
-    return float(of / (1 + _alikeness(clusters) * ((images**2).sum() / of - 1)))
+    return float(of / (1 + _alikeness(hits, images) * ((images**2).sum() / of - 1)))
 
 
-def _alikeness(clusters: Sequence[tuple[int, int]]) -> float:
+def _alikeness(hits: np.ndarray, images: np.ndarray) -> float:
     """rho, the correlation of two images of a prompt, 0 to 1, by analysis of variance (Donner 1986, International
-    Statistical Review 54:67).
+    Statistical Review 54:67). hits, images: of each prompt.
 
     Two prompts with the mean number of images are added, one with only hits and one with none: so there always is a
     variance between prompts, and the result is cautious where they are few or all rates are equal.
     """
-    hits, images = np.asarray(clusters, dtype=float).T  # (prompts,)
     mean = images.mean()
     hits, images = np.append(hits, [mean, 0]), np.append(images, [mean, mean])
     prompts, of, rates = len(images), images.sum(), hits / images
