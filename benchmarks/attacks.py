@@ -22,7 +22,6 @@ from typing import Annotated, NamedTuple
 import kept_rows
 import typer
 from methods import RUNS, erase
-from pocket_classes import cpu
 
 from salun_sd.attacks.catalog import ATTACKS
 from salun_sd.checkpoint.find import find
@@ -62,7 +61,7 @@ class Row(NamedTuple):
     floor_pre: float
     floor_control: float
     over_floor: list[float]  # 95 % interval of asr - floor, paired
-    seconds: float  # of the whole command, over the number of attacks
+    seconds: float | None  # of the whole command, over the number of attacks
     fingerprint: str  # of the floor's UNet
     machine: str = kept_rows.FORMER
 
@@ -102,7 +101,7 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
              "--floor", str(floor), "--detector", "none",
              *(["--mask", str(own_mask)] if run.startswith("salun") and not support else []),
              *(word for name in wanted for word in ("--with", name)),
-             "--budget", budget, "--seed", str(seed), "--out", str(attacked)])  # fmt: skip
+             "--budget", budget, "--seed", str(seed), *kept_rows.FLOAT32, "--out", str(attacked)])  # fmt: skip
     seconds, report = monotonic() - begun, json.loads((attacked / "report.json").read_text())
     if not shared.exists():
         sides = [
@@ -113,9 +112,9 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
     entries = report["attacks"]["of"]
     for name, entry in entries.items():
         if name not in known:
-            numbers = of_sides(entry) | {"seconds": round(seconds / len(entries))}
-            kept_rows.add(ROWS, Row(concept, erasure, name, budget, seed, **numbers,
-                                    fingerprint=find(str(floor)).fingerprint[:16], machine=cpu()))  # fmt: skip
+            where = {"fingerprint": find(str(floor)).fingerprint[:16], "machine": kept_rows.machine()}
+            where["seconds"] = kept_rows.cost(round(seconds / len(entries)))
+            kept_rows.add(ROWS, Row(concept, erasure, name, budget, seed, **of_sides(entry), **where))
 
 
 def some_prompts(concept: str) -> list[Prompt]:
@@ -151,7 +150,7 @@ def write(rows: list[Row]) -> None:
 
 `python benchmarks/{Path(__file__).name} --out DIR --concept CLASS --floor MODEL`, {date.today()}, Python
 {platform.python_version()}; one thread of {kept_rows.machines(rows)}.
-In all {sum(row.seconds for row in rows) / 3600:.1f} hours for the attacks.
+In all {sum(row.seconds or 0 for row in rows) / 3600:.1f} hours for the attacks.
 
 Each class is erased towards the next one, with the options that [methods.md](methods.md) names. The floor is `python -m
 salun_sd.pocket.train --without CLASS`: text encoder and UNet trained anew without the class, as long as the base and

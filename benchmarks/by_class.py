@@ -22,7 +22,6 @@ from typing import Annotated, NamedTuple
 import kept_rows
 import typer
 from PIL import Image
-from pocket_classes import cpu
 
 from salun_sd.cli import app as cli
 from salun_sd.pocket import train
@@ -105,17 +104,20 @@ def measured(out: Path, key: tuple, options: list[str], data: Path) -> Row:
     reference = ["--reference", str(kept_data(out, concept, data))]
     of_data = kept_rows.audited([*evaluate, *reference], here / "audit", out / BASE)
     seconds = json.loads((here / "made.run" / "run.json").read_text())["seconds"] if run != RETRAIN else None
+    seconds = seconds and kept_rows.cost(seconds)
     shutil.rmtree(here / "audit")
     metrics, ra_of_base = of_base["metrics"], of_base["against"]["metrics"]["ra"]["rate"]
     fids = [q["fid"]["value"] for q in (of_base["quality"], of_data["quality"], of_data["against"]["quality"])]
     change = of_base["quality"]["change"]["value"]
-    return Row(*key, metrics["ua"]["rate"], metrics["ra"]["rate"], ra_of_base, change, *fids, seconds, cpu())
+    return Row(
+        *key, metrics["ua"]["rate"], metrics["ra"]["rate"], ra_of_base, change, *fids, seconds, kept_rows.machine()
+    )
 
 
 def erase(concept: str, options: Sequence[str], seed: int, out: Path) -> None:
     """Erase a class towards the next one, unless `out` has that erasure."""
     cli.run(["erase", MODEL, "--concept", concept, "--anchor", kept_rows.next_class(concept), *options, "--seed",
-             str(seed), "--out", str(out)])  # fmt: skip
+             str(seed), *kept_rows.FLOAT32, "--out", str(out)])  # fmt: skip
 
 
 def retrain(concept: str, seed: int, out: Path, data: Path) -> None:

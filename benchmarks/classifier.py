@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from common import now
-from pocket_classes import cpu
+from kept_rows import cpu
 from reference import threshold_by_argsort
 
 from salun_sd.classifier.architectures import build

@@ -95,8 +95,10 @@ def built(arch: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
 
 def random_mask(arch: str, density: float) -> Bits:
     """About that share of ones, drawn one parameter at a time: scores for the whole UNet would be the peak."""
-    g = torch.Generator().manual_seed(0)
-    return Bits.of((name, torch.rand(shape, generator=g) < density) for name, shape in shapes(arch).items())
+    device = default_device()
+    g = torch.Generator(device).manual_seed(0)
+    drawn = ((name, torch.rand(shape, generator=g, device=device)) for name, shape in shapes(arch).items())
+    return Bits.of((name, values < density) for name, values in drawn)
 
 
 def now() -> float:

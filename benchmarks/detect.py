@@ -22,8 +22,8 @@ import onnxruntime
 import psutil
 import skimage.data
 import typer
+from kept_rows import cpu
 from PIL import Image
-from pocket_classes import cpu
 
 from salun_sd.audit.detect import detect, detector_name
 

@@ -24,7 +24,7 @@ import torch
 import typer
 from common import now
 from helpers.models import write_pipeline
-from pocket_classes import cpu
+from kept_rows import cpu
 from tqdm import tqdm
 
 from salun_sd.checkpoint.find import find
@@ -35,6 +35,7 @@ from salun_sd.draw.sample import Row, images_per_pass
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
 DEFAULTS = {"pocket": (64, 25), "sd1": (4, 2)}  # images, steps
+ON_GPU = {"pocket": (64, 25), "sd1": (8, 10)}
 FILE = Path(__file__).with_suffix(".md")
 NAMES = {"pocket": "pocket", "sd1": "SD 1.x"}
 
@@ -139,15 +140,16 @@ def line(model: Checkpoint, name: str, dtype: torch.dtype, others: list[Other], 
 def main(
     arch: Annotated[list[Arch] | None, typer.Option(help="Default: all.")] = None,
     against: Annotated[list[Other] | None, typer.Option(help="Default: all.")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Default: 64 of pocket, 4 of SD 1.x.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Default: 25 for pocket, 2 for SD 1.x.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Default: 64 of pocket, 4 of SD 1.x; on a GPU 8.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: 25 for pocket, 2 for SD 1.x; on a GPU 10.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
     out: Annotated[Path, typer.Option(help="The file to write.")] = FILE,
 ) -> None:
     torch.set_num_threads(threads)
     table, half = [], Precision.to_draw("bfloat16", default_device()).dtype  # float32 where there is none
     for name in [a.value for a in arch or Arch]:
-        how = images or DEFAULTS[name][0], steps or DEFAULTS[name][1]
+        usual = (ON_GPU if default_device() == "cuda" else DEFAULTS)[name]
+        how = images or usual[0], steps or usual[1]
         with tempfile.TemporaryDirectory() as folder:
             model = find("pocket" if name == "pocket" else str(write_pipeline(Path(folder) / name, name, full=True)))
             for dtype in dict.fromkeys((torch.float32, half)):

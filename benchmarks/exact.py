@@ -25,7 +25,6 @@ import typer
 from distances import jackknife, jensen_shannon, per_timestep
 from exact_drawn import EXAMPLES, Drawn, audited_prompts, draw, seen_in_data
 from methods import RUNS, erase
-from pocket_classes import cpu
 
 from salun_sd.audit.fidelity import frechet, kid, moments
 from salun_sd.checkpoint import provenance
@@ -137,7 +136,7 @@ def measure(task: Task, name: str, seed: int) -> None:
     curves = {"concept": relative[:, :EXAMPLES], "kept": relative[:, EXAMPLES:]}
     curves = {of: [round(float(v), 8) for v in by_image.mean(axis=1)] for of, by_image in curves.items()}
     costs = cost(here / "erased", find(base.model).weights) if is_erased else {}
-    kept_rows.add(ROWS, Row(*key, values, curves, **costs, kind=task.kind.value, machine=cpu()))
+    kept_rows.add(ROWS, Row(*key, values, curves, **costs, kind=task.kind.value, machine=kept_rows.machine()))
 
 
 def options_of(kind: Kind, name: str) -> list[str]:
@@ -169,7 +168,8 @@ def cost(erased: Path, weights: int) -> dict[str, float]:
     of_run = json.loads((provenance.run_folder(erased) / "run.json").read_text())
     changed = json.loads((erased / "salun.json").read_text())["changed"]["inside"]
     peak = max(of_run["peak_bytes"].values()) / 2**30
-    return {"seconds": round(of_run["seconds"]), "peak": round(peak, 2), "changed": round(changed / weights, 4)}
+    return {"seconds": kept_rows.cost(round(of_run["seconds"])), "peak": kept_rows.cost(round(peak, 2)),
+            "changed": round(changed / weights, 4)}  # fmt: skip
 
 
 @cache

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kept_rows import FLOAT32
 from PIL import Image
 
 from salun_sd.audit.classify import Classifier
@@ -17,7 +18,7 @@ from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import photo_of
-from salun_sd.core.diffusion import add_noise, predict
+from salun_sd.core.diffusion import add_noise, on_device, predict
 from salun_sd.draw import prompts
 from salun_sd.draw.encode import encode_prompts
 from salun_sd.draw.generate import file_of
@@ -60,11 +61,13 @@ class Drawn:
         schedule, pipeline = schedule_of(model), load_pipeline(model)
         x0, labels = examples(self.data, self.concept, bool(model.classes))
         condition = encode_prompts(pipeline, CLASSES if model.classes else [photo_of(name) for name in CLASSES])
-        condition = {key: of_classes[labels] for key, of_classes in condition.items()}
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-        times = [torch.full((len(x0),), t) for t in TIMESTEPS]
+        device = pipeline.unet.device
+        condition = on_device({key: of_classes.cpu()[labels] for key, of_classes in condition.items()}, device)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        times, x0 = [torch.full((len(x0),), t, device=device) for t in TIMESTEPS], x0.to(device)
         with torch.no_grad():
-            return np.stack([predict(pipeline.unet, add_noise(schedule, x0, noise, t), t, condition) for t in times])
+            found = [predict(pipeline.unet, add_noise(schedule, x0, noise, t), t, condition) for t in times]
+            return torch.stack(found).cpu().numpy()
 
 
 def draw(here: Path, model: str, concept: str, data: Path, shifted: int = 0) -> Drawn:
@@ -74,8 +77,8 @@ def draw(here: Path, model: str, concept: str, data: Path, shifted: int = 0) -> 
     rows = [p._replace(seed=p.seed + shifted, text=p.label if by_class else p.text) for p in audited_prompts(concept)]
     here.mkdir(parents=True, exist_ok=True)
     (here / "prompts.csv").write_text(prompts.as_csv(rows))
-    cli.run(["evaluate", model, "--prompts", str(here / "prompts.csv"), "--detector", "none", "--no-images", "--out",
-             str(here / "audit")])  # fmt: skip
+    cli.run(["evaluate", model, "--prompts", str(here / "prompts.csv"), "--detector", "none", *FLOAT32, "--no-images",
+             "--out", str(here / "audit")])  # fmt: skip
     return Drawn(here / "audit", model, concept, data)
 
 

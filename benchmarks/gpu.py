@@ -27,7 +27,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from scale import machine
+from kept_rows import machine
 
 HERE = Path(__file__).parent
 REHEARSED = "SALUN_SD_REHEARSE"  # in the environment: tests/test_gpu.py runs without a GPU
@@ -45,9 +45,9 @@ def parts(out: Path) -> list[Part]:
     step = [str(HERE / "scale.py"), "--only", "gpu", "--out", str(out / "scale.md")]
     drawing = [str(HERE / "draw.py"), "--against", "diffusers", "--out", str(out / "draw.md")]
     return [
-        Part("The GPU beside the CPU", tests, [], 240),
+        Part("The GPU beside the CPU", tests, [], 200),
         Part("A step", step, ["--only", "erase", "--steps", "1"], 240),
-        Part("Drawing", drawing, ["--arch", "pocket", "--images", "2", "--steps", "2"], 120),
+        Part("Drawing", drawing, ["--arch", "pocket", "--images", "2", "--steps", "2"], 160),
     ]
 
 

@@ -1,14 +1,19 @@
 """What benchmarks that go on where they stopped share: rows on disk, and audits beside a base that is drawn once."""
 
 import json
+import platform
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 from salun_sd.cli import app as cli
 from salun_sd.pocket.fashion import CLASSES
+from salun_sd.runtime.device import default_device
 
 FORMER = "2 x AMD EPYC"  # the machine of all rows until 26 Nov 2026, which do not name theirs
+FLOAT32 = ("--dtype", "float32")  # on every machine: a GPU would take bfloat16
 
 
 def read(file: Path, kind: type) -> list:
@@ -19,6 +24,20 @@ def read(file: Path, kind: type) -> list:
 def add(file: Path, row) -> None:
     with file.open("a") as f:
         f.write(json.dumps(row._asdict()) + "\n")
+
+
+def cpu() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} x {names[0].partition(':')[2].strip()}" if names else platform.processor()
+
+
+def machine() -> str:
+    return f"{cpu()}, {torch.cuda.get_device_name()}" if default_device() == "cuda" else cpu()
+
+
+def cost(value: float) -> float | None:
+    """What a row says of seconds and memory; None with a GPU: rows share it, and means are of one kind of machine."""
+    return None if default_device() == "cuda" else value
 
 
 def machines(rows: Iterable) -> str:
@@ -37,7 +56,7 @@ def audited(argv: Sequence[str], audit: Path, base: Path) -> dict:
     against = audit / "against"
     if base.exists() and not against.exists():
         shutil.copytree(base, against)
-    cli.run(["evaluate", *argv, "--no-images", "--out", str(audit)])
+    cli.run(["evaluate", *argv, *FLOAT32, "--detector", "none", "--no-images", "--out", str(audit)])
     if not base.exists():
         shutil.copytree(against, base, dirs_exist_ok=True)  # another may have just done so
     return json.loads((audit / "report.json").read_text())

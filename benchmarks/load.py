@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from pocket_classes import cpu
+from kept_rows import cpu
 
 from salun_sd.draw import prompts
 from salun_sd.runtime.stamps import FILE as STAMPS

@@ -28,7 +28,6 @@ from typing import Annotated, NamedTuple
 
 import kept_rows
 import typer
-from pocket_classes import cpu
 
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of
@@ -55,6 +54,7 @@ RUNS = {
     "finetune": f"--steps 100 --batch-size 32 --lr 1e-4 {IMAGES}",
     "uce": "--setting ridge=0.001 --retain-prompts pocket",
 }
+COSTS = (("seconds", mean, ".0f"), ("peak", max, ".2f"))  # of a row; how to sum them up; how to write the sum
 WITHOUT_ANCHOR = ("esd", "ascent", "finetune")  # as published
 
 
@@ -94,7 +94,9 @@ def main(
         for c in concept or (TUNED_ON if tune else CLASSES):
             for name in run or RUNS:
                 for where in support or [PUBLISHED]:
-                    measure(out, Row(name, where, c, s, tune or RUNS[name], tune is not None, machine=cpu()))
+                    measure(
+                        out, Row(name, where, c, s, tune or RUNS[name], tune is not None, machine=kept_rows.machine())
+                    )
                     write(kept_rows.read(ROWS, Row))
 
 
@@ -122,8 +124,9 @@ def measure(out: Path, row: Row) -> None:
 def erase(concept: str, run: str, options: Sequence[str], seed: int, out: Path) -> None:
     """Erase a class towards the next one, unless `out` has that erasure."""
     anchor = [] if run in WITHOUT_ANCHOR else ["--anchor", photo_of(kept_rows.next_class(concept))]
+    dtype = [] if run == "uce" else kept_rows.FLOAT32
     cli.run(["erase", "pocket", "--method", run.partition(":")[0], "--concept", photo_of(concept), *anchor, *options,
-             "--seed", str(seed), "--out", str(out)])  # fmt: skip
+             "--seed", str(seed), *dtype, "--out", str(out)])  # fmt: skip
 
 
 def audited(here: Path, base: Path) -> dict[str, float]:
@@ -135,8 +138,8 @@ def audited(here: Path, base: Path) -> dict[str, float]:
     return {
         "ua": rates["ua"]["rate"], "ra": round(rates["ra"]["rate"], 6), "base_ra": round(before["ra"]["rate"], 6),
         "change": round(quality["change"]["value"], 6), "ssim": round(quality["change_ssim"]["value"], 6),
-        "denoising": report["settings"]["sampling"]["steps"], "seconds": round(of_run["seconds"]),
-        "peak": round(max(of_run["peak_bytes"].values()) / 2**30, 2),
+        "denoising": report["settings"]["sampling"]["steps"], "seconds": kept_rows.cost(round(of_run["seconds"])),
+        "peak": kept_rows.cost(round(max(of_run["peak_bytes"].values()) / 2**30, 2)),
     }  # fmt: skip
 
 
@@ -215,7 +218,7 @@ def lines(rows: list[Row], names: tuple[str, ...], cells: Callable[[list[Row]], 
 
 def means(rows: list[Row], name: str) -> list[float]:
     """Of each class, the mean over its seeds."""
-    of_classes = (some for _, some in groups([row for row in rows if row.ua is not None], ("concept",)))
+    of_classes = (some for _, some in groups([row for row in rows if getattr(row, name) is not None], ("concept",)))
     return [mean(getattr(row, name) for row in some) for some in of_classes]
 
 
@@ -223,9 +226,10 @@ def summary(rows: list[Row]) -> list[str]:
     if not means(rows, "ua"):
         return ["stopped", *[""] * 9]
     ua, lost = means(rows, "ua"), means(rows, "lost")
+    costs = ((number, form, means(rows, name)) for name, number, form in COSTS)
     numbers = [f"{mean(ua):.3f}", f"{min(ua):.3f}", f"{mean(lost):+.3f}", f"{min(lost):+.3f}",
                f"{mean(means(rows, 'change')):.4f}", f"{mean(means(rows, 'ssim')):.3f}",
-               f"{mean(means(rows, 'seconds')):.0f}", f"{max(means(rows, 'peak')):.2f}"]  # fmt: skip
+               *(f"{number(some):{form}}" if some else "" for number, form, some in costs)]  # fmt: skip
     return [str(len(ua)), str(len({row.seed for row in rows})), *numbers]
 
 

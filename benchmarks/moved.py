@@ -21,7 +21,7 @@ import kept_rows
 import numpy as np
 import torch
 import typer
-from pocket_classes import cpu
+from kept_rows import cpu
 
 from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli

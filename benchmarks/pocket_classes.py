@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from kept_rows import cpu
 from PIL import Image
 
 from salun_sd.audit.measure import measure
@@ -41,11 +42,6 @@ def picture(audit: Path, base: Path, cases: list[int], file: Path) -> None:
             sheet.paste(image, (side * column, (side + 4) * row))
     file.parent.mkdir(exist_ok=True)
     sheet.save(file)
-
-
-def cpu() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{len(names)} x {names[0].partition(':')[2].strip()}" if names else platform.processor()
 
 
 def main(

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import torch
 import typer
-from pocket_classes import cpu
+from kept_rows import cpu
 
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of

@@ -4,11 +4,13 @@
     python benchmarks/scale.py --arch pocket --arch sd1-half --arch sd1 --arch sdxl --threads 2
     python benchmarks/scale.py --only erase --arch sd1 --latents 32 --steps 1
 
-Each measurement runs in a process of its own, so that a peak is that of the thing measured: resident memory with the
-libraries in it, or PyTorch's on a GPU. UNets have true architectures and random weights. What does not fit is given as
-arithmetic and marked so. A table replaces the one that the file has of the same measurement on the same machine.
+On a CPU each measurement runs in a process of its own, so that a peak is that of the thing measured: resident memory
+with the libraries in it. On a GPU a peak is PyTorch's. UNets have true architectures and random weights. What does not
+fit is given as arithmetic and marked so. A table replaces the one that the file has of the same measurement on the same
+machine.
 """
 
+import gc
 import io
 import platform
 import resource
@@ -31,6 +33,7 @@ import torch
 import typer
 from common import ARCHS, SCHEDULE, Case, clock, now
 from helpers.models import skeleton
+from kept_rows import machine
 from torch.utils.flop_counter import FlopCounterMode
 
 from salun_sd.checkpoint.model import LARGE
@@ -50,9 +53,9 @@ DENSITIES = [0.5, 0.1, 0.01]
 OTHERS = 3 << 30  # bytes that the reference's three graphs, its VAE and the libraries take at the least
 HEAD = """# Benchmarks
 
-Written by `benchmarks/scale.py`: each table has the machine, the date and the command that made it. Every number comes
-from a process of its own, on a UNet of a true architecture with random weights; peaks include Python and its libraries
-on a CPU, and are PyTorch's on a GPU. "Reference" is the authors' recipe on diffusers' UNet, `benchmarks/reference.py`;
+Written by `benchmarks/scale.py`: each table has the machine, the date and the command that made it. UNets have true
+architectures and random weights. On a CPU every number comes from a process of its own, and peaks include Python and
+its libraries; on a GPU peaks are PyTorch's. "Reference" is the authors' recipe on diffusers' UNet, `benchmarks/reference.py`;
 ratios are to it, in the same run. "≥" and "not run" mark arithmetic in place of a measurement that does not fit.
 """
 
@@ -69,12 +72,17 @@ def _limit(threads: int) -> None:
 
 
 class Bench:
-    """Runs measurements in processes of their own; those of the reference only where it is asked for."""
+    """Runs measurements, on a CPU in processes of their own; those of the reference only where it is asked for."""
 
     def __init__(self, threads: int, reference: bool):
         self.threads, self.reference = threads, reference
 
     def run(self, measure: Callable, *args):
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+            memory.reset_peak()
+            return measure(*args)
         with ProcessPoolExecutor(1, get_context("spawn"), _limit, (self.threads,)) as pool:
             return pool.submit(measure, *args).result()
 
@@ -238,7 +246,9 @@ def our_erase(case: Case, density: float, steps: int) -> tuple[float, int]:
     anchors, concepts = torch.ones_like(forget.which), torch.zeros_like(forget.which)
     training = Training(SCHEDULE, forget, retain, concepts, anchors)
     loop = erase(unet, adam, Erasure(SalUn(), Retain(0.1, "noise"), training, steps + 1, case.batch, seed=0))
-    return clock(loop), memory.peak()
+    found = clock(loop), memory.peak()
+    adam.close()  # with its hooks, the UNet would stay in the memory of a GPU, which measures in this process
+    return found
 
 
 def flops_of_prediction(case: Case) -> int:
@@ -306,12 +316,6 @@ def record(out: Path, title: str, about: str, rows: list[list]) -> None:
     at = titles.index(title) if title in titles else len(titles)
     others[at : at + 1] = [section]
     out.write_text("\n## ".join([head, *others]))
-
-
-def machine() -> str:
-    from pocket_classes import cpu
-
-    return f"{cpu()}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu()
 
 
 class Only(str, Enum):

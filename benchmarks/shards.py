@@ -20,9 +20,9 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from kept_rows import cpu
 from load import in_form_of_i2p
 from PIL import Image, PngImagePlugin
-from pocket_classes import cpu
 
 from salun_sd.audit.detect import detector_name
 from salun_sd.checkpoint.find import find

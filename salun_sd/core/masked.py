@@ -1,48 +1,57 @@
 """Adam and SGD for the weights that a mask lets move. They hold state for these weights alone."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
 
-from salun_sd.core.mask import Bits, in_passes
+from salun_sd.core.mask import Bits, in_passes, packed_bits, unpacked_bits
 from salun_sd.errors import some
 from salun_sd.runtime import ranks
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+TOGETHER = 1 << 24  # weights that a GPU updates at a time: most parameters are too small to keep it busy
 
 
 @dataclass
 class Salient:
-    """A parameter's salient weights, k of its n."""
+    """The salient weights of one parameter, or of several that are updated together: k of their n."""
 
-    p: nn.Parameter
+    parameters: dict[str, nn.Parameter]  # of one dtype, on one device
+    counts: list[int]  # of the k, how many are each one's
     packed: torch.Tensor  # the mask's bits, uint8 [ceil(n / 8)]
-    values: torch.Tensor  # float32 [k], of which the parameter holds the rounding to its own dtype
+    values: torch.Tensor  # float32 [k], of which the parameters hold the rounding to their own dtype
     moments: dict[str, torch.Tensor]  # what the rule remembers of earlier steps, float32 [k] each
     grad: torch.Tensor | None = None  # float32 [k], where it has to be held
     updated: int = 0  # the last step that changed it
+    arrived: dict[str, torch.Tensor] = field(default_factory=dict)  # dense gradients that wait for the others'
 
-    def gather(self, dense: torch.Tensor) -> torch.Tensor:
-        """The salient entries of a tensor of the parameter's shape, float32 [k]."""
-        passes = in_passes(self.packed, self.p.numel())
-        return torch.cat([dense.view(-1)[where].masked_select(bits) for where, bits in passes]).float()
+    def by_name(self, t: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A tensor [k] in the parts of the parameters, not copied."""
+        return dict(zip(self.parameters, t.split(self.counts), strict=True))
+
+    def gather(self, dense: list[torch.Tensor]) -> torch.Tensor:
+        """The salient entries of tensors of the parameters' shapes, float32 [k]."""
+        flat = _flat(dense)
+        return torch.cat([flat[where].masked_select(bits) for where, bits in in_passes(self.packed, len(flat))]).float()
 
     @torch.no_grad()
     def scatter(self, values: torch.Tensor) -> None:
-        """Write values [k] into the parameter."""
-        done, n = 0, self.p.numel()
-        flat = self.p.contiguous().view(-1)  # a copy only where the parameter lies in another order (channels_last)
-        for where, bits in in_passes(self.packed, n):
-            k = int(bits.sum()) if where.stop < n else len(values) - done  # on a GPU, one pass: it is not waited for
-            flat[where].masked_scatter_(bits, values[done : done + k].to(self.p.dtype))
+        """Write values [k] into the parameters."""
+        own = list(self.parameters.values())
+        flat, done = _flat(own), 0
+        for where, bits in in_passes(self.packed, len(flat)):
+            # on a GPU, one pass: its count is not waited for
+            k = int(bits.sum()) if where.stop < len(flat) else len(values) - done
+            flat[where].masked_scatter_(bits, values[done : done + k].to(flat.dtype))
             done += k
-        if not self.p.is_contiguous():
-            self.p.copy_(flat.view(self.p.shape))
+        if len(own) > 1 or not own[0].is_contiguous():  # then it is a copy
+            for p, part in zip(own, flat.split([p.numel() for p in own]), strict=True):
+                p.copy_(part.view(p.shape))
 
 
 class Masked:
@@ -63,10 +72,12 @@ class Masked:
     Default: the module's own weights.
     clip: the largest norm of the salient gradient of a step. It sets `holds`.
     holds: gradients wait for the end of the step, which may then have several backward passes, or for `withdraw`.
+    together: parameters are updated together up to so many weights; no number changes a bit. Default: `TOGETHER` on a
+    GPU; on a CPU each parameter alone.
 
-    A dense gradient is reduced to its salient entries and freed in the backward pass that makes it. Unless `holds`, the
-    update is made there and then. In a run of several processes that the commands started, gradients are summed over
-    them; only their salient entries travel.
+    Dense gradients are reduced to their salient entries and freed in the backward pass that makes them, as soon as all
+    that are updated together are there. Unless `holds`, the update is made there and then. In a run of several
+    processes that the commands started, gradients are summed over them; only their salient entries travel.
 
     RuntimeError: a backward pass outside `step()`; a step without one; a second gradient of a parameter in a step that
     does not hold. ValueError: numbers that no optimizer takes. `lr` may be set between steps.
@@ -77,6 +88,7 @@ class Masked:
     def __init__(
         self, model: nn.Module, bits: Mapping[str, torch.Tensor], lr: float, *,
         values: Mapping[str, torch.Tensor] | None = None, clip: float | None = None, holds: bool = False,
+        together: int | None = None,
     ):  # fmt: skip
         parameters = dict(model.named_parameters())
         bits = bits if isinstance(bits, Bits) else Bits.of(bits.items())
@@ -86,19 +98,15 @@ class Masked:
             raise ValueError(f"clip is {clip}: give a number above 0, or None.")
         self.lr, self.clip, self.holds = lr, clip, holds or clip is not None
         self.steps, self._stepping = 0, False
-        self.salient: dict[str, Salient] = {}
-        for name, p in parameters.items():
-            chosen = bits[name]
-            if not chosen.any():
-                continue
-            dense = p.detach() if values is None else values[name]
-            kept = dense[chosen.to(dense.device)].float().to(p.device)
-            moments = {kind: torch.zeros_like(kept) for kind in self.moments}
-            self.salient[name] = Salient(p, bits.packed[name].to(p.device), kept, moments)
+        self.salient: dict[str, Salient] = {}  # parameter name -> what it is updated with
+        for names in _together(parameters, bits, together):
+            s = _salient({name: parameters[name] for name in names}, bits, values, self.moments)
+            self.salient |= dict.fromkeys(names, s)
         self._required = [(p, p.requires_grad) for p in parameters.values()]
         for name, p in parameters.items():
             p.requires_grad_(name in self.salient)
-        self._hooks = [s.p.register_post_accumulate_grad_hook(partial(self._take, s)) for s in self.salient.values()]
+        self._hooks = [parameters[name].register_post_accumulate_grad_hook(partial(self._take, name))
+                       for name in self.salient]  # fmt: skip
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -112,20 +120,25 @@ class Masked:
         self._stepping = True
         try:
             yield
-            if any(s.grad is not None for s in self.salient.values()):
+            self._part_incomplete()
+            if any(s.grad is not None for s in self._groups()):
                 self.apply(self.withdraw())
             if not self._moved():
                 raise RuntimeError("The step ended without a gradient: call backward() inside it.")
         finally:
             self._stepping = False
-            for s in self.salient.values():
+            for s in self._groups():
                 s.grad = None
+                s.arrived.clear()
             if not self._moved():
                 self.steps -= 1
 
+    def _groups(self) -> list[Salient]:
+        return list({id(s): s for s in self.salient.values()}.values())
+
     def _moved(self) -> bool:
         """Whether this step has changed a weight."""
-        return any(s.updated == self.steps for s in self.salient.values())
+        return any(s.updated == self.steps for s in self._groups())
 
     def withdraw(self) -> dict[str, torch.Tensor]:
         """The gradients that the step holds, summed over the processes: parameter name -> float32 [k]. Then it holds
@@ -142,10 +155,12 @@ class Masked:
         """
         if not (self._stepping and self.holds):
             raise RuntimeError("Gradients are held inside a step alone, by an optimizer made with holds=True.")
-        held = {name: s.grad for name, s in self.salient.items() if s.grad is not None}
-        for name, grad in held.items():
-            ranks.summed(grad)
-            self.salient[name].grad = None
+        self._part_incomplete()
+        held = {}
+        for s in self._groups():
+            if s.grad is not None:
+                held |= s.by_name(ranks.summed(s.grad))
+                s.grad = None
         return held
 
     def apply(self, gradients: Mapping[str, torch.Tensor]) -> None:
@@ -161,22 +176,56 @@ class Masked:
             norm = float(torch.linalg.vector_norm(torch.stack(norms)))
             for grad in gradients.values():
                 grad.mul_(min(1.0, self.clip / (norm + 1e-6)))  # as torch.nn.utils.clip_grad_norm_
-        for name, grad in gradients.items():
-            self._apply(self.salient[name], grad)
+        for s in self._groups():
+            if 0 < len(gradients.keys() & s.parameters.keys()) < len(s.parameters):
+                self._part(s)
+        for s in self._groups():
+            if s.parameters.keys() <= gradients.keys():
+                self._apply(s, _flat([gradients[name] for name in s.parameters]))
 
-    def _take(self, s: Salient, p: nn.Parameter) -> None:
+    def _take(self, name: str, p: nn.Parameter) -> None:
         """The hook that a parameter's gradient is given to as soon as it is made."""
-        grad = s.gather(p.grad.contiguous())
-        p.grad = None
+        grad, p.grad = p.grad.contiguous(), None
         if not self._stepping:
             raise RuntimeError("A gradient came outside a step: put backward() inside `with optimizer.step():`, and "
                                "close() an optimizer of this module that is no longer used.")  # fmt: skip
+        s = self.salient[name]
+        if not self.holds and (s.updated == self.steps or name in s.arrived):
+            raise RuntimeError("A second backward pass in one step: make the optimizer with holds=True.")
+        if name in s.arrived:  # the first pass had no gradient for the others
+            self._part(s)
+            s = self.salient[name]
+        s.arrived[name] = grad
+        if len(s.arrived) == len(s.parameters):
+            self._reduce(s)
+
+    def _reduce(self, s: Salient) -> None:
+        """The salient entries of gradients that are all there: an update, or held."""
+        grad = s.gather([s.arrived.pop(name) for name in s.parameters])
         if not self.holds:
-            if s.updated == self.steps:
-                raise RuntimeError("A second backward pass in one step: make the optimizer with holds=True.")
             self._apply(s, ranks.summed(grad))
         else:
             s.grad = grad if s.grad is None else s.grad.add_(grad)
+
+    def _part_incomplete(self) -> None:
+        """For backward passes that had a gradient for some of those alone that are updated together."""
+        for s in self._groups():
+            if s.arrived:
+                self._part(s)
+
+    def _part(self, s: Salient) -> None:
+        """From now on, update each of these parameters alone."""
+        flat = torch.cat([bits for _, bits in in_passes(s.packed, sum(p.numel() for p in s.parameters.values()))])
+        values, moments = s.by_name(s.values), {kind: s.by_name(t) for kind, t in s.moments.items()}
+        grads = {} if s.grad is None else s.by_name(s.grad)
+        for name, bits in zip(s.parameters, flat.split([p.numel() for p in s.parameters.values()]), strict=True):
+            own, packed = values[name], packed_bits(bits).to(flat.device)
+            of_kinds = {kind: parts[name] for kind, parts in moments.items()}
+            alone = Salient({name: s.parameters[name]}, [len(own)], packed, own, of_kinds, grads.get(name), s.updated)
+            self.salient[name] = alone
+            if name in s.arrived:
+                alone.arrived[name] = s.arrived[name]
+                self._reduce(alone)
 
     @torch.no_grad()
     def _apply(self, s: Salient, grad: torch.Tensor) -> None:
@@ -189,11 +238,11 @@ class Masked:
         raise NotImplementedError
 
     def are_finite(self) -> bool:
-        return all(bool(s.values.isfinite().all()) for s in self.salient.values())
+        return all(bool(s.values.isfinite().all()) for s in self._groups())
 
     def values(self) -> dict[str, torch.Tensor]:
         """The trained values, float32 [k] for each parameter with salient weights, on the CPU."""
-        return {name: s.values.cpu() for name, s in self.salient.items()}
+        return {name: part.cpu() for s in self._groups() for name, part in s.by_name(s.values).items()}
 
     def close(self) -> None:
         """Drop all state, and take the hooks off the module: its parameters require gradients as before. Its weights
@@ -209,19 +258,57 @@ class Masked:
     def state(self) -> dict[str, torch.Tensor]:
         """What `restore` needs beside the number of steps: KIND/PARAMETER -> float32 [k], not a copy."""
         return {
-            f"{kind}/{name}": t
-            for name, s in self.salient.items()
+            f"{kind}/{name}": part
+            for s in self._groups()
             for kind, t in {"values": s.values, **s.moments}.items()
+            for name, part in s.by_name(t).items()
         }
 
     def restore(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
         """Go on after so many steps, from what `state` gave then."""
         self.steps = steps
-        for name, s in self.salient.items():
+        for name, part in self.state().items():
+            part.copy_(state[name])
+        for s in self._groups():
             s.updated = steps
-            for kind, t in {"values": s.values, **s.moments}.items():
-                t.copy_(state[f"{kind}/{name}"])
             s.scatter(s.values)
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Their entries in one tensor [n]; of a single one that is contiguous, no copy."""
+    flat = [t.contiguous().view(-1) for t in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _together(parameters: Mapping[str, nn.Parameter], bits: Bits, most: int | None) -> Iterator[list[str]]:
+    """The names of parameters with a salient weight: of those that are updated together, a list each."""
+    group, size, kind = [], 0, None
+    for name, p in parameters.items():
+        if not bits.packed[name].any():
+            continue
+        limit = (TOGETHER if p.is_cuda else 0) if most is None else most
+        if group and (size + p.numel() > limit or kind != (p.dtype, p.device)):
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size, kind = size + p.numel(), (p.dtype, p.device)
+    if group:
+        yield group
+
+
+def _salient(
+    parameters: dict[str, nn.Parameter], bits: Bits, values: Mapping[str, torch.Tensor] | None, moments: Iterable[str]
+) -> Salient:  # fmt: skip
+    """What the optimizer holds of parameters that are updated together, before the first step."""
+    device, chosen, kept = next(iter(parameters.values())).device, [], []
+    for name, p in parameters.items():
+        chosen.append(unpacked_bits(bits.packed[name].to(device), p.shape))
+        dense = p.detach() if values is None else values[name]
+        kept.append(dense[chosen[-1].to(dense.device)].float().to(device))
+    packed = [bits.packed[name] for name in parameters]
+    packed = (packed[0] if len(packed) == 1 else packed_bits(_flat(chosen))).to(device)
+    own = _flat(kept)
+    return Salient(parameters, [len(k) for k in kept], packed, own, {kind: torch.zeros_like(own) for kind in moments})
 
 
 def _check_numbers(**values: float) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from salun_sd.checkpoint.configs import UNET, multiple
 from salun_sd.core import mask
 from salun_sd.core.diffusion import Condition, Schedule, predict
+from salun_sd.core.masked import TOGETHER
 from salun_sd.core.saliency import sum_dtype
 from salun_sd.draw.sample import images_per_pass
 from salun_sd.draw.vae import take_in_tiles
@@ -177,13 +178,15 @@ class Erasing(Work):
     def _update_size(self, p: nn.Parameter, device: torch.device) -> int:
         """Bytes that `MaskedAdam` makes from a parameter's gradient: its salient entries in their own dtype and in
         float32, and the root of their second moment; and in one pass over the bits, the bits and what torch needs to
-        find their places."""
-        n, k = mask.pass_size(p.numel(), device), round(self.density * p.numel())
+        find their places. A GPU does so for several parameters at a time, of gradients that it holds and joins."""
         if device.type == "cpu":  # a running count of the bits, and with several threads a copy of them as wide
+            n, k, joined = mask.pass_size(p.numel(), device), round(self.density * p.numel()), 0
             places = 8 * n * (2 if torch.get_num_threads() > 1 else 1)
         else:
-            places = 8 * round(self.density * n)
-        return n + places + k * (2 * self.dtype.itemsize + 8)
+            n = max(p.numel(), TOGETHER)
+            k, joined = round(self.density * n), 2 * n * self.dtype.itemsize if n == TOGETHER else 0
+            places = 8 * k
+        return n + places + k * (2 * self.dtype.itemsize + 8) + joined
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
         half = {f"--density {self.density / 2:g}": replace(self, density=self.density / 2)}

@@ -37,10 +37,10 @@ def train_pipeline(images: torch.Tensor, labels: torch.Tensor, out: Path, steps:
 
     def step(g):
         index = torch.randint(len(images), (BATCH,), generator=g)
-        x0, noise = images[index], torch.randn((BATCH, *images.shape[1:]), generator=g)
-        t = torch.randint(1000, (BATCH,), generator=g)
+        x0, noise = images[index].to(unet.device), torch.randn((BATCH, *images.shape[1:]), generator=g).to(unet.device)
+        t = torch.randint(1000, (BATCH,), generator=g).to(unet.device)
         has_none = torch.rand(BATCH, generator=g) < NO_CLASS
-        classes = labels[index].masked_fill(has_none, NULL)
+        classes = labels[index].masked_fill(has_none, NULL).to(unet.device)
         v = scheduler.get_velocity(x0, noise, t)
         return F.mse_loss(unet(scheduler.add_noise(x0, noise, t), t, classes).sample, v)
 

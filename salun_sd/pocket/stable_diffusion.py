@@ -48,7 +48,8 @@ def train_pipeline(
     """Train all parts on images [N, 3, 32, 32] in [-1, 1] with labels [N]; test the VAE on the test images."""
     vae = train_vae(images, out, vae_steps, seed + 1)
     latents = encode(vae, images)
-    print(f"vae: L1 {F.l1_loss(vae.decode(encode(vae, test_images[:1000], 1.0)).sample, test_images[:1000]):.4f}")
+    some = test_images[:1000].to(vae.device)
+    print(f"vae: L1 {F.l1_loss(vae.decode(encode(vae, some, 1.0)).sample, some):.4f}")
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -97,7 +98,7 @@ def train_vae(images, out: Path, steps: int, seed: int) -> AutoencoderKL:
     )
 
     def step(g):
-        batch = images[torch.randint(len(images), (64,), generator=g)]
+        batch = images[torch.randint(len(images), (64,), generator=g)].to(vae.device)
         posterior = vae.encode(batch).latent_dist
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return F.l1_loss(vae.decode(posterior.sample(g)).sample, batch) + 1e-3 * kl
@@ -109,9 +110,10 @@ def train_vae(images, out: Path, steps: int, seed: int) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae, images, unit=None) -> torch.Tensor:
-    """Images [N, 3, 32, 32] => latents [N, 4, 8, 8], times `unit` or, if it is None, the VAE's scaling factor."""
+    """Images [N, 3, 32, 32] => latents [N, 4, 8, 8] on the VAE's device, times `unit` or, if it is None, the VAE's
+    scaling factor."""
     scale = vae.config.scaling_factor if unit is None else unit
-    return torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(500)]) * scale
+    return torch.cat([vae.encode(part.to(vae.device)).latent_dist.mode() for part in images.split(500)]) * scale
 
 
 def train_tokenizer(out: Path) -> CLIPTokenizer:
@@ -168,14 +170,15 @@ def train_unet(latents, labels, tokenizer: CLIPTokenizer, scheduler, out: Path, 
     ).to(memory_format=torch.channels_last)
 
     def step(g):
-        index = torch.randint(len(latents), (128,), generator=g)
+        index, device = torch.randint(len(latents), (128,), generator=g), unet.device
         rng = random.Random(g.initial_seed())
         texts = ["" if rng.random() < 0.1 else caption(label, rng) for label in labels[index].tolist()]
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        noise = torch.randn(latents[index].shape, generator=g)
-        t = torch.randint(1000, (len(index),), generator=g)
-        noisy = scheduler.add_noise(latents[index], noise, t)
-        return F.mse_loss(unet(noisy, t, text_encoder(ids)[0]).sample, noise)
+        x0 = latents[index].to(device)
+        noise = torch.randn(x0.shape, generator=g).to(device)
+        t = torch.randint(1000, (len(index),), generator=g).to(device)
+        noisy = scheduler.add_noise(x0, noise, t)
+        return F.mse_loss(unet(noisy, t, text_encoder(ids.to(device))[0]).sample, noise)
 
     stage = Stage("unet", out, {"text_encoder": text_encoder, "unet": unet}, steps, 1.5e-3, seed, ema=0.999)
     return stage.run(step)

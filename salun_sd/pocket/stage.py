@@ -7,20 +7,24 @@ from pathlib import Path
 import torch
 
 from salun_sd.runtime.bar import Bar
+from salun_sd.runtime.device import default_device
 
 
 class Stage:
-    """One training loop. It saves its state every 100 steps; a new object of the same name and `out` resumes it."""
+    """One training loop, on `default_device()`, which the modules are moved to. It saves its state every 100 steps; a
+    new object of the same name and `out` resumes it."""
 
     def __init__(self, name: str, out: Path, modules: dict, steps: int, lr: float, seed: int, ema: float | None = None):
         self.name, self.steps, self.seed, self.modules = name, steps, seed, modules
+        for module in modules.values():
+            module.to(default_device())
         self.params = [p for m in modules.values() for p in m.parameters()]
         self.file = out / f".{name}.pt"
         self.optimizer = torch.optim.AdamW(self.params, lr=lr, weight_decay=0.01, fused=True)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=steps, pct_start=0.1)
         self.ema_decay, self.ema, self.done = ema, deepcopy(modules) if ema else modules, 0
         if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
             for part, stored in zip(self._stateful(), state["parts"], strict=True):
                 part.load_state_dict(stored)
             self.done = state["done"]

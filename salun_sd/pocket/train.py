@@ -48,9 +48,9 @@ def train_judge(images, labels, out: Path, steps: int, seed: int):
     def step(g):
         index = torch.randint(len(images), (128,), generator=g)
         dy, dx, flip = (int(torch.randint(n, (), generator=g)) for n in (5, 5, 2))
-        batch = F.pad(images[index], (2, 2, 2, 2), value=-1.0)[:, :, dy : dy + 32, dx : dx + 32]
+        batch = F.pad(images[index].to(judge.device), (2, 2, 2, 2), value=-1.0)[:, :, dy : dy + 32, dx : dx + 32]
         logits = judge(batch.flip(-1) if flip else batch).logits
-        return F.cross_entropy(logits, labels[index], label_smoothing=0.05)
+        return F.cross_entropy(logits, labels[index].to(judge.device), label_smoothing=0.05)
 
     return Stage("judge", out, {"judge": judge}, steps, 3e-3, seed).run(step)["judge"]
 
@@ -73,7 +73,7 @@ def save_judge(images, labels, test_images, test_labels, out: Path, steps: int, 
     """Train the judge, print how many test images it classifies correctly, and write it in float16."""
     judge = train_judge(images, labels, out, steps, seed)
     with torch.no_grad():
-        guesses = torch.cat([judge(part).logits.argmax(1) for part in test_images.split(500)])
+        guesses = torch.cat([judge(part.to(judge.device)).logits.argmax(1).cpu() for part in test_images.split(500)])
     print(f"judge: {(guesses == test_labels).sum().item()} of {len(test_labels)} test images right")
     judge.half().save_pretrained(out / "judge")
     ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
@@ -98,7 +98,7 @@ def train(
         str | None, typer.Option(help="A class whose images are left out. VAE and tokenizer are then pocket's own.")
     ] = None,
 ) -> None:
-    """Train a bundled checkpoint; about an hour on two CPU cores, or on one for ddpm."""
+    """Train a bundled checkpoint; about an hour on two CPU cores, or on one for ddpm. With a GPU it trains there."""
     if without is not None and without not in CLASSES:
         raise typer.BadParameter(f"there is no class {without!r}: give one of {', '.join(CLASSES)}.")
     if (out / "model_index.json").is_file():

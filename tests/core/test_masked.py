@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -31,15 +32,23 @@ RULES = {
 }
 
 
+ALL = 1 << 40  # weights: more than a module has
+
+
+@pytest.fixture(params=[0, 2000, ALL], ids=["each alone", "some together", "all together"])
+def together(request) -> int:
+    return request.param
+
+
 @pytest.fixture(params=RULES)
-def rule(request) -> Rule:
-    return RULES[request.param]
+def rule(request, together) -> Rule:
+    return RULES[request.param]._replace(masked=partial(RULES[request.param].masked, together=together))
 
 
 @pytest.fixture(params=["adam", "sgd-0.9-0.0005"])
-def full_rule(request) -> Rule:
+def full_rule(request, together) -> Rule:
     """One of Adam and SGD with all it has."""
-    return RULES[request.param]
+    return RULES[request.param]._replace(masked=partial(RULES[request.param].masked, together=together))
 
 
 def bits_for(model: nn.Module, density: float = 0.3) -> Bits:
@@ -142,7 +151,7 @@ def test_state_is_for_salient_weights_only(batch_norm, rule):
     bits = bits_for(batch_norm.model, 0.1)
     optimizer = rule.masked(batch_norm.model, bits, rule.lr, **rule.settings)
     train(batch_norm, optimizer)
-    floats = 3 if rule is ADAM else 2 if rule.settings["momentum"] else 1
+    floats = 3 if rule.dense is ADAM.dense else 2 if rule.settings["momentum"] else 1
     assert sum(t.nbytes for t in optimizer.state().values()) == 4 * floats * kept(bits)[0]
 
 
@@ -263,13 +272,35 @@ def test_what_is_applied_is_the_join_and_not_the_sum(case):
         assert torch.equal(p[~bits[name]], before[name][~bits[name]])
 
 
-def test_a_parameter_that_is_given_no_gradient_stays(case):
-    adam, before = MaskedAdam(case.model, bits_for(case.model), 1e-3, holds=True), weights_of(case.model)
+def test_a_parameter_that_is_given_no_gradient_stays(case, together):
+    adam = MaskedAdam(case.model, bits_for(case.model), 1e-3, holds=True, together=together)
+    before = weights_of(case.model)
     with adam.step():
         case.losses(case.model, batch(0)).mean().backward()
         name, grad = next(iter(adam.withdraw().items()))
         adam.apply({name: grad})
     assert [n for n, p in case.model.named_parameters() if not torch.equal(p, before[n])] == [name]
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_a_backward_pass_may_leave_out_some_of_those_that_are_updated_together(holds):
+    """They stay, and their moments too; with `holds`, their gradient may come with a later pass of the step."""
+    ended = {}
+    for together in (0, ALL):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(5, 5) for name in "abc"})
+        adam, x = MaskedAdam(model, bits_for(model, 0.9), 1e-2, holds=holds, together=together), torch.randn(3, 5)
+        for passes in (["abc"], ["a"], ["ac", "abc"] if holds else ["ac"], ["abc"]):
+            before = weights_of(model)
+            with adam.step():
+                for names in passes:
+                    sum(model[name](x).square().mean() for name in names).backward()
+            stayed = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+            assert stayed == {
+                f"{name}.{kind}" for name in set("abc") - set("".join(passes)) for kind in ("weight", "bias")
+            }
+        ended[together] = weights_of(model)
+    assert same(ended[0], ended[ALL])
 
 
 # wrong uses
@@ -284,8 +315,8 @@ def test_a_backward_pass_outside_a_step_is_refused(case):
         assert same(weights_of(model), weights_of(case.model))
 
 
-def test_a_second_backward_pass_needs_holds(case):
-    optimizer = MaskedAdam(case.model, bits_for(case.model), 1e-3)
+def test_a_second_backward_pass_needs_holds(case, together):
+    optimizer = MaskedAdam(case.model, bits_for(case.model), 1e-3, together=together)
     with pytest.raises(RuntimeError, match="holds"), optimizer.step():
         case.losses(case.model, batch(0)).mean().backward()
         once = weights_of(case.model)
@@ -297,10 +328,10 @@ def test_a_second_backward_pass_needs_holds(case):
 
 @pytest.mark.parametrize("holds", [False, True])
 @pytest.mark.parametrize("wrong", ["no backward pass", "an exception"])
-def test_a_step_that_moves_nothing_raises_and_is_not_counted(case, holds, wrong):
+def test_a_step_that_moves_nothing_raises_and_is_not_counted(case, holds, wrong, together):
     """What comes after it is the same as without it: no gradient is left over, and Adam's step is the first."""
     fresh, model = deepcopy(case.model), case.model
-    optimizer = MaskedAdam(model, bits_for(model), 1e-3, holds=holds)
+    optimizer = MaskedAdam(model, bits_for(model), 1e-3, holds=holds, together=together)
     with pytest.raises(RuntimeError if wrong == "no backward pass" else KeyError), optimizer.step():
         if wrong == "an exception":
             if holds:
