@@ -55,8 +55,9 @@ HEAD = """# Benchmarks
 
 Written by `benchmarks/scale.py`: each table has the machine, the date and the command that made it. UNets have true
 architectures and random weights. On a CPU every number comes from a process of its own, and peaks include Python and
-its libraries; on a GPU peaks are PyTorch's. "Reference" is the authors' recipe on diffusers' UNet, `benchmarks/reference.py`;
-ratios are to it, in the same run. "≥" and "not run" mark arithmetic in place of a measurement that does not fit.
+its libraries; on a GPU peaks are PyTorch's. "Reference" is the authors' recipe on diffusers' UNet,
+`benchmarks/reference.py`; ratios are to it, in the same run. "≥" and "not run" mark arithmetic in place of a
+measurement that does not fit.
 """
 
 
