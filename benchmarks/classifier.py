@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from common import now
-from kept_rows import cpu
+from kept_rows import machine
 from reference import threshold_by_argsort
 
 from salun_sd.classifier.architectures import build
@@ -156,7 +156,7 @@ def write(out: Path) -> None:
 
 `python benchmarks/{Path(__file__).name} --out DIR`, with the options that are in the commands below; and with `--sweep`
 and `--mask`. {data}
-{date.today()}, {cpu()}, Python {platform.python_version()}, PyTorch {torch.__version__}.
+{date.today()}, {machine()}, Python {platform.python_version()}, PyTorch {torch.__version__}.
 
 Percent, mean ± standard deviation over the seeds; the average gap to Retrain in percentage points, with its 95 %
 interval (Student's t). Each run's command is above its table.

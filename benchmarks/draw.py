@@ -98,11 +98,11 @@ def of_authors(pipeline, rows: list[Row], steps: int, out: Path) -> None:
 
 
 def rate(draw: Callable, rows: list[Row], steps: int) -> float:
-    """Images a second, after one small image in one step, in which kernels are chosen. On a CPU, a second is one that
-    its cores work for this process: what runs beside it counts for little."""
+    """Images a second, after a run in one step, in which kernels are chosen: on a CPU of one small image. There, a
+    second is one that its cores work for this process: what runs beside it counts for little."""
     clock = now if default_device() == "cuda" else lambda: time.process_time() / torch.get_num_threads()
     with tempfile.TemporaryDirectory() as out:
-        draw([rows[0]._replace(size=(64, 64))], 1, Path(out))
+        draw(rows if default_device() == "cuda" else [rows[0]._replace(size=(64, 64))], 1, Path(out))
     with tempfile.TemporaryDirectory() as out:
         began = clock()
         draw(rows, steps, Path(out))

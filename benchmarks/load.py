@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from kept_rows import cpu
+from kept_rows import machine
 
 from salun_sd.draw import prompts
 from salun_sd.runtime.stamps import FILE as STAMPS
@@ -112,7 +112,7 @@ def main(
         f"""# An audit at I2P's size
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
-{date.today()}, {cpu()}, PyTorch {torch.__version__}; the pocket checkpoint at 32 × 32 pixels, its own 25 steps.
+{date.today()}, {machine()}, PyTorch {torch.__version__}; the pocket checkpoint at 32 × 32 pixels, its own 25 steps.
 
 `evaluate` from its start to the report, and the same command again, which finds all there:
 

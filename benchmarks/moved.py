@@ -21,7 +21,7 @@ import kept_rows
 import numpy as np
 import torch
 import typer
-from kept_rows import cpu
+from kept_rows import machine
 
 from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
@@ -94,11 +94,12 @@ def measured(out: Path, concept: str, seed: int, anchor_from: str, steps: int, l
     here.mkdir(parents=True)
     asked.write_text(prompts.as_csv(audited(concept)))
     if not mask.exists():
-        cli.run(["mask", "pocket", *pair, "--samples", "200", "--out", str(mask)])
+        cli.run(["mask", "pocket", *pair, "--samples", "200", *kept_rows.FLOAT32, "--out", str(mask)])
     cli.run(["erase", "pocket", *pair, "--anchor", photo_of(PAIRS[concept]), "--mask", str(mask), *TRAINING, "--steps",
-             str(steps), "--seed", str(seed), "--anchor-from", anchor_from, "--lr", f"{lr:g}", "--out",
-             str(here / "erased")])  # fmt: skip
-    cli.run(["evaluate", str(here / "erased"), "--prompts", str(asked), "--out", str(here / "audit")])
+             str(steps), "--seed", str(seed), "--anchor-from", anchor_from, "--lr", f"{lr:g}",
+             *kept_rows.FLOAT32, "--out", str(here / "erased")])  # fmt: skip
+    cli.run(["evaluate", str(here / "erased"), "--prompts", str(asked), *kept_rows.FLOAT32, "--out",
+             str(here / "audit")])  # fmt: skip
     *_, last = seals.read_lines(here / "erased.run" / "losses.jsonl")
     rates = json.loads((here / "audit" / "report.json").read_text())["metrics"]
     [moved] = last["moved"].values()
@@ -159,10 +160,10 @@ def write(points: list[Point]) -> None:
     (HERE / "moved.md").write_text(
         f"""# Whether `moved` says what an audit finds
 
-`python benchmarks/{Path(__file__).name}`, {date.today()}, {cpu()}, Python {platform.python_version()}; `erase pocket`
-with `{" ".join(TRAINING)} --lr {LR:g}` and a mask of density 0.5; the last measure of each run. Audits: UA on 50
-prompts of the concept, RA on 45 of the other classes, {denoising} denoising steps. {len(usual)} of {len(RUNS)} erasures
-were run.
+`python benchmarks/{Path(__file__).name}`, {date.today()}, {machine()}, Python {platform.python_version()};
+`erase pocket` with `{" ".join(TRAINING)} --lr {LR:g}` and a mask of density 0.5;
+the last measure of each run. Audits: UA on 50 prompts of the concept, RA on 45 of the other classes, {denoising}
+denoising steps. {len(usual)} of {len(RUNS)} erasures were run.
 
 Spearman's rank correlation of a measure with UA, with its 95 % bootstrap over pairs of class and seed. `moved` is
 1 - |e(c) - g|² / |e_base(c) - e_base(c')|². With the anchor from the base, g is the base's prediction e_base(c'); with

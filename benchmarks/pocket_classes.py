@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from kept_rows import cpu
+from kept_rows import machine
 from PIL import Image
 
 from salun_sd.audit.measure import measure
@@ -93,7 +93,7 @@ def write_table(table: list[str], of_base: dict) -> None:
         f"""# Classes of the pocket checkpoint, each erased in turn
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
-{date.today()}, {cpu()}, Python {platform.python_version()}; `erase` with
+{date.today()}, {machine()}, Python {platform.python_version()}; `erase` with
 `--samples 200 {shlex.join(POCKET_TRAINING)}`.
 
 UA: share of the concept's 100 prompts whose image is not classified as it. RA: share of 180 prompts of the other

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import torch
 import typer
-from kept_rows import cpu
+from kept_rows import machine
 
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of
@@ -75,7 +75,7 @@ def write(found: dict[str, dict[str, list[dict]]], density: float, seeds: int) -
         f"""# The pocket checkpoint's classes, erased in float32 and in bfloat16
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
-{date.today()}, {cpu()}, PyTorch {torch.__version__}; `erase` with
+{date.today()}, {machine()}, PyTorch {torch.__version__}; `erase` with
 `--samples 200 --density {density:g} {shlex.join(POCKET_TRAINING)}`.
 
 Images of {of["ua"]} not classified as the concept (UA), and of {of["ra"]} of the other classes classified as asked

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from datetime import date
 from enum import Enum
 from functools import cache, partial
@@ -50,6 +51,7 @@ from salun_sd.runtime import memory
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
 DENSITIES = [0.5, 0.1, 0.01]
+ON_GPU = default_device() == "cuda"
 OTHERS = 3 << 30  # bytes that the reference's three graphs, its VAE and the libraries take at the least
 HEAD = """# Benchmarks
 
@@ -68,8 +70,8 @@ def gib(size: float) -> str:
 def _limit(threads: int) -> None:
     torch.set_num_threads(threads)
     memory.return_freed_memory()  # as the commands do
-    if not torch.cuda.is_available():  # rather an error in this process than the system ending others
-        resource.setrlimit(resource.RLIMIT_DATA, (memory.available("cpu"),) * 2)
+    # rather an error in this process than the system ending others
+    resource.setrlimit(resource.RLIMIT_DATA, (memory.available("cpu"),) * 2)
 
 
 class Bench:
@@ -79,9 +81,8 @@ class Bench:
         self.threads, self.reference = threads, reference
 
     def run(self, measure: Callable, *args):
-        if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
+        if ON_GPU:
+            torch.set_num_threads(self.threads)
             memory.reset_peak()
             return measure(*args)
         with ProcessPoolExecutor(1, get_context("spawn"), _limit, (self.threads,)) as pool:
@@ -90,6 +91,9 @@ class Bench:
     def fits(self, need: float, measure: Callable, *args):
         """What it measures, or None where it needs more memory than there is; `need` is what arithmetic says."""
         print(measure.__name__, *args, end=": ", file=sys.stderr, flush=True)
+        if ON_GPU:  # what the last measurement left there
+            gc.collect()
+            torch.cuda.empty_cache()
         found = None
         if need < memory.available(default_device()) and (self.reference or measure.__module__ != "reference"):
             try:
@@ -221,7 +225,7 @@ def masks(bench: Bench, cases: list[Case], steps: int) -> Iterator[list]:
     yield [*_CASE, "s / image", "s / threshold", "peak GiB", "planned GiB", "times as fast", "times less memory"]
     for case in cases:
         n, bytes_ = common.weights(case.arch), getattr(torch, case.dtype).itemsize
-        least = (12 if torch.cuda.is_available() else 36) * n  # with a GPU, the sums and their sort are on the host
+        least = (12 if ON_GPU else 36) * n  # with a GPU, the sums and their sort are on the host
         theirs = bench.fits(least, reference.time_mask, case, steps, 0.5)
         yield [*_case(case, "reference"), *_cells(theirs, least, 2), "", "", ""]
         need = (bytes_ + sum_dtype(n).itemsize) * n
@@ -242,14 +246,12 @@ def _case(case: Case, who: str = "salun-sd") -> list[str]:
 def our_erase(case: Case, density: float, steps: int) -> tuple[float, int]:
     """Seconds a step, peak bytes."""
     bits, unet = common.random_mask(case.arch, density), case.unet()
-    adam = MaskedAdam(unet, bits, 1e-5)
     forget, retain = case.examples(2 * case.batch), case.examples(2 * case.batch)
     anchors, concepts = torch.ones_like(forget.which), torch.zeros_like(forget.which)
     training = Training(SCHEDULE, forget, retain, concepts, anchors)
-    loop = erase(unet, adam, Erasure(SalUn(), Retain(0.1, "noise"), training, steps + 1, case.batch, seed=0))
-    found = clock(loop), memory.peak()
-    adam.close()  # with its hooks, the UNet would stay in the memory of a GPU, which measures in this process
-    return found
+    erasure = Erasure(SalUn(), Retain(0.1, "noise"), training, steps + 1, case.batch, seed=0)
+    with closing(MaskedAdam(unet, bits, 1e-5)) as adam:  # its hooks would keep the UNet in memory
+        return clock(erase(unet, adam, erasure)), memory.peak()
 
 
 def flops_of_prediction(case: Case) -> int:
@@ -267,7 +269,7 @@ def flops_of_step(case: Case) -> int:
 
 def matmul_rate(dtype: str) -> float:
     """FLOP/s of a large matrix product."""
-    n, repeats = (8192, 50) if torch.cuda.is_available() else (1024, 4)
+    n, repeats = (8192, 50) if ON_GPU else (1024, 4)
     a, b = (torch.randn(n, n, device=default_device()).to(getattr(torch, dtype)) for _ in range(2))
     return 2 * n**3 / clock(a @ b for _ in range(repeats))
 
@@ -283,7 +285,7 @@ def erasing(
            "times less memory"]  # fmt: skip
     for case in cases:
         n, bytes_ = common.weights(case.arch), getattr(torch, case.dtype).itemsize
-        least = (16 if torch.cuda.is_available() else 24) * n
+        least = (16 if ON_GPU else 24) * n
         theirs = bench.fits(least + OTHERS * (n > LARGE), reference.time_erase, case, steps, 0.5)
         yield [*_case(case, "reference"), "any", *_cells(theirs, least), "", "", "", ""]
         for density in densities:
@@ -297,7 +299,7 @@ def erasing(
 
 def gpu(bench: Bench, steps: int, rate: Callable[[str], float]) -> Iterator[list]:
     """SD 1.x at 512 px and SDXL at 1024 px on one card, as above."""
-    if not torch.cuda.is_available():
+    if not ON_GPU:
         yield ["SD 1.x, 512 px, 8 + 8, bfloat16", "SDXL, 1024 px, 1 + 1, bfloat16, density 0.1"]
         yield ["not measured", "not measured"]
         return
@@ -354,7 +356,7 @@ def main(
         Only.erase: ("Erase", erasing, lambda: erasing(bench, cases, density, steps, rate)),
         Only.gpu: ("GPU", gpu, lambda: gpu(bench, steps, rate)),
     }
-    libraries = f"; libraries alone {gib(bench.run(memory.peak))} GiB" if not torch.cuda.is_available() else ""
+    libraries = f"; libraries alone {gib(bench.run(memory.peak))} GiB" if not ON_GPU else ""
     run = f"`python benchmarks/scale.py {shlex.join(sys.argv[1:])}`\n{date.today()}, {platform.platform()}, Python "
     run += f"{platform.python_version()}, PyTorch {torch.__version__}, {bench.threads} threads{libraries}."
     at = f", latents of {latents} x {latents}" if latents else ""

@@ -20,7 +20,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from kept_rows import cpu
+from kept_rows import machine
 from load import in_form_of_i2p
 from PIL import Image, PngImagePlugin
 
@@ -136,8 +136,8 @@ def main(
         f"""# Shards and restarts
 
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
-{date.today()}, {cpu()}, PyTorch {torch.__version__}; the pocket checkpoint. Seconds by the clock, and in brackets those
-of the processor.
+{date.today()}, {machine()}, PyTorch {torch.__version__}; the pocket checkpoint. Seconds by the clock, and in brackets
+those of the processor.
 
 {rows:,} rows at 32 x 32 pixels in {steps} denoising steps, as one audit, and as {OF} shards one after another:
 

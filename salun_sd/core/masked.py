@@ -1,57 +1,19 @@
 """Adam and SGD for the weights that a mask lets move. They hold state for these weights alone."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
 
-from salun_sd.core.mask import Bits, in_passes, packed_bits, unpacked_bits
+from salun_sd.core.mask import Bits
+from salun_sd.core.salient import Salient, groups, in_one
 from salun_sd.errors import some
 from salun_sd.runtime import ranks
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-TOGETHER = 1 << 24  # weights that a GPU updates at a time: most parameters are too small to keep it busy
-
-
-@dataclass
-class Salient:
-    """The salient weights of one parameter, or of several that are updated together: k of their n."""
-
-    parameters: dict[str, nn.Parameter]  # of one dtype, on one device
-    counts: list[int]  # of the k, how many are each one's
-    packed: torch.Tensor  # the mask's bits, uint8 [ceil(n / 8)]
-    values: torch.Tensor  # float32 [k], of which the parameters hold the rounding to their own dtype
-    moments: dict[str, torch.Tensor]  # what the rule remembers of earlier steps, float32 [k] each
-    grad: torch.Tensor | None = None  # float32 [k], where it has to be held
-    updated: int = 0  # the last step that changed it
-    arrived: dict[str, torch.Tensor] = field(default_factory=dict)  # dense gradients that wait for the others'
-
-    def by_name(self, t: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A tensor [k] in the parts of the parameters, not copied."""
-        return dict(zip(self.parameters, t.split(self.counts), strict=True))
-
-    def gather(self, dense: list[torch.Tensor]) -> torch.Tensor:
-        """The salient entries of tensors of the parameters' shapes, float32 [k]."""
-        flat = _flat(dense)
-        return torch.cat([flat[where].masked_select(bits) for where, bits in in_passes(self.packed, len(flat))]).float()
-
-    @torch.no_grad()
-    def scatter(self, values: torch.Tensor) -> None:
-        """Write values [k] into the parameters."""
-        own = list(self.parameters.values())
-        flat, done = _flat(own), 0
-        for where, bits in in_passes(self.packed, len(flat)):
-            # on a GPU, one pass: its count is not waited for
-            k = int(bits.sum()) if where.stop < len(flat) else len(values) - done
-            flat[where].masked_scatter_(bits, values[done : done + k].to(flat.dtype))
-            done += k
-        if len(own) > 1 or not own[0].is_contiguous():  # then it is a copy
-            for p, part in zip(own, flat.split([p.numel() for p in own]), strict=True):
-                p.copy_(part.view(p.shape))
 
 
 class Masked:
@@ -72,8 +34,8 @@ class Masked:
     Default: the module's own weights.
     clip: the largest norm of the salient gradient of a step. It sets `holds`.
     holds: gradients wait for the end of the step, which may then have several backward passes, or for `withdraw`.
-    together: parameters are updated together up to so many weights; no number changes a bit. Default: `TOGETHER` on a
-    GPU; on a CPU each parameter alone.
+    together: the most weights of parameters that are updated together; in one process it changes no bit. Default:
+    `TOGETHER` on a GPU; on a CPU each parameter alone.
 
     Dense gradients are reduced to their salient entries and freed in the backward pass that makes them, as soon as all
     that are updated together are there. Unless `holds`, the update is made there and then. In a run of several
@@ -99,9 +61,8 @@ class Masked:
         self.lr, self.clip, self.holds = lr, clip, holds or clip is not None
         self.steps, self._stepping = 0, False
         self.salient: dict[str, Salient] = {}  # parameter name -> what it is updated with
-        for names in _together(parameters, bits, together):
-            s = _salient({name: parameters[name] for name in names}, bits, values, self.moments)
-            self.salient |= dict.fromkeys(names, s)
+        for group in groups(parameters, bits, together):
+            self.salient |= dict.fromkeys(group, Salient.of(group, bits, values, self.moments))
         self._required = [(p, p.requires_grad) for p in parameters.values()]
         for name, p in parameters.items():
             p.requires_grad_(name in self.salient)
@@ -120,7 +81,7 @@ class Masked:
         self._stepping = True
         try:
             yield
-            self._part_incomplete()
+            self._settle()
             if any(s.grad is not None for s in self._groups()):
                 self.apply(self.withdraw())
             if not self._moved():
@@ -134,7 +95,7 @@ class Masked:
                 self.steps -= 1
 
     def _groups(self) -> list[Salient]:
-        return list({id(s): s for s in self.salient.values()}.values())
+        return list(dict.fromkeys(self.salient.values()))
 
     def _moved(self) -> bool:
         """Whether this step has changed a weight."""
@@ -155,7 +116,7 @@ class Masked:
         """
         if not (self._stepping and self.holds):
             raise RuntimeError("Gradients are held inside a step alone, by an optimizer made with holds=True.")
-        self._part_incomplete()
+        self._settle()
         held = {}
         for s in self._groups():
             if s.grad is not None:
@@ -167,7 +128,8 @@ class Masked:
         """The update of a step that holds none, from gradients as `withdraw` gives them; clipped where that is asked
         for, in place. Parameters without one stay as they are. In a run of several processes, each gives the same.
 
-        RuntimeError outside a step, and at a second update in one step.
+        RuntimeError outside a step, and at a second update in one step. ValueError: a gradient that does not fit its
+        parameter in the mask.
         """
         if not self._stepping or self._moved():
             raise RuntimeError("A step takes one update: call apply() once inside `with optimizer.step():`.")
@@ -176,26 +138,28 @@ class Masked:
             norm = float(torch.linalg.vector_norm(torch.stack(norms)))
             for grad in gradients.values():
                 grad.mul_(min(1.0, self.clip / (norm + 1e-6)))  # as torch.nn.utils.clip_grad_norm_
+        counts = {name: k for s in self._groups() for name, k in zip(s.parameters, s.counts, strict=True)}
+        if odd := [name for name, grad in gradients.items() if counts.get(name) != len(grad)]:
+            raise ValueError(f"The mask has not so many weights in {some(odd)}: give gradients as withdraw() does.")
         for s in self._groups():
             if 0 < len(gradients.keys() & s.parameters.keys()) < len(s.parameters):
-                self._part(s)
-        for s in self._groups():
-            if s.parameters.keys() <= gradients.keys():
-                self._apply(s, _flat([gradients[name] for name in s.parameters]))
+                self._split(s)
+        for s in dict.fromkeys(self.salient[name] for name in gradients):
+            self._apply(s, in_one([gradients[name] for name in s.parameters]))
 
     def _take(self, name: str, p: nn.Parameter) -> None:
         """The hook that a parameter's gradient is given to as soon as it is made."""
-        grad, p.grad = p.grad.contiguous(), None
         if not self._stepping:
+            p.grad = None
             raise RuntimeError("A gradient came outside a step: put backward() inside `with optimizer.step():`, and "
                                "close() an optimizer of this module that is no longer used.")  # fmt: skip
         s = self.salient[name]
         if not self.holds and (s.updated == self.steps or name in s.arrived):
             raise RuntimeError("A second backward pass in one step: make the optimizer with holds=True.")
-        if name in s.arrived:  # the first pass had no gradient for the others
-            self._part(s)
+        if name in s.arrived:  # an earlier pass had none for some of the others
+            self._split(s)
             s = self.salient[name]
-        s.arrived[name] = grad
+        s.arrived[name], p.grad = p.grad.contiguous(), None
         if len(s.arrived) == len(s.parameters):
             self._reduce(s)
 
@@ -207,25 +171,19 @@ class Masked:
         else:
             s.grad = grad if s.grad is None else s.grad.add_(grad)
 
-    def _part_incomplete(self) -> None:
-        """For backward passes that had a gradient for some of those alone that are updated together."""
+    def _settle(self) -> None:
+        """Where the backward passes had gradients for some parameters and for others not that are updated with them,
+        do not wait for the others."""
         for s in self._groups():
             if s.arrived:
-                self._part(s)
+                self._split(s)
 
-    def _part(self, s: Salient) -> None:
-        """From now on, update each of these parameters alone."""
-        flat = torch.cat([bits for _, bits in in_passes(s.packed, sum(p.numel() for p in s.parameters.values()))])
-        values, moments = s.by_name(s.values), {kind: s.by_name(t) for kind, t in s.moments.items()}
-        grads = {} if s.grad is None else s.by_name(s.grad)
-        for name, bits in zip(s.parameters, flat.split([p.numel() for p in s.parameters.values()]), strict=True):
-            own, packed = values[name], packed_bits(bits).to(flat.device)
-            of_kinds = {kind: parts[name] for kind, parts in moments.items()}
-            alone = Salient({name: s.parameters[name]}, [len(own)], packed, own, of_kinds, grads.get(name), s.updated)
-            self.salient[name] = alone
-            if name in s.arrived:
-                alone.arrived[name] = s.arrived[name]
-                self._reduce(alone)
+    def _split(self, s: Salient) -> None:
+        """Update each of these parameters alone, from now on."""
+        self.salient |= s.apart()
+        for name, grad in s.arrived.items():
+            self.salient[name].arrived[name] = grad
+            self._reduce(self.salient[name])
 
     @torch.no_grad()
     def _apply(self, s: Salient, grad: torch.Tensor) -> None:
@@ -272,43 +230,6 @@ class Masked:
         for s in self._groups():
             s.updated = steps
             s.scatter(s.values)
-
-
-def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Their entries in one tensor [n]; of a single one that is contiguous, no copy."""
-    flat = [t.contiguous().view(-1) for t in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-def _together(parameters: Mapping[str, nn.Parameter], bits: Bits, most: int | None) -> Iterator[list[str]]:
-    """The names of parameters with a salient weight: of those that are updated together, a list each."""
-    group, size, kind = [], 0, None
-    for name, p in parameters.items():
-        if not bits.packed[name].any():
-            continue
-        limit = (TOGETHER if p.is_cuda else 0) if most is None else most
-        if group and (size + p.numel() > limit or kind != (p.dtype, p.device)):
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size, kind = size + p.numel(), (p.dtype, p.device)
-    if group:
-        yield group
-
-
-def _salient(
-    parameters: dict[str, nn.Parameter], bits: Bits, values: Mapping[str, torch.Tensor] | None, moments: Iterable[str]
-) -> Salient:  # fmt: skip
-    """What the optimizer holds of parameters that are updated together, before the first step."""
-    device, chosen, kept = next(iter(parameters.values())).device, [], []
-    for name, p in parameters.items():
-        chosen.append(unpacked_bits(bits.packed[name].to(device), p.shape))
-        dense = p.detach() if values is None else values[name]
-        kept.append(dense[chosen[-1].to(dense.device)].float().to(device))
-    packed = [bits.packed[name] for name in parameters]
-    packed = (packed[0] if len(packed) == 1 else packed_bits(_flat(chosen))).to(device)
-    own = _flat(kept)
-    return Salient(parameters, [len(k) for k in kept], packed, own, {kind: torch.zeros_like(own) for kind in moments})
 
 
 def _check_numbers(**values: float) -> None:

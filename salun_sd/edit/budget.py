@@ -14,8 +14,8 @@ from torch import nn
 from salun_sd.checkpoint.configs import UNET, multiple
 from salun_sd.core import mask
 from salun_sd.core.diffusion import Condition, Schedule, predict
-from salun_sd.core.masked import TOGETHER
 from salun_sd.core.saliency import sum_dtype
+from salun_sd.core.salient import TOGETHER, WAITING
 from salun_sd.draw.sample import images_per_pass
 from salun_sd.draw.vae import take_in_tiles
 from salun_sd.methods.batches import Rows
@@ -172,19 +172,21 @@ class Erasing(Work):
             with watching(unet, terms):
                 torch.cat(losses_of(unet, terms, known)).sum().backward()
 
-        peak = peak_of([unet], run_pass, lambda p: self._update_size(p, device))
+        total = sum(p.numel() for p in unet.parameters())
+        peak = peak_of([unet], run_pass, lambda p: self._update_size(p, total, device))
         return max(peak, self.strips.activations(unet, device)) if self.strips else peak
 
-    def _update_size(self, p: nn.Parameter, device: torch.device) -> int:
+    def _update_size(self, p: nn.Parameter, total: int, device: torch.device) -> int:
         """Bytes that `MaskedAdam` makes from a parameter's gradient: its salient entries in their own dtype and in
         float32, and the root of their second moment; and in one pass over the bits, the bits and what torch needs to
-        find their places. A GPU does so for several parameters at a time, of gradients that it holds and joins."""
+        find their places. A GPU does so for several parameters at a time, whose gradients wait for one another.
+        total: the weights of the UNet."""
         if device.type == "cpu":  # a running count of the bits, and with several threads a copy of them as wide
             n, k, joined = mask.pass_size(p.numel(), device), round(self.density * p.numel()), 0
             places = 8 * n * (2 if torch.get_num_threads() > 1 else 1)
         else:
-            n = max(p.numel(), TOGETHER)
-            k, joined = round(self.density * n), 2 * n * self.dtype.itemsize if n == TOGETHER else 0
+            n = max(p.numel(), min(TOGETHER, total))
+            k, joined = round(self.density * n), (n + min(WAITING * TOGETHER, total)) * self.dtype.itemsize
             places = 8 * k
         return n + places + k * (2 * self.dtype.itemsize + 8) + joined
 

@@ -4,8 +4,9 @@
     python -m salun_sd.pocket.train --data /usr/share/datasets/fashion-mnist --out pocket-ddpm --kind ddpm
     python -m salun_sd.pocket.train --data /usr/share/datasets/fashion-mnist --out no-sneaker --without sneaker
 
-Each stage can be resumed: a batch depends only on the seed and the step, so that a killed run ends at the same weights
-as an undisturbed one. All stages train on the train split alone, and the judge never sees a generated image.
+Each stage can be resumed: a batch depends only on the seed and the step, so that on a CPU a killed run ends at the same
+weights as an undisturbed one, and on a GPU at the same to rounding. All stages train on the train split alone, and the
+judge never sees a generated image.
 """
 
 from enum import Enum

@@ -364,6 +364,16 @@ def test_gradients_are_withdrawn_inside_a_step_that_holds_and_applied_once(case)
     assert adam.steps == 1 and same(weights_of(case.model), once) and not same(once, before)
 
 
+def test_a_gradient_that_fits_no_parameter_is_refused_and_nothing_moves(case, together):
+    before = weights_of(case.model)
+    adam = MaskedAdam(case.model, bits_for(case.model), 1e-3, holds=True, together=together)
+    for change in ({"unknown": torch.ones(3)}, {next(iter(adam.salient)): torch.ones(1)}):
+        with pytest.raises(ValueError, match=next(iter(change))), adam.step():
+            case.losses(case.model, batch(0)).mean().backward()
+            adam.apply(adam.withdraw() | change)
+    assert adam.steps == 0 and same(weights_of(case.model), before)
+
+
 def test_a_step_inside_a_step_is_refused(case):
     optimizer = MaskedAdam(case.model, bits_for(case.model), 1e-3)
     with optimizer.step():
