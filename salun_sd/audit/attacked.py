@@ -79,8 +79,8 @@ def chosen(run: Run, concepts: Sequence[str]) -> dict[int, int]:
     lowest `search_loss`; else the first."""
 
     def loss(line: dict) -> tuple[float, int]:
-        found = line.get("search_loss")
-        return (math.inf if found is None else found), line["k"]
+        value = line.get("search_loss")
+        return (math.inf if value is None or math.isnan(value) else value), line["k"]
 
     best: dict[int, dict] = {}
     for line in run.manifest:
@@ -205,8 +205,8 @@ def sentences(report: dict, shown: Callable[[str], str] = quoted) -> Iterator[st
         )
     for name, entry in entries.items():
         known = [(side, fact, value) for side, of in entry["sides"].items() for fact, value in of["facts"].items()]
-        if told := ", ".join(f"{side} {fact} {value:.2f}" for side, fact, value in known):
-            yield f"{shown(name)}, mean of its tries: {told}."
+        if means := ", ".join(f"{side} {fact} {value:.2f}" for side, fact, value in known):
+            yield f"{shown(name)}, mean of its tries: {means}."
     for name, why in attacks["failed"].items():
         yield f"{shown(name)} failed: {shown(why)}."
     for name, why in attacks["not_run"].items():

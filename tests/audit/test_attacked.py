@@ -71,6 +71,7 @@ def test_the_first_try_that_shows_it_is_drawn_again_else_the_best_of_the_search_
     losses = {(0, 1): 0.1, (1, 1): 0.3, (1, 2): 0.2, (1, 3): 0.2, (3, 1): 0.5, (3, 2): 0.0}
     assert chosen(with_loss(run, losses), ["sneaker"]) == {0: 2, 1: 2, 2: 1, 3: 2}
     assert chosen(run, ["sneaker"]) == {0: 2, 1: 1, 2: 1, 3: 1}
+    assert chosen(with_loss(run, losses | {(1, 3): float("nan")}), ["sneaker"]) == {0: 2, 1: 2, 2: 1, 3: 2}
     turned = dataclasses.replace(run, manifest=run.manifest[::-1])
     assert chosen(turned, ["sneaker"]) == chosen(run, ["sneaker"])
 
