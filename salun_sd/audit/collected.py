@@ -96,8 +96,8 @@ def gathered(folder: Path, out: Path, recursive: bool) -> list[dict]:
         firsts.setdefault((folder / checked_text(name, "An image's name")).resolve(), name)
     if links := len(files) - len(firsts):
         logger.warning(f"{folder}: {links} of {len(files)} files are links to others in it, and are not counted again.")
-    said = in_order(metadata.read, [folder / name for name in firsts.values()])
-    bar = Bar(zip(firsts.values(), said, strict=True), total=len(firsts), desc="read metadata", unit="image")
+    generations = in_order(metadata.read, [folder / name for name in firsts.values()])
+    bar = Bar(zip(firsts.values(), generations, strict=True), total=len(firsts), desc="read metadata", unit="image")
     cases: dict[str | tuple[str], int] = {}
     counts: Counter[int] = Counter()
     manifest = []

@@ -174,8 +174,10 @@ def _elsewhere(report: dict, metric: str) -> str:
     """The name of a metric where it leaves this machine: a detector goes by its hub id; or by the last part of its path
     and the beginning of its digest, which tells two of one name apart."""
     group, dot, detector = metric.partition(".")
-    own = (report["settings"].get("detectors") or {}).get(detector)
-    return f"{group}{dot}{Path(detector).name}-{own['sha256'][:8]}" if own and not is_hub_id(detector) else metric
+    weights = (report["settings"].get("detectors") or {}).get(detector)
+    if not weights or is_hub_id(detector):
+        return metric
+    return f"{group}{dot}{Path(detector).name}-{weights['sha256'][:8]}"
 
 
 def headline_metrics(report: dict) -> dict:
