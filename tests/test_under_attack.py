@@ -25,7 +25,7 @@ from salun_sd.draw.prompts import Prompt
 from salun_sd.edit import maskfile
 from salun_sd.edit.budget import Attacking
 from salun_sd.edit.maskfile import Mask
-from salun_sd.errors import UsageError
+from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime.device import Precision
 
 PROMPTS = "case_number,prompt,evaluation_seed,evaluation_guidance,class\n" + "".join(
@@ -69,7 +69,7 @@ def attacked(prompts, tmp_path_factory):
 def test_every_side_has_its_images_and_its_rates(attacked, prompts, capsys):
     cli.run(command(prompts, attacked, "--base", "pocket", "--floor", "pocket", "--with", "prefix", "--with",
                     "round-trip", "--dry-run"))  # fmt: skip
-    assert f" {len(list(attacked.rglob('*.png')))} " in capsys.readouterr().out  # as it was told
+    assert f" 0 of {len(list(attacked.rglob('*.png')))}: " in capsys.readouterr().out  # as it was expected
     report = json.loads((attacked / "report.json").read_text())
     assert report["attacks"]["failed"] == {}
     for name, entry in report["attacks"]["of"].items():
@@ -108,6 +108,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(attacked, prompts, tmp_p
         (["--with", "prompts"], "--adversarial"),
         (["--with", "positions"], "--mask"),
         (["--mask", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--mask", "nowhere.safetensors", "--with", "round-trip"], "nowhere.safetensors"),
         (["--budget", "huge"], "huge"),
         (["--floor", "pocket-ddpm"], "pocket-ddpm"),
         (["--pictures", "nowhere"], "--pictures nowhere"),
@@ -140,7 +141,8 @@ def test_a_concept_that_no_judge_knows_is_refused(tmp_path):
         salun_sd.attack("pocket", concept="a photo of a bag", prompts="pocket", out=tmp_path / "out", pictures=tmp_path)
 
 
-def test_a_dry_run_says_what_each_attack_does_and_writes_nothing(prompts, tmp_path):
+def test_a_dry_run_says_what_each_attack_does_and_writes_nothing(prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("SALUN_SD_CACHE", str(tmp_path / "cache"))  # without images of the base
     given = {"concept": "a photo of a sneaker", "concept_class": "sneaker", "prompts": prompts, "dry_run": True,
              "base": "pocket", "out": tmp_path / "out"}  # fmt: skip
     plan = salun_sd.attack("pocket", **given)
@@ -230,9 +232,35 @@ def test_only_what_is_found_without_a_noise_or_weights_has_fresh_seeds(prompts):
 
 
 @pytest.mark.slow
-def test_another_search_in_the_same_folder_is_refused_and_not_taken_for_a_failed_attack(prompts, tmp_path):
+def test_what_another_run_left_is_not_expected_again_and_another_search_is_refused_first(prompts, tmp_path):
     given = {"concept": "a photo of a sneaker", "concept_class": "sneaker", "prompts": prompts, "out": tmp_path,
              "with_": "paraphrase", "limit": 1, "denoising_steps": 1, "detector": "none"}  # fmt: skip
+    whole = salun_sd.attack("pocket", **given, dry_run=True).settings
+    assert whole["images"] == "28" and whole["audit"].startswith("3 images; about ")  # 2 x (1 + 10) and 3 fresh
     salun_sd.attack("pocket", **given)
-    with pytest.raises(UsageError, match="--out"):
-        salun_sd.attack("pocket", seed=1, **given)
+    done = salun_sd.attack("pocket", **given, dry_run=True).settings
+    assert done["images"] == "0 of 28: the others are there" and done["time"] == "nothing is left"
+    images = tmp_path / "attacks" / "paraphrase" / "control" / "images"
+    for file in [tmp_path / "images" / "2_0.png", *images.glob("*_1.png"), *images.glob("*_2.png")]:
+        file.unlink()
+    left = salun_sd.attack("pocket", **given, dry_run=True).settings
+    assert left["images"].startswith("3 of 28: ") and left["time"].startswith("about ")
+    assert left["audit"].startswith("1 of 3 images; ") and left["paraphrase"].startswith("2 of 25 images; ")
+    for changed, name in (({"seed": 1}, "seed"), ({"limit": 2}, "prompts"), ({"floor": "pocket-ddpm"}, "--floor")):
+        with pytest.raises(UsageError, match=f"{name}.*(--out|Give another)"):
+            salun_sd.attack("pocket", **given | changed)
+    assert not (tmp_path / "images" / "2_0.png").exists()  # before anything was drawn
+    (tmp_path / "attacks" / "paraphrase" / "model" / "settings.json").write_text("{")
+    with pytest.raises(SalunError, match=r"settings\.json is damaged.*Remove .*another --out"):
+        salun_sd.attack("pocket", **given, dry_run=True)
+
+
+def test_a_place_where_attacks_cannot_be_written_is_refused_before_anything_is_drawn(prompts, tmp_path):
+    (tmp_path / "attacks").write_text("a file")
+    with pytest.raises(UsageError, match="attacks cannot be written.*--out"):
+        salun_sd.attack("pocket", concept="a photo of a sneaker", concept_class="sneaker", prompts=prompts,
+                        out=tmp_path, with_="paraphrase", dry_run=True)  # fmt: skip
+
+
+def test_a_concept_may_have_more_spaces_than_one():
+    assert Scene(None, "a photo of a  sneaker", [], None).name == "sneaker"

@@ -63,7 +63,7 @@ class Scene:
     def name(self) -> str:
         """What the concept's prompt shows, without its article: "a photo of a sneaker" => "sneaker"."""
         article = ARTICLE.match(self.thing)
-        return self.thing[article.end() :] if article else self.thing
+        return self.thing[article.end() if article else 0 :].strip()
 
     def asked(self, prompt: Prompt) -> str:
         """The text with which a model that knows the concept draws it: the prompt's, or the concept's where the prompt
@@ -111,7 +111,7 @@ class Attack:
         """The names of the stages, the first that of the untouched model; None for an attack that has tries."""
         return None
 
-    def most_tries(self) -> int:
+    def most_tries(self, scene: Scene) -> int:
         """The most tries of a prompt; of an attack in stages, the number of those that change something."""
         return len(self.labels() or ["", ""]) - 1
 

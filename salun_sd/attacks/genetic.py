@@ -38,7 +38,7 @@ class Genetic(Attack):
     needs: ClassVar[frozenset] = frozenset({"text", "room"})
     uncounted: ClassVar[str] = "the text encoder"
 
-    def most_tries(self) -> int:
+    def most_tries(self, scene: Scene) -> int:
         return self.best
 
     def prepare(self, scene: Scene) -> dict[str, torch.Tensor]:

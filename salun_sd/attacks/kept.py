@@ -51,6 +51,14 @@ def remove_partial(out: Path) -> None:
         remove_stale(folder)
 
 
+def count(file: Path) -> int | None:
+    """The number of tries in the file of a prompt, from its header alone; None where it is absent or damaged."""
+    try:
+        return len(json.loads(tensors.read(file)[1]["tries"])) if file.is_file() else None
+    except SalunError:
+        return None
+
+
 def save(file: Path, tries: list[Try]) -> None:
     """Write the tries of a prompt, in their order."""
     values, lines = {}, []

@@ -37,8 +37,8 @@ class Paraphrase(Attack):
             logger.info(f"paraphrase has no other languages: {TABLE.name} does not know {scene.name!r}.")
         return {}
 
-    def most_tries(self) -> int:
-        return self.most
+    def most_tries(self, scene: Scene) -> int:
+        return max(self.most, len(scene.words))
 
     def tries(self, scene: Scene, prompt: Prompt, found: dict) -> list[Try]:
         texts = self._texts(scene, prompt)
@@ -55,7 +55,7 @@ class Paraphrase(Attack):
             *([before + other + after for other in words] for words in others),
         ]  # fmt: skip
         texts = dict.fromkeys(text for text in chain(scene.words, *zip_longest(*kinds)) if text)
-        return [text for text in texts if text != prompt.text][: max(self.most, len(scene.words))]
+        return [text for text in texts if text != prompt.text][: self.most_tries(scene)]
 
 
 def translations(name: str) -> list[str]:

@@ -31,7 +31,7 @@ class Prefix(Attack):
     quick: ClassVar[dict] = {"timesteps": 5, "steps": 20}
     needs: ClassVar[frozenset] = frozenset({"text", "picture"})
 
-    def most_tries(self) -> int:
+    def most_tries(self, scene: Scene) -> int:
         return self.timesteps
 
     def passes(self, prompts: int) -> int:
@@ -47,8 +47,8 @@ class Prefix(Attack):
         adam, x0, tries = (
             torch.optim.Adam([code], lr=self.lr, weight_decay=self.weight_decay), scene.picture(prompt), []
         )  # fmt: skip
-        spacing = scene.target.model.timesteps // self.timesteps
-        for t in Bar(range(spacing // 2, spacing * self.timesteps, spacing), desc=f"case {prompt.case}", leave=None):
+        levels = evenly(self.timesteps, scene.target.model.timesteps)
+        for t in Bar(levels, desc=f"case {prompt.case}", leave=None):
             for _ in range(self.steps):
                 loss = self._loss(scene, prompt, code, usable, x0, t, g)
                 adam.zero_grad()
@@ -64,9 +64,8 @@ class Prefix(Attack):
     @torch.no_grad()
     def _score(self, scene: Scene, prompt: Prompt, tokens: list[int], x0: torch.Tensor) -> float:
         """The loss of tokens at noise levels that are the same for all tries of a prompt."""
-        g, last = scene.generator(prompt.case, 1), scene.target.model.timesteps
+        g, t = scene.generator(prompt.case, 1), torch.tensor(evenly(LEVELS, scene.target.model.timesteps))
         noise = torch.randn((LEVELS, *x0.shape[1:]), generator=g)
-        t = torch.tensor([last * (2 * n + 1) // (2 * LEVELS) for n in range(LEVELS)])
         condition = scene.target.with_tokens(tokens, prompt.text)
         return scene.target.loss(x0.expand(noise.shape), noise, t, condition).mean().item()
 
@@ -81,6 +80,11 @@ class Prefix(Attack):
         condition = scene.target.encode("", vectors, prompt.text)
         noise = torch.randn(x0.shape, generator=g)
         return scene.target.loss(x0, noise, torch.tensor([t]), condition).mean()
+
+
+def evenly(count: int, timesteps: int) -> list[int]:
+    """Noise levels in the middle of `count` equal parts of a model's timesteps, however few these are."""
+    return [timesteps * (2 * n + 1) // (2 * count) for n in range(count)]
 
 
 def onto_simplex(rows: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Container, Iterable
 from contextlib import closing
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +17,15 @@ from salun_sd.core.diffusion import on_device
 from salun_sd.draw import generate
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import Given, Row
-from salun_sd.errors import UsageError
-from salun_sd.runtime import ranks
+from salun_sd.errors import UsageError, some
+from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.device import dtype_mark, dtype_name
 from salun_sd.runtime.documents import read_json
 from salun_sd.runtime.files import write_atomic
 
-SETTINGS = "settings.json"
+SETTINGS, FOR_ALL = "settings.json", "found.safetensors"
+FRESH_FOLDER = "fresh"
 FRESH, FRESH_IMAGES = 1000, 3  # the first number of the fresh seeds, and how many there are for a prompt
 
 
@@ -47,13 +49,22 @@ class Shot(NamedTuple):
         return f"{self.prompt.case}.{self.number} {self.one.text}" if self.is_given else self.one.text
 
 
+class Left(NamedTuple):
+    """What a run has still to do; and its images in all."""
+
+    for_all: bool  # whether what serves all prompts is to be found, or a stage has images to draw
+    prompts: int  # whose tries are to be found: the most of a process
+    batches: list[int]  # of images
+    images: int
+
+
 class Run:
     """One attack on one model, in a folder of its own. `scheduler` is a class of diffusers."""
 
     def __init__(self, name: str, attack: Attack, scene: Scene, out: Path, *, scheduler: str, steps: int):
         self.name, self.attack, self.scene, self.out = name, attack, scene, out
         self.scheduler, self.steps = attack.drawing or (scheduler, steps)
-        self.model, self.labels, self.dtype = scene.target.model, attack.labels(), dtype_name(scene.target.unet.dtype)
+        self.model, self.labels, self.dtype = scene.target.model, attack.labels(), dtype_name(scene.target.dtype)
         # of a prompt, whose tensors may be large; it does not know the run, which could then not free the model at once
         self.tries = lru_cache(8)(lambda case: kept.read(kept.file_of(out, case)))
 
@@ -61,7 +72,7 @@ class Run:
         """Search for what is not found yet. Several processes share the prompts. Raises UsageError where the folder has
         another search."""
         self._keep_settings()
-        together = self.out / "found.safetensors"
+        together = self.out / FOR_ALL
         if ranks.is_main():
             kept.remove_partial(self.out)
             if not kept.is_whole(together):
@@ -97,8 +108,31 @@ class Run:
             one, number = tries[prompt.case], chosen[prompt.case]
             seeds = [generate.seed_of(prompt, FRESH + n) for n in range(1, FRESH_IMAGES + 1)]
             shots += [Shot.of(prompt, n, one._replace(seed=seed), number) for n, seed in enumerate(seeds, 1)]
-        self._draw(shots, 1, "fresh")
+        self._draw(shots, 1, FRESH_FOLDER)
         return self._lines(shots)
+
+    def left(self) -> Left:
+        """What is not on the disk yet, by the names of the files. A prompt whose tries are not found counts with the
+        most that it may have."""
+        prompts, most, processes = self.scene.prompts, self.attack.most_tries(self.scene), ranks.count()
+        found = [kept.count(kept.file_of(self.out, prompt.case)) for prompt in prompts]
+
+        def files(images: Iterable[tuple[Prompt, int]], folder: str = "") -> list[Path]:
+            return [self.out / folder / generate.file_of(*image) for image in images]
+
+        if self.labels:
+            batches = [files(product(prompts, [stage])) for stage in range(1, most + 1)]
+        else:
+            tries = zip(prompts, found, strict=True)
+            batches = [files((prompt, k) for prompt, count in tries for k in range(1, 1 + (count or most)))]
+        if self.attack.has_fresh() and not self.scene.control:
+            batches.append(files(product(prompts, range(1, FRESH_IMAGES + 1)), FRESH_FOLDER))
+        missing = [sum(not file.is_file() for file in batch) for batch in [files(product(prompts, [0])), *batches]]
+        return Left(
+            any(missing[1:]) if self.labels else not (self.out / FOR_ALL).is_file(),
+            max(found[n::processes].count(None) for n in range(processes)),
+            missing, len(prompts) + sum(map(len, batches)),
+        )  # fmt: skip
 
     def _shots(self, stage: int | None) -> list[Shot]:
         """The images of a stage, which has one of each prompt: its only try, or the try of that number. Or the images
@@ -110,15 +144,23 @@ class Run:
             shots += [Shot.of(prompt, stage or number, tries[number - 1], number) for number in numbers]
         return shots
 
-    def _keep_settings(self) -> None:
-        """Write what the search depends on; or raise UsageError where the folder has that of another one."""
-        content = json.dumps(self._settings(), indent=2) + "\n"
+    def check(self, without: Container[str] = ()) -> None:
+        """Raise UsageError where the folder has another search. The settings `without` are not known yet."""
         file = self.out / SETTINGS
-        if file.is_file() and read_json(file) != json.loads(content):
-            raise UsageError(f"{self.out} holds an attack with other settings, prompts or models: give another --out.")
-        if ranks.is_main() and not file.is_file():
+        if not file.is_file():
+            return
+        there = read_json(file, dict, seals.advising(f"Remove {self.out}, or give another --out."))
+        settings = json.loads(json.dumps(self._settings()))
+        if differ := [key for key in {**settings, **there} if there.get(key) != settings.get(key)
+                      and key not in without]:  # fmt: skip
+            raise UsageError(f"{self.out} holds a search that differs in {some(differ)}: give another --out.")
+
+    def _keep_settings(self) -> None:
+        """Write what the search depends on. Raises UsageError as `check` does."""
+        self.check()
+        if ranks.is_main() and not (file := self.out / SETTINGS).is_file():
             self.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, content)
+            write_atomic(file, json.dumps(self._settings(), indent=2) + "\n")
         ranks.wait()
 
     def _settings(self) -> dict:

@@ -1,6 +1,7 @@
 """A model under attack: its pipeline, and what a search needs of it, with gradients."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -14,13 +15,26 @@ SLOT = "x"  # a word of one token, whose embedding a search replaces
 
 
 class Target:
-    """A model under attack, with frozen weights. Its texts are those of its own text encoders."""
+    """A model under attack, with frozen weights, which are loaded when they are first needed. Its texts are those of
+    its own text encoders."""
 
     def __init__(self, model: Checkpoint, dtype: torch.dtype = torch.float32):
-        self.model, self.pipeline = model, load_pipeline(model, dtype=dtype)
-        self.unet, self.schedule = self.pipeline.unet, Schedule(alphas_cumprod(model), model.prediction_type)
-        if model.is_large:
-            self.unet.enable_gradient_checkpointing()
+        self.model, self.dtype = model, dtype
+
+    @cached_property
+    def pipeline(self):
+        pipeline = load_pipeline(self.model, dtype=self.dtype)
+        if self.model.is_large:
+            pipeline.unet.enable_gradient_checkpointing()
+        return pipeline
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return Schedule(alphas_cumprod(self.model), self.model.prediction_type)
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self.pipeline.unet
 
     @property
     def device(self) -> torch.device:

@@ -35,7 +35,7 @@ class Tokens(Attack):
     quick: ClassVar[dict] = {"steps": 40, "every": 8}
     needs: ClassVar[frozenset] = frozenset({"text", "room", "picture", "base"})
 
-    def most_tries(self) -> int:
+    def most_tries(self, scene: Scene) -> int:
         return self.steps // self.every
 
     def passes(self, prompts: int) -> int:

@@ -61,7 +61,7 @@ def evaluate(
     if (Path(out) / "attacks").is_dir():
         raise UsageError(f"{out} holds attacks, whose report this would replace: choose another --out.")
     job = prepared(SimpleNamespace(**locals()))
-    with tracker.started(job.trackers, job.out, {"images": job.samples * len(job.own)}) as tracked:
+    with tracker.started(job.trackers, job.out, {"images": job.samples * len(job.prompts)}) as tracked:
         rows, run, of_base = examined(job)
         found = quality.look(job.measures, run, of_base, job.request.concepts)
         report = assembled(job, rows, run, of_base, found)
@@ -86,7 +86,7 @@ class Job(NamedTuple):
 
     out: Path
     request: Request
-    own: list[Prompt]  # the rows of the shard, in the order in which they are drawn; or all
+    prompts: list[Prompt]  # the rows of the shard, in the order in which they are drawn; or all
     there: Pairs  # the lines of images that are there already
     samples: int  # images of a prompt
     audited: Checkpoint | None
@@ -129,11 +129,11 @@ def prepared(
         load_detector(o.detector_model)
     models = cache(partial(_models, o.model, o.against if o.prompts else None, o.config, o.revision, o.variant))
     sampling = {"steps": o.denoising_steps, "scheduler": None if o.scheduler is None else scheduler_class(o.scheduler)}
-    request, own, there = _requested(o, out, shard, models)
+    request, prompts, there = _requested(o, out, shard, models)
     for folder, lines in ((out, there.model), (out / "against", there.base)):
         if lines:
             check_images(folder, lines)
-    samples = len(there.model) // len(own) if o.images else o.samples_per_prompt or 1
+    samples = len(there.model) // len(prompts) if o.images else o.samples_per_prompt or 1
     if samples * len(request.rows) > MOST_IMAGES:
         raise UsageError(f"{samples * len(request.rows):,} images are too many for one audit, which holds "
                          f"{MOST_IMAGES:,}: lower --samples-per-prompt, or give --limit.")  # fmt: skip
@@ -158,7 +158,7 @@ def prepared(
     settings = request.settings(judge, o.where, o.limit, o.guidance, o.size) | looking.settings()
     settings |= {"sampling": None, "metadata": None if o.prompts else tools(there.model)}
     of_both = audited.name if audited else str(o.images), base.name if base else str(o.against)
-    return Job(out, request, own, there, samples, audited, base, of_both, sampling, ends, parsed, judge, measures,
+    return Job(out, request, prompts, there, samples, audited, base, of_both, sampling, ends, parsed, judge, measures,
                looking, settings, shard, trackers)  # fmt: skip
 
 
@@ -173,15 +173,15 @@ def _requested(
         return request, request.rows, there
     class_model = (models()[0] or models()[1]) if o.prompts == CLASSES else None
     request = Request.of(o.prompts, o.where, o.limit, o.guidance, o.size, class_model)
-    own = shards.own(request.rows, shard)
-    lines = collected(o.images, own, out, subset=bool(o.where or o.limit or shard)) if o.images else []
-    return request, own, Pairs(lines, None, None)
+    prompts = shards.own(request.rows, shard)
+    lines = collected(o.images, prompts, out, subset=bool(o.where or o.limit or shard)) if o.images else []
+    return request, prompts, Pairs(lines, None, None)
 
 
 def examined(job: Job) -> tuple[list[Prompt], Run, Run | None]:
     """Draw what is missing, and look at each model's images. The rows that have all of theirs; the base comes first,
     for the change from it."""
-    rows, settings, (lines, twins, _) = job.own, job.settings, job.there
+    rows, settings, (lines, twins, _) = job.prompts, job.settings, job.there
     folder_of_base, (name, name_of_base) = job.out / "against", job.names
     if model := job.audited:
         rows, settings["sampling"] = drawing.draw(model, rows, job.samples, job.out, until=job.ends[0], **job.sampling)
@@ -203,7 +203,7 @@ def examined(job: Job) -> tuple[list[Prompt], Run, Run | None]:
 def assembled(job: Job, rows: list[Prompt], run: Run, base: Run | None, found: Looked) -> dict:
     """The report, without its `gate`."""
     request = job.request
-    part = part_of(len(rows), len(request.rows), len(job.own) - len(rows), job.shard and str(job.shard))
+    part = part_of(len(rows), len(request.rows), len(job.prompts) - len(rows), job.shard and str(job.shard))
     qualities = quality.measure(found, run, base, request.concepts, is_part=bool(part))
     return assemble(run, base, prompts=request.name, settings=job.settings, concepts=request.concepts,
                     quality=qualities, part=part, unpaired=job.there.alone)  # fmt: skip

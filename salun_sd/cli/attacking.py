@@ -42,7 +42,7 @@ ADVERSARIAL = Option(help="For prompts: a CSV file with adversarial prompts that
 MASK = Option(help="For positions: the mask of the erasure, which `erase` leaves in its run folder.")
 LIMIT = Option(min=1, help="Prompts of the concept that are attacked. Default: 10 for quick, all for paper.")
 SEED = Option(min=0, help="Random seed of the searches.")
-DRY_RUN = Option("--dry-run", help="Print what each attack will do, its images, the time and the memory; stop.")
+DRY_RUN = Option("--dry-run", help="Print what each attack has still to do, its images, the time and the memory; stop.")
 OUT = Option(help="Folder for the audit and what the attacks find. The same command resumes.")
 
 

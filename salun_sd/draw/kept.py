@@ -93,6 +93,11 @@ def _entry(base: Checkpoint, scheduler: str, steps: int, dtype: str) -> tuple[st
     return key_of(base, scheduler, steps, dtype), about
 
 
+def place_of(kind: str, base: Checkpoint, row: Row, *, scheduler: str, steps: int, dtype: str) -> Path:
+    """Where the cache's folder `kind` has the image that a base draws of a row, if it has it."""
+    return cache.folder() / kind / key_of(base, scheduler, steps, dtype) / _name_of(row)
+
+
 def _name_of(row: Row) -> Path:
     """The file of a row's image in the cache."""
     return Path("images", f"{hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]}.png")

@@ -23,6 +23,7 @@ from salun_sd.draw.prompts import Prompt, class_in, overridden
 from salun_sd.edit import maskfile
 from salun_sd.errors import UsageError
 from salun_sd.runtime.device import Precision, default_device, dtype_name
+from salun_sd.runtime.files import check_place
 from salun_sd.runtime.ranges import RANGES, check_numbers
 from salun_sd.runtime.texts import check_given, listed
 
@@ -73,8 +74,8 @@ class Plan(NamedTuple):
 
     def sampling(self, model: Checkpoint) -> dict:
         """The class in diffusers of the scheduler, and the denoising steps."""
-        own = self.job.sampling
-        return {"scheduler": own["scheduler"] or model.scheduler, "steps": own["steps"] or model.sampling[0]}
+        asked = self.job.sampling
+        return {"scheduler": asked["scheduler"] or model.scheduler, "steps": asked["steps"] or model.sampling[0]}
 
 
 def planned(o: SimpleNamespace) -> Plan:
@@ -84,10 +85,14 @@ def planned(o: SimpleNamespace) -> Plan:
     check_numbers(RANGES | {"limit": RANGES["steps"]}, seed=o.seed, limit=o.limit)
     absent = choice.not_given(base=o.base, pictures=o.pictures, adversarial=o.adversarial, mask=o.mask)
     choice.chosen(listed(o.with_), o.budget, absent)  # what is named and not given is refused before a model is opened
+    check_file("mask", o.mask, "mask.safetensors of the run folder of the erasure")
 
-    def running(model: Checkpoint, request: Request) -> tuple[dict[str, Attack], dict[str, str]]:
-        possible = choice.not_possible(model, has_others=len(_asking(request.rows, request)) < len(request.rows))
-        return choice.chosen(listed(o.with_), o.budget, possible | absent)
+    def measured(model: Checkpoint, request: Request) -> dict[str, list[str]]:
+        """Chooses what runs, once the model is known; see `_measured`."""
+        has_others = len(_asking(request.rows, request)) < len(request.rows)
+        absent_here = choice.not_possible(model, has_others) | absent
+        o.attacks, o.skipped = choice.chosen(listed(o.with_), o.budget, absent_here)
+        return _measured(o)
 
     job = audit.prepared(audit.options(
         model=o.model, prompts=o.prompts, out=o.out, against=o.base, concept_class=o.concept_class or (),
@@ -95,16 +100,16 @@ def planned(o: SimpleNamespace) -> Plan:
         denoising_steps=o.denoising_steps, scheduler=o.scheduler, guidance=o.guidance, size=o.size, dtype=o.dtype,
         no_images=o.no_images, fail_if=o.fail_if, confident=o.confident, config=o.config, revision=o.revision,
         variant=o.variant,
-    ), lambda model, request: _measured(o, running(model, request)[0]))  # fmt: skip
-    attacks, skipped = running(job.audited, job.request)
+    ), measured)  # fmt: skip
+    check_place(job.out / "attacks" / "name" / "floor-control" / "found" / "0.safetensors")
     cases = _cases(o, job)
     sides = _sides(job, o.floor, cases)
     texts = Texts.of(o.concept, job.audited, o.words, o.adversarial, o.guidance, cases[0].size)
     of_others = [*texts.words, *(p.text for p in texts.adversarial)]
     warn_of_long(load_tokenizers(job.audited), of_others, job.audited.name)
-    bits = _mask(Path(o.mask), job, sides) if "positions" in attacks else None
+    bits = _mask(Path(o.mask), job, sides) if "positions" in o.attacks else None
     material = Material(_pictures(o.pictures, job, cases), texts, bits, maskfile.digest(o.mask and str(o.mask)))
-    return Plan(job, o.concept, o.seed, o.budget, o.limit, attacks, skipped, sides, cases, material)
+    return Plan(job, o.concept, o.seed, o.budget, o.limit, o.attacks, o.skipped, sides, cases, material)
 
 
 def _asking(rows: list[Prompt], request: Request) -> list[Prompt]:
@@ -115,7 +120,7 @@ def _asking(rows: list[Prompt], request: Request) -> list[Prompt]:
 def _cases(o: SimpleNamespace, job: audit.Job) -> list[Prompt]:
     """The prompts that are attacked, all in one size: that of --size, or the model's own. Raises UsageError where the
     concept is not clear, or nothing can tell whether an image shows it."""
-    concepts, own = job.request.concepts, (job.audited.image_size,) * 2
+    concepts = job.request.concepts
     if len(concepts) > 1:
         raise UsageError(f"An attack is for one concept, and the model lost {', '.join(concepts)}: give one as "
                          "--concept-class.")  # fmt: skip
@@ -129,11 +134,11 @@ def _cases(o: SimpleNamespace, job: audit.Job) -> list[Prompt]:
         job.audited.classes.number(o.concept)
     elif concepts and not class_in(o.concept, concepts):
         logger.warning(f"--concept {o.concept!r} does not name the class {concepts[0]!r}, which the judge has to see.")
-    cases = _asking(job.own, job.request)
-    return overridden(cases, None, own if o.size is None else cases[0].size)
+    cases = _asking(job.prompts, job.request)
+    return overridden(cases, None, (job.audited.image_size,) * 2 if o.size is None else cases[0].size)
 
 
-def _measured(o: SimpleNamespace, attacks: dict[str, Attack]) -> dict[str, list[str]]:
+def _measured(o: SimpleNamespace) -> dict[str, list[str]]:
     """What is measured of each attack: its sides, and fresh seeds where it draws them; nothing where it is not run."""
 
     def of(attack: Attack) -> list[str]:
@@ -141,7 +146,7 @@ def _measured(o: SimpleNamespace, attacks: dict[str, Attack]) -> dict[str, list[
         return ["model", "control", *["fresh"] * attack.has_fresh(), *["base"] * with_base,
                 *["floor", "floor-control"] * with_floor]  # fmt: skip
 
-    return {name: of(attacks[name]) if name in attacks else [] for name in ATTACKS}
+    return {name: of(o.attacks[name]) if name in o.attacks else [] for name in ATTACKS}
 
 
 def _sides(job: audit.Job, floor: str | Path | Checkpoint | None, cases: list[Prompt]) -> list[Side]:
@@ -171,7 +176,6 @@ def _check_alike(option: str, other: Checkpoint, model: Checkpoint) -> None:
 def _mask(file: Path, job: audit.Job, sides: list[Side]) -> Bits:
     """The bits of --mask. Raises UsageError or SalunError where it is no mask of the attacked UNets, or not the one of
     the record of the model's erasure."""
-    check_file("mask", file, "mask.safetensors of the run folder of the erasure")
     mask, model = maskfile.read(file), job.audited
     for each in {side.model.name: side.model for side in sides if not side.nameless}.values():
         check_mask(mask.bits, {name: t.shape for name, t in each.unet.items()}, each.name)
@@ -188,7 +192,7 @@ def _mask(file: Path, job: audit.Job, sides: list[Side]) -> Bits:
 def _pictures(folder: str | Path | None, job: audit.Job, cases: list[Prompt]) -> Pictures | None:
     """The user's pictures of the concept, in turn; or those that the base draws for the same prompts."""
     drawn, asked = job.out / "against", {p.case for p in cases}
-    others = [(drawn / generate.file_of(p, 0), p.text) for p in job.own if p.case not in asked] if job.base else []
+    others = [(drawn / generate.file_of(p, 0), p.text) for p in job.prompts if p.case not in asked] if job.base else []
     if not folder and not job.base:
         return None
     files = in_folder(Path(folder), cases) if folder else {p.case: drawn / generate.file_of(p, 0) for p in cases}

@@ -2,16 +2,10 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import groupby, product
 from pathlib import Path
 from types import SimpleNamespace
 
-from salun_sd.attacks.attack import Attack, Scene
-from salun_sd.attacks.given import without_name
-from salun_sd.attacks.prompts import attacked_with
-from salun_sd.attacks.run import Run
-from salun_sd.attacks.target import Target
+from salun_sd.attacks.attack import Scene
 from salun_sd.audit import attacked, deliver, detectors, quality
 from salun_sd.audit import run as audit
 from salun_sd.audit.examine import examine
@@ -20,6 +14,7 @@ from salun_sd.edit.resources import Forecast
 from salun_sd.errors import SalunError, UsageError, first_line
 from salun_sd.runtime import ranks
 from salun_sd.runtime.device import default_device
+from salun_sd.under_attack import runs
 from salun_sd.under_attack.forecast import forecast
 from salun_sd.under_attack.plan import Plan, Side, planned
 
@@ -40,22 +35,23 @@ def attack(
     """Attack a checkpoint, its control and, if they are given, its base and a floor. Writes the audit of the checkpoint
     and what the attacks show into `out`; returns what report.json holds.
 
-    With `dry_run`, returns what each attack will do and the memory instead, and writes nothing.
+    With `dry_run`, returns what each attack has still to do and the memory instead, and writes nothing.
 
     The parameters are the options of `salun-sd attack`. An attack that fails is named in the report, and the others go
     on. Running it again searches, draws and judges only what is missing. Raises UsageError for arguments that are wrong
     or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
     """
     plan = planned(SimpleNamespace(**locals()))
-    told = forecast(plan)
+    runs.check(plan)
+    expected = forecast(plan)
     if dry_run:
-        return told
+        return expected
     for name, why in plan.skipped.items():
         logger.info(f"The attack {name} is not run: it {why}.")
-    if not told.fits:
+    if not expected.fits:
         logger.warning("The attacks take more memory than is free: --dry-run names options that take less.")
-    images, time = told.settings["images"], told.settings["time"]
-    logger.info(f"The audit and the attacks in all: {images} images, {time}.")
+    logger.info(f"Left of the audit and the attacks: {expected.settings['images']} images, "
+                f"{expected.settings['time']}.")  # fmt: skip
     job = plan.job
     rows, run, of_base = audit.examined(job)
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
@@ -70,12 +66,9 @@ def attack(
 def _attack_all(plan: Plan) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:
     """Run each attack on each side, a model at a time: what was drawn, and the attacks that failed, with the reason."""
     drawn, failed = {name: {} for name in plan.attacks}, {}
-    base = Target(plan.job.base, plan.precision.dtype) if plan.needs_base else None
-    for model, sides in groupby(plan.sides, key=lambda side: side.model):
-        target = base if base and model is plan.job.base else Target(model, plan.precision.dtype)
-        of_all = replace(plan.material.scene(target, plan.concept, plan.cases, plan.seed), base=base)
-        for side, (name, attack) in product(sides, plan.attacks.items()):
-            if side not in plan.sides_of(attack) or (name in failed and not drawn[name]):
+    for of_all, pairs in runs.by_model(plan):
+        for side, name in pairs:
+            if name in failed and not drawn[name]:
                 continue
             try:
                 drawn[name][side.name] = _on_one(plan, name, side, of_all)
@@ -84,9 +77,8 @@ def _attack_all(plan: Plan) -> tuple[dict[str, dict[str, attacked.Side]], dict[s
             except (SalunError, OSError, RuntimeError) as e:
                 if ranks.count() > 1:  # the other processes wait for this one
                     raise
-                logger.warning(f"The attack {name} failed on {model.name}, and the others go on: {first_line(e)}.")
+                logger.warning(f"The attack {name} failed on {side.model.name}, and the others go on: {first_line(e)}.")
                 failed[name] = f"{side.name}: {first_line(e)}"
-        target = of_all = None  # before the next model is loaded
     if not (whole := {name: of for name, of in drawn.items() if "model" in of}):
         raise SalunError(f"Every attack failed; the first is {next(iter(failed))}, {next(iter(failed.values()))}.")
     return whole, failed
@@ -94,26 +86,13 @@ def _attack_all(plan: Plan) -> tuple[dict[str, dict[str, attacked.Side]], dict[s
 
 def _on_one(plan: Plan, name: str, side: Side, of_all: Scene) -> attacked.Side:
     """One attack on one side: its tries, and what it found on fresh seeds."""
-    out, model, concepts = plan.job.out / "attacks" / name / side.name, side.model.name, plan.job.request.concepts
-    attack, judge = plan.attacks[name], plan.job.judge
+    model, concepts, judge = side.model.name, plan.job.request.concepts, plan.job.judge
     looking = detectors.load([], None, default_device()) if concepts else plan.job.detectors
-    run = Run(name, attack, _scene(plan, attack, side, of_all), out, **plan.sampling(side.model))
+    run = runs.run_of(plan, name, side, of_all, plan.material.digest(plan.attacks[name].needs))
     run.search()
-    tries = examine(model, run.draw(), judge, looking, out)
+    tries = examine(model, run.draw(), judge, looking, run.out)
     lines = [] if side.control else run.fresh(attacked.chosen(tries, concepts))
-    return attacked.Side(tries, examine(model, lines, judge, looking, out / "fresh") if lines else None)
-
-
-def _scene(plan: Plan, attack: Attack, side: Side, of_all: Scene) -> Scene:
-    """What an attack works with on one side."""
-    scene = replace(of_all, control=side.control, given=plan.material.digest(attack.needs),
-                    base=of_all.base if "base" in attack.needs else None)  # fmt: skip
-    if "adversarial" in attack.needs:
-        scene = attacked_with(scene, plan.material.texts.adversarial)
-    scene.prompts = scene.prompts[: plan.count(attack)]
-    if side.nameless and side.model.is_guided:  # else it draws nothing without a class
-        scene = without_name(scene, plan.job.request.concepts)
-    return scene
+    return attacked.Side(tries, examine(model, lines, judge, looking, run.out / "fresh") if lines else None)
 
 
 def _entry(plan: Plan, name: str, sides: dict[str, attacked.Side]) -> dict:

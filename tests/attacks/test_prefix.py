@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from helpers.scenes import named, scene, searched, target
 
-from salun_sd.attacks.prefix import Prefix, onto_simplex
+from salun_sd.attacks.prefix import Prefix, evenly, onto_simplex
 
 SMALL = Prefix(timesteps=2, steps=2)
 
@@ -27,6 +27,10 @@ def test_a_try_for_each_level_of_usable_tokens_and_the_control_has_as_many():
     assert not set(target().tokenizer.all_special_ids) & {token for one in found for token in one.tokens}
     assert [one.loss is None for one in (*found, *by_chance)] == [False, False, True, True]
     assert searched(SMALL, scene()) == found != searched(SMALL, scene(seed=1))
+
+
+def test_a_model_of_few_timesteps_has_as_many_levels():
+    assert evenly(5, 1000) == [100, 300, 500, 700, 900] and evenly(4, 2) == [0, 0, 1, 1]
 
 
 def test_a_prompt_that_leaves_no_room_loses_its_end():
