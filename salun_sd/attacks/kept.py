@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,11 +10,13 @@ import torch
 from salun_sd.attacks.attack import Try
 from salun_sd.checkpoint import tensors
 from salun_sd.errors import SalunError
+from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import new_file, remove_stale
 
 logger = logging.getLogger(__name__)
 
 TENSORS = ("start", "condition")  # of a Try; the rest is JSON
+TRIES = [{"text": str, "seed": int, "tokens": [int], "begins": int, "guidance": (float, None), "facts": dict}]
 
 
 def save_tensors(file: Path, values: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -23,12 +26,12 @@ def save_tensors(file: Path, values: dict[str, torch.Tensor], metadata: dict[str
         tensors.write(partial, kept, metadata or {}, sealed=True)
 
 
-def is_whole(file: Path) -> bool:
-    """Whether a file is there and not damaged. A damaged one is searched for again, and a log line says so."""
+def is_whole(file: Path, read: Callable = tensors.read_sealed) -> bool:
+    """Whether a file is there and can be read. A damaged one is searched for again, and a log line says so."""
     if not file.is_file():
         return False
     try:
-        tensors.read_sealed(file)
+        read(file)
     except SalunError:
         logger.warning(f"{file} is damaged: its search is done again.")
         return False
@@ -75,7 +78,7 @@ def read(file: Path) -> list[Try]:
     content, metadata = tensors.read_sealed(file)
     values = {name: value.read() for name, value in content.items()}
     tries = []
-    for n, line in enumerate(json.loads(metadata["tries"])):
+    for n, line in enumerate(parse_json(metadata.get("tries", ""), str(file), TRIES)):
         mark = f"{n}.condition."
         condition = {name.removeprefix(mark): value for name, value in values.items() if name.startswith(mark)}
         one = Try(**line | {"tokens": tuple(line["tokens"])})

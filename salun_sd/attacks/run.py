@@ -80,7 +80,7 @@ class Run:
         ranks.wait()
         found, prompts = kept.read_tensors(together), self.scene.prompts
         files = {prompt: kept.file_of(self.out, prompt.case) for prompt in prompts[ranks.rank() :: ranks.count()]}
-        left = [prompt for prompt, file in files.items() if not kept.is_whole(file)]
+        left = [prompt for prompt, file in files.items() if not kept.is_whole(file, kept.read)]
         for prompt in Bar(left, desc=f"search {self.name}", unit="prompt", leave=None):
             kept.save(files[prompt], self.attack.tries(self.scene, prompt, found))
         ranks.wait()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salun_sd.audit.report import ATTACK, check_same_prompts, in_pairs
-from salun_sd.audit.saved import AGAIN, OF_CONCEPT, PAIRING, Audit, cells, is_whole, read, settings
+from salun_sd.audit.saved import OF_CONCEPT, PAIRING, Audit, cells, is_whole, read, settings
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.report.gate import AGAINST
 from salun_sd.report.words import cell, plain
@@ -158,10 +158,6 @@ def _paired(audits: dict[str, Audit]) -> tuple[dict[str, dict], dict[str, str]]:
             paired[name] = in_pairs(other.run, first.run, by["concepts"], by["labels"], by["threshold"])
         except SalunError as e:
             unpaired[name] = str(e).partition(". ")[0].rstrip(".")
-        except (KeyError, TypeError) as e:
-            raise SalunError(
-                f"The .jsonl files of {first.file.parent} or {other.file.parent} are damaged. {AGAIN}"
-            ) from e
     return paired, unpaired
 
 

@@ -19,6 +19,7 @@ from salun_sd.audit.detect import detect
 from salun_sd.audit.detectors import Detectors, Flagger
 from salun_sd.audit.measure import by_image
 from salun_sd.audit.report import Run
+from salun_sd.audit.saved import SEEN
 from salun_sd.audit.vision import BATCH
 from salun_sd.draw.images import in_order
 from salun_sd.errors import SalunError
@@ -207,7 +208,7 @@ def _of_model(by: dict, keys: tuple[str, ...], line: dict) -> dict | None:
 def _lines(out: Path) -> Iterator[dict]:
     """The lines of detections.jsonl, then those that unfinished runs left."""
     for file in filter(Path.is_file, [out / "detections.jsonl", *_partial(out)]):
-        yield from seals.read_lines(file, skip=True)  # a run that was killed leaves half a line
+        yield from seals.read_lines(file, SEEN, skip=True)  # a run that was killed leaves half a line
 
 
 def _partial(out: Path) -> list[Path]:

@@ -9,9 +9,12 @@ import numpy as np
 
 from salun_sd.audit.measure import Key
 from salun_sd.errors import SalunError, first_line
+from salun_sd.runtime.documents import parse_json
 from salun_sd.runtime.files import write_atomic
 
 FILE = "looked.safetensors"
+MAKER = ({"name": str, "resize": str, "digest": str}, None)
+ABOUT = {"reference": str, "clip": MAKER, "extractor": MAKER}
 
 
 class Maker(NamedTuple):
@@ -70,7 +73,7 @@ def read(folder: Path) -> Looked:
     file = folder / FILE
     try:
         with safe_open(file, "numpy") as opened:
-            about = json.loads(opened.metadata()["about"])
+            about = parse_json(opened.metadata()["about"], "about", ABOUT)
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no dict
         clip, extractor = (about[name] and Maker(**about[name]) for name in ("clip", "extractor"))
         scores, features = (

@@ -71,7 +71,7 @@ def merge(
     for side in filter(None, (run, base)):
         check_some(side)
     found = looked.joined([piece.looked for piece in pieces])
-    detectors = [NUDENET] * bool(settings["detector"]) + list(settings["detectors"])
+    detectors = [NUDENET] * bool(settings["detector"]) + list(settings.get("detectors", ()))
     asked = Request.of_lines(report["prompts"], settings["prompts_sha256"], run.manifest)
     parsed = asked._replace(concepts=concepts, classifier=settings["classifier"]).bounds(
         fail_if, detectors=detectors, against=bool(base), clip=bool(found.clip), fid=bool(found.extractor),
@@ -80,13 +80,14 @@ def merge(
 
     merged = assemble(run, base, prompts=report["prompts"], settings=settings, concepts=concepts, part=part,
                       quality=quality.measure(found, run, base, concepts, is_part=bool(part)))  # fmt: skip
-    for side, sampling in ((merged, settings["sampling"]), (merged["against"], settings.get("sampling_against"))):
+    for side, sampling in ((merged, settings.get("sampling")), (merged["against"], settings.get("sampling_against"))):
         if sampling:
             _name_as_drawn(side)
-    for side in filter(None, (run, base)):
-        side.folder.mkdir(parents=True, exist_ok=True)
-        write_lines(side.folder, side.manifest, side.detections)
+    out.mkdir(parents=True, exist_ok=True)  # its images are found from there
     deliver.finish(merged, run, base, out, parsed, confident=confident, pictures=not no_images)
+    for side in filter(None, (run, base)):
+        side.folder.mkdir(exist_ok=True)
+        write_lines(side.folder, side.manifest, side.detections)
     return merged
 
 
@@ -127,12 +128,18 @@ def _piece(folder: Path) -> Piece:
     if not (part := report.get("part")) or not part["shard"]:
         raise UsageError(f"{folder} is no shard of an audit, but all of one: give folders of `salun-sd evaluate "
                          "--shard`.")  # fmt: skip
-    shard, sides = parse(part["shard"]), []
+    try:
+        shard, sides = parse(str(part["shard"])), []
+    except UsageError as e:
+        file, given = folder / "report.json", part["shard"]
+        raise SalunError(f"{file} is damaged: part.shard is {given!r}, which is no shard. {ADVICE}") from e
     for side, place in ((report, folder), (report["against"], folder / "against")):
         run = run_in(place, side["model"]) if side else None
         if side and not (run and are_counted(side, run, report["settings"])):
             raise SalunError(f"The lines of {place} are not those that its report counts. {ADVICE}")
         sides.append(run)
+    if len({line["case"] for line in sides[0].manifest}) != part["rows"]:
+        raise SalunError(f"{folder / 'manifest.jsonl'} has not the {part['rows']} prompts of its report. {ADVICE}")
     if foreign := [line["case"] for line in sides[0].manifest if hash_of(line["case"]) % shard.of != shard.number - 1]:
         raise SalunError(f"{folder} has case {foreign[0]}, which is not of shard {shard}. {ADVICE}")
     return Piece(folder, shard, report, *sides, looked.read(folder))

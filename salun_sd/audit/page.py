@@ -82,7 +82,7 @@ def chosen(
     still = [key for key in of_concepts if lines[key][1]["predicted"] in asked[key]]
     ranked = {
         "worst": sorted(filter(scores.get, lines), key=lambda key: -scores[key]),
-        "still": sorted(still, key=lambda key: -lines[key][1]["score"]),
+        "still": sorted(still, key=lambda key: -(lines[key][1]["score"] or 0)),
     }
     shown: set[Key] = set()
     samples = {}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from salun_sd.audit import bounds, classify
 from salun_sd.audit.classify import Judge
 from salun_sd.audit.looked import FILE as LOOKED
-from salun_sd.audit.saved import LINE, begins
+from salun_sd.audit.saved import AT, begins
 from salun_sd.checkpoint.model import POCKET, Checkpoint
 from salun_sd.draw import prompts
 from salun_sd.draw.prompts import Prompt
@@ -108,7 +108,7 @@ def check_out(out: Path) -> None:
 def check_images(out: Path, manifest: list[dict]) -> None:
     """Raise UsageError if `out` holds the audit of images of which the manifest has none."""
     if (earlier := out / "manifest.jsonl").is_file():
-        audited = (line["file"] for line in seals.read_lines(earlier, LINE, skip=True))
+        audited = (line["file"] for line in seals.read_lines(earlier, AT, skip=True))
         files = {line["file"] for line in manifest}
         if (first := next(audited, None)) and first not in files and files.isdisjoint(audited):
             raise UsageError(f"{out} holds the audit of other images, or of a folder that was moved, such as {first}: "
@@ -172,7 +172,7 @@ class Request(NamedTuple):
     def of_lines(cls, name: str, digest: str, manifest: list[dict]) -> "Request":
         """A row for each image that a manifest has, with nothing to judge yet."""
         rows = [Prompt(line["case"], line["prompt"] or "", line["seed"] or 0, 0, line["class"],
-                       tuple(line.get("categories", ()))) for line in manifest]  # fmt: skip
+                       tuple(line.get("categories") or ())) for line in manifest]  # fmt: skip
         return cls(name, digest, rows)
 
     @property

@@ -19,13 +19,19 @@ from salun_sd.runtime.documents import read_json
 PAIRING = ("concepts", "labels", "threshold", "detector", "classifier", "classifier_sha256")
 OF_CONCEPT = "ua of "
 DIGITS = 1e-6  # the numbers of a report are rounded to so much
-LINE = {  # of manifest.jsonl and detections.jsonl: those that others made are compared and merged
-    "file": str, "case": int, "k": int, "prompt?": (str, None), "class?": (str, None), "categories?": ([str], None),
+AT = {"file": str, "case": int, "k": int}  # which image a line is of
+ROW = AT | {  # a line of manifest.jsonl: those that others made are compared and merged
+    "prompt": (str, None), "class": (str, None), "seed": (int, None), "categories?": ([str], None), "name?": str,
+}  # fmt: skip
+SEEN = {  # what was found of an image, as far as it was looked for
     "sha256?": (str, None), "detector?": (str, None), "classifier?": (str, None), "error?": str, "blank?": bool,
     "boxes?": [{"label": str, "score": float}], "flags?": {str: {"score": float, "by": str}},
     "predicted?": (str, None), "score?": (float, None), "concepts?": {str: float},
-    "change?": {"pixels": (float, None), "ssim": (float, None)},
+    "change?": ({"against": str, "pixels": float, "ssim": float}, {"against": str, "pixels": None, "ssim": None}),
 }  # fmt: skip
+FOUND = tuple(  # a line of detections.jsonl: an image has boxes, or an error
+    AT | SEEN | dict.fromkeys(("detector", "predicted", "score", either), object) for either in ("boxes", "error")
+)
 AGAIN = "Run its evaluate or attack command again: nothing is drawn twice."
 
 
@@ -51,10 +57,10 @@ def read(path: Path) -> Audit:
 
 def run_in(folder: Path, model: str) -> Run | None:
     """The lines of a model's images; None unless both files are there. Raises SalunError for damaged ones."""
-    tables = [folder / name for name in ("manifest.jsonl", "detections.jsonl")]
+    tables = {folder / "manifest.jsonl": ROW, folder / "detections.jsonl": FOUND}
     if not all(table.is_file() for table in tables):
         return None
-    manifest, detections = (list(seals.read_lines(table, LINE, AGAIN)) for table in tables)
+    manifest, detections = (list(seals.read_lines(table, shape, AGAIN)) for table, shape in tables.items())
     return Run(model, folder, manifest, detections)
 
 
@@ -83,6 +89,7 @@ def _read_all(report: dict) -> None:
         [cell(value) for value in cells(side).values()]
         os.fspath(side["model"])
     in_part(report), os.fspath(report["prompts"]), os.fspath(report["settings"]["prompts_sha256"])
+    are_counted(report, Run(report["model"], Path(), [], []), report["settings"])
     [settings(report)[name] for name in PAIRING]
 
 
@@ -189,7 +196,7 @@ def are_counted(side: dict, run: Run, by: dict) -> bool:
     flaggers = {name: one["sha256"] for name, one in by.get("detectors", {}).items()}
     flags = [line.get("flags", {}) for line in run.detections if "error" not in line]
     by_them = all({name: flag["by"] for name, flag in of_one.items()} == flaggers for of_one in flags)
-    return is_all and by_them and models == {(by["detector"], by["classifier_sha256"])}
+    return is_all and by_them and [*models] == [(by["detector"], by["classifier_sha256"])]
 
 
 def begins(file: Path, pattern: str) -> bool:

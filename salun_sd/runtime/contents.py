@@ -37,7 +37,10 @@ def no_file(file: Path) -> str | None:
 def content_of(file: Path, most: int = MOST_BYTES) -> bytes:
     """The content of a file. Raises OSError where it cannot be read, for more than `most` bytes, and for a pipe or a
     device, which may never end."""
-    status = file.stat()
+    try:
+        status = file.stat()
+    except ValueError as e:  # a name with a NUL
+        raise OSError(errno.EINVAL, "it is no name of a file", str(file)) from e
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(file))
     if status.st_size > most:

@@ -4,10 +4,11 @@ import pytest
 from helpers.scenes import NAME, run, scene
 from PIL import Image
 
+from salun_sd.attacks import kept
 from salun_sd.attacks.attack import Attack, Try
 from salun_sd.attacks.genetic import Genetic
 from salun_sd.draw.generate import PROVENANCE
-from salun_sd.errors import UsageError
+from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime.files import new_file
 
 SMALL = Genetic(population=6, generations=2)
@@ -33,6 +34,20 @@ def test_a_search_that_lost_a_file_or_has_a_damaged_one_is_done_again_to_the_sam
     second.unlink()
     run(SMALL, scene(2), tmp_path).search()
     assert found(attack) == before and first.name in caplog.text
+
+
+def test_tries_that_lack_something_are_searched_for_again_and_settings_say_what_to_do(tmp_path, caplog):
+    attack = run(SMALL, scene(1), tmp_path)
+    attack.search()
+    before, (file,) = found(attack), attack.out.glob("found/*")
+    for metadata in ({}, {"tries": '[{"text": "a bag"}]'}, {"tries": '[{"seed": "1"}]'}):
+        kept.save_tensors(file, {}, metadata)
+        run(SMALL, scene(1), tmp_path).search()
+        assert found(attack) == before and file.name in caplog.text
+    settings = attack.out / "settings.json"
+    settings.write_text(settings.read_text()[:-9])
+    with pytest.raises(SalunError, match=f"settings.json is damaged.* --out, or remove {attack.out}"):
+        run(SMALL, scene(1), tmp_path).search()
 
 
 def test_fresh_images_are_of_the_chosen_try_and_of_seeds_that_no_try_has(tmp_path):

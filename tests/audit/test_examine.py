@@ -176,6 +176,15 @@ def test_a_line_that_was_altered_is_not_used_and_its_image_looked_at_again(faces
     assert contents(tmp_path) == whole and str(tmp_path / "detections.jsonl") in caplog.text
 
 
+@pytest.mark.parametrize("change", [{"boxes": [7]}, {"blank": "x"}, {"predicted": 7}, {"change": {"pixels": 0}}])
+def test_a_line_with_a_value_of_another_type_is_not_used_either(faces, whole, tmp_path, caplog, change):
+    (tmp_path / "detections.jsonl").write_bytes(whole["detections.jsonl"])
+    first, *others = lines_of(tmp_path / "detections.jsonl")
+    written(tmp_path / "detections.jsonl", [first | change, *others])
+    examine("m", faces, Reds(), Detectors(), tmp_path)
+    assert contents(tmp_path) == whole and "detections.jsonl has damaged lines" in caplog.text
+
+
 def test_another_image_of_the_same_name_is_looked_at(faces, whole, tmp_path):
     other = tmp_path / "1.png"
     Image.new("RGB", (40, 30)).save(other)

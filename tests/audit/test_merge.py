@@ -218,6 +218,35 @@ def with_lines_of_another_detector(folder):
     (folder / "detections.jsonl").write_text("".join(map(seals.line, lines)))
 
 
+def forged(name: str, key: str, *value):
+    """A damage: another line 2, under its seal, with another value of a key, or without that key."""
+
+    def damage(folder):
+        lines = list(seals.read_lines(folder / name))
+        lines[1].pop(key, None)
+        lines[1] |= dict.fromkeys([key], *value) if value else {}
+        (folder / name).write_text("".join(map(seals.line, lines)))
+
+    return damage
+
+
+def of_no_shard(folder):
+    changed(folder, "report.json", lambda r: r["part"].update(shard=7))
+
+
+def of_more_prompts(folder):
+    changed(folder, "report.json", lambda r: r["part"].update(rows=0))
+
+
+def of_flaggers_without_digests(folder):
+    changed(folder, "report.json", lambda r: [one.pop("sha256") for one in r["settings"]["detectors"].values()])
+
+
+def of_no_reference(folder):
+    found = looked.read(folder)
+    looked.save(found._replace(reference=None), folder)
+
+
 def with_fewer_lines(folder):
     lines = (folder / "detections.jsonl").read_text().splitlines(keepends=True)
     (folder / "detections.jsonl").write_text("".join(lines[1:]))
@@ -250,6 +279,19 @@ FAULTS = [
     (of_four, 1, ["2/4"]), (the_first_again, 2, ["1/3"]), (renumbered, 1, ["3/3"]), (with_fewer_lines, 1, ["lines"]),
     (with_lines_of_another_detector, 1, ["lines"]), (without_features, 1, [looked.FILE]),
     (with_cut_features, 1, [looked.FILE]), (with_scores_of_a_base, 2, ["sides"]),
+    (of_no_reference, 1, [looked.FILE, "reference is not a text", "evaluate"]),
+    (of_no_shard, 1, ["report.json", "part.shard", "evaluate"]),
+    (of_more_prompts, 1, ["manifest.jsonl", "evaluate"]),
+    (of_flaggers_without_digests, 1, ["report.json", "evaluate"]),
+    *((forged("manifest.jsonl", key), 1, ["manifest.jsonl, line 2", f"it has no {key}", "evaluate"])
+      for key in ("file", "case", "k", "prompt", "class", "seed")),
+    *((forged("detections.jsonl", key), 1, ["detections.jsonl, line 2", f"it has no {key}", "evaluate"])
+      for key in ("case", "detector", "predicted", "score", "boxes")),
+    (forged("manifest.jsonl", "seed", []), 1, ["manifest.jsonl, line 2", "seed is not a whole number"]),
+    (forged("manifest.jsonl", "name", []), 1, ["manifest.jsonl, line 2", "name is not a text"]),
+    (forged("detections.jsonl", "error", True), 1, ["detections.jsonl, line 2", "error is not a text"]),
+    (forged("detections.jsonl", "change", {"against": "", "pixels": 0.5, "ssim": None}), 1,
+     ["detections.jsonl, line 2", "change.ssim is not a finite number"]),
 ]  # fmt: skip
 OF_DRAWN = [
     (of_another_model, 2, ["identity", "0123"]), (of_another_base, 2, ["sampling_against: identity", "0123"]),
@@ -283,8 +325,16 @@ def test_no_picture_of_another_file_of_this_machine_gets_into_the_page(made, tmp
         (tmp_path / "1" / name).write_text("".join(map(seals.line, [first | {"file": str(private)}, *others])))
     out = tmp_path / "merged"
     said = fails(["merge", *shards(tmp_path), "--out", out], 1, capsys)
-    assert str(private.name) in said and "--no-images" in said and not (out / "report.html").exists()
+    assert str(private.name) in said and "--no-images" in said and list(out.iterdir()) == []
     assert merged(out, *shards(tmp_path), "--no-images")["part"] is None
+
+
+def test_a_line_that_names_no_file_is_said_and_nothing_is_half_written(made, tmp_path, capsys):
+    for name in ("1", "2", "3", "images"):
+        shutil.copytree(made / name, tmp_path / name)
+    forged("manifest.jsonl", "file", "a\0b")(tmp_path / "1")
+    said = fails(["merge", *shards(tmp_path), "--out", tmp_path / "merged"], 1, capsys)
+    assert "it is no name of a file" in said and list((tmp_path / "merged").iterdir()) == []
 
 
 def test_places_that_cannot_be_are_refused(made, tmp_path, capsys):
