@@ -81,7 +81,8 @@ def finished(out: Path, format: str, base: Checkpoint, settings: dict, inputs: d
     try:
         patch = patches.read(out) if format == "patch" else None
         record = patch.record if patch else provenance.read(out)
-        same = record["settings"] == settings and record["inputs"] == inputs
+        before, now = (provenance.last_parts(each) for each in (record["settings"], settings))
+        same = before == now and record["inputs"] == inputs
     except (OSError, SalunError, KeyError, TypeError) as e:
         raise UsageError(f"{out} holds something else, or is damaged: choose another --out, or remove it.") from e
     if not same:
@@ -113,7 +114,7 @@ def apply(
     check_writable(base, format)
     patches.check(changes, file, base.unet, base.name, base.fingerprint, revert)
     erased = provenance.of_erased(base, changes.record["erased"]["fingerprint"])  # a patch fits any VAE, say
-    record = provenance.in_format(changes.record, format) | {"erased": erased}
+    record = provenance.without_places(provenance.in_format(changes.record, format) | {"erased": erased})
     deliver(base, changes._replace(record=record), format, out, revert)
     return record
 

@@ -7,7 +7,6 @@ brings much of the concept back (Roots Beneath the Cut, arXiv 2603.06640).
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from salun_sd.checkpoint import families, provenance, tensors
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import part_files
 from salun_sd.edit import patch as patches
-from salun_sd.errors import SalunError, UsageError, first_line, some
+from salun_sd.errors import SalunError, UsageError, cut, first_line, some
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import hash_into, no_file
 from salun_sd.runtime.texts import check_given
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 TERMS = {"LICENSE", "LICENSE.md", "LICENSE.txt"}
 WEIGHTS = (".safetensors", ".bin")
-PLACE = re.compile(r"""(?<![\w.:,~/<-])~?/[^\s"'\\/]+/[^\s"'\\]*""")  # an absolute path in a text
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -55,9 +53,7 @@ def push(
     place, repo = Path(model), _checked_name(repo)
     record, contents = _contents(place)
     sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in contents.items()}
-    if places := sorted({*PLACE.findall(json.dumps(record, ensure_ascii=False))}):
-        logger.warning(f"The card and the record name places on this machine, and are sent: {some(places)}. What is "
-                       "erased and audited with relative paths names none.")  # fmt: skip
+    _check_places(place, record)
     if not record.get("audits"):
         logger.warning("The card has no audit: salun-sd evaluate with --record adds its numbers.")
     if dry_run:
@@ -112,6 +108,19 @@ def _record_of_file(file: Path) -> dict | None:
     logger.warning(f"{file} is a patch, and says where the concept's weights are, which helps to bring the concept "
                    "back. A folder or a single file says less.")  # fmt: skip
     return patches.read(file).record
+
+
+def _check_places(place: Path, record: dict) -> None:
+    """Raise UsageError where a record names folders of this machine, as those of earlier versions may."""
+    before, after = (
+        {*json.dumps(each, ensure_ascii=False).split('"')} for each in (record, provenance.without_places(record))
+    )
+    if paths := sorted(before - after, key=len):
+        again = "what salun-sd apply makes of it names none"
+        if record["settings"]["format"] != "patch":
+            again = f"salun-sd evaluate {place} --prompts ... --record writes it without them"
+        raise UsageError(f"The record in {place} is of an earlier version, and names folders of this machine "
+                         f"({cut(paths[0])}), so nothing is sent: {again}.")  # fmt: skip
 
 
 def _of_folder(folder: Path, record: dict) -> dict[str, Path]:

@@ -251,8 +251,9 @@ def _deliver(
         "data": sources_in_words(settings, job.recipe.method, by_class=job.base.classes is not None),
         "probe": progress.probe,
     }  # fmt: skip
+    proven = proof(job.base, trained.patch, trained.mask) if ranks.is_main() else {}
+    record = provenance.without_places(record | proven)
     if ranks.is_main():
-        record |= proof(job.base, trained.patch, trained.mask)
         run = run_record(started, trained.peaks, planned)
         progress.keep(trained.mask, run, None if format == "diffusers" else record)
         deliver(job.base, trained.patch._replace(record=record), format, job.out)

@@ -63,13 +63,13 @@ def test_recording_again_replaces_the_audit_of_the_same_prompts(erased, tmp_path
     model, few = shutil.copytree(erased / "erased", tmp_path / "erased"), str(erased / "few.csv")
     argv = ["evaluate", str(model), "--prompts", few, "--where", "class=coat"]
     cli.run([*argv, *RECORD, "--out", str(tmp_path / "other")])
-    coats = f"{few} where class=coat"
-    assert list(record_of(model)["audits"]) == [few, coats] and record_of(model)["audits"][coats]["images"] == 2
+    coats = "few.csv where class=coat"
+    assert list(record_of(model)["audits"]) == ["few.csv", coats] and record_of(model)["audits"][coats]["images"] == 2
     cli.run([*argv, "--denoising-steps", "2", "--record", "--out", str(tmp_path / "again")])
     audits = record_of(model)["audits"]
-    assert list(audits) == [few, coats] and [a["sampling"]["steps"] for a in audits.values()] == [1, 2]
+    assert list(audits) == ["few.csv", coats] and [a["sampling"]["steps"] for a in audits.values()] == [1, 2]
     card = (model / "README.md").read_text()
-    assert card.count(few) >= 2 and card.count("| metric |") == 2
+    assert card.count("few.csv") >= 2 and str(erased) not in card and card.count("| metric |") == 2
 
 
 def test_a_recorded_audit_of_a_single_file_leaves_its_tensors_alone(tiny, tmp_path):
@@ -79,7 +79,7 @@ def test_a_recorded_audit_of_a_single_file_leaves_its_tensors_alone(tiny, tmp_pa
     cli.run(["evaluate", str(file), "--config", tiny, "--prompts", str(few), *RECORD, "--out", str(tmp_path / "audit")])
     assert find(str(file), config=tiny).fingerprint == before
     audits = json.loads(tensors.read(file)[1]["salun_sd"])["audits"]
-    assert audits[str(few)]["images"] == 2 and audits == record_of(provenance.run_folder(file))["audits"]
+    assert audits[few.name]["images"] == 2 and audits == record_of(provenance.run_folder(file))["audits"]
     other = file.rename(tmp_path / "erased.CKPT")  # the ending does not matter: the record is checked
     opened(str(other), tiny)
     flip(other)
@@ -138,6 +138,27 @@ def test_a_record_is_read_back_as_it_was_written_and_a_damaged_one_is_named(eras
     (tmp_path / "salun.json").symlink_to(tmp_path / "blobs" / "0123")
     with pytest.raises(SalunError, match="salun.json.*0123"):
         provenance.read(tmp_path)
+
+
+def test_a_record_keeps_of_absolute_paths_the_last_part_and_prompts_as_they_are(erased):
+    record = provenance.read(erased / "erased")
+    assert provenance.without_places(record) == record
+    command = "salun-sd erase ~/sd15 --concept '/imagine a cat' --forget='/home/jane doe/cats' --out ../erased"
+    record["command"] = command
+    record["concepts"] = [{"prompt": "/imagine a cat", "anchor": "/b", "synonyms": ["/c"], "images": "/home/jane/cats"}]
+    record["settings"] |= {"model": "~/sd15", "retain": "/data/x/", "retain_prompts": ["/d"], "mask": "a/b.safetensors"}
+    record["data"] = {"forget": "/home/jane/cats; /home/jane/dogs", "retain": "drawn by the base from /home/jane/p.csv"}
+    record["base"] |= {"model": "~/sd15", "header": {"title": "/e/f"}, "record": json.loads(json.dumps(record))}
+    clean = provenance.without_places(record)
+    assert clean["command"] == "salun-sd erase sd15 --concept '/imagine a cat' --forget=cats --out ../erased"
+    assert clean["concepts"] == [record["concepts"][0] | {"images": "cats"}]
+    names = {"model": "sd15", "retain": "x", "retain_prompts": ["/d"], "mask": "a/b.safetensors"}
+    assert clean["settings"] == record["settings"] | names
+    assert clean["data"] == {"forget": "cats; dogs", "retain": "drawn by the base from p.csv"}
+    assert clean["base"]["header"] == {"title": "/e/f"} and clean["base"]["record"]["command"] == clean["command"]
+    assert clean["inputs"] == record["inputs"] and "jane" not in json.dumps(clean)
+    for other in ("python 'x", "line one\nline two"):  # of no shell, or without a path
+        assert provenance.without_places(record | {"command": other})["command"] == other
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

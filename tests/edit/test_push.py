@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -81,15 +82,30 @@ def test_a_dry_run_lists_what_would_be_sent_and_asks_nobody(erased, hub, monkeyp
     assert all(name in listed for name in pushed.files) and hub.calls == []
 
 
-def test_places_on_this_machine_that_the_record_names_are_said(tiny, erased, tmp_path, caplog):
-    salun_sd.push(erased / "folder", NAME, dry_run=True)
-    assert tiny in caplog.text and str(erased / "patch.safetensors") in caplog.text
-    folder, record = shutil.copytree(erased / "folder", tmp_path / "folder"), provenance.read(erased / "folder")
-    text = json.dumps(record).replace(str(erased), "here").replace(tiny, "org/base")
-    provenance.write_folder(json.loads(text), folder)
-    caplog.clear()
-    salun_sd.push(folder, NAME, dry_run=True)
-    assert "this machine" not in caplog.text
+def test_what_is_sent_names_no_folder_of_this_machine(tiny, erased, hub):
+    salun_sd.push(erased / "folder", NAME)
+    files = hub.repos[NAME].files
+    for text in (files["README.md"].decode(), files["salun.json"].decode()):
+        assert str(erased) not in text and str(Path(tiny).parent) not in text
+        assert "patch.safetensors" in text and Path(tiny).name in text
+    for name in ("patch.safetensors", "file.safetensors"):
+        assert str(erased).encode() not in (erased / name).read_bytes()
+
+
+def test_a_record_of_an_earlier_version_that_names_folders_is_not_sent(erased, hub, tmp_path, capsys):
+    folder = shutil.copytree(erased / "folder", tmp_path / "folder")
+    record = provenance.read(folder)
+    record["base"]["model"] = "/home/jane doe/models/base"
+    provenance.write_folder(record, folder)
+    said = fails(["push", folder, NAME], 2, capsys)
+    assert "/home/jane doe/models/base" in said and "--record" in said and hub.calls == []
+    audit = {"prompts": "/home/jane doe/few.csv where class=coat", "images": 1, "metrics": {}, "against": None,
+             "sampling": {"samples": 1, "steps": 1}}  # fmt: skip
+    provenance.add_audit(folder, audit)
+    salun_sd.push(folder, NAME)
+    sent = hub.repos[NAME].files
+    assert list(json.loads(sent["salun.json"])["audits"]) == ["few.csv where class=coat"]
+    assert not any(b"jane" in sent[name] for name in ("salun.json", "README.md"))
 
 
 @pytest.mark.parametrize("name", ["org", "a/b/c", "org/", "org/a--b", "org/ü", "https://huggingface.co/org/name"])
