@@ -46,7 +46,7 @@ def test_tries_that_lack_something_are_searched_for_again_and_settings_say_what_
         assert found(attack) == before and file.name in caplog.text
     settings = attack.out / "settings.json"
     settings.write_text(settings.read_text()[:-9])
-    with pytest.raises(SalunError, match=f"settings.json is damaged.* --out, or remove {attack.out}"):
+    with pytest.raises(SalunError, match=f"settings.json is damaged.* Remove {attack.out}, or give another --out"):
         run(SMALL, scene(1), tmp_path).search()
 
 
