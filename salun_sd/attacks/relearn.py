@@ -62,8 +62,8 @@ class FineTune(Weights):
     def _optimizer(self, unet: nn.Module, seed: int) -> Iterator[MaskedAdam]:
         """An optimizer of the weights that are trained. In the end, LoRA's are gone."""
         if self.lora:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
+            with torch.random.fork_rng(devices=[]):  # LoRA's weights are drawn on the CPU
+                torch.default_generator.manual_seed(seed)
                 unet.add_adapter(self._adapter())
         is_free = {name: not self.lora or ".lora_" in name for name, _ in unet.named_parameters()}
         bits = Bits.of((name, torch.full(p.shape, is_free[name])) for name, p in unet.named_parameters())

@@ -72,3 +72,12 @@ def test_lora_leaves_the_models_own_weights_alone(tiny):
         now = {name.replace(".base_layer", ""): p for name, p in tiny.target.unet.named_parameters()}
         assert all(torch.equal(now[name], value) for name, value in before.items())
         assert {name for name in now if name not in before} == {name for name in now if ".lora_" in name} != set()
+
+
+def test_lora_opens_no_other_gpu_of_the_machine(tiny, monkeypatch, recwarn):
+    """Their generators are neither asked nor seeded: that would take memory on each."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"GPU {device} was opened"))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded"))
+    assert list(BESIDE.stages(tiny)) and not [w for w in recwarn if "available devices" in str(w.message)]
