@@ -12,9 +12,13 @@ import sys
 import pytest
 import torch
 from helpers import models
+from helpers.by_class import write_ddpm
 from helpers.commands import ANCHOR, CONCEPT, ERASE
+from helpers.pictures import TINY, write_idx
 from PIL import Image
+from safetensors.torch import load_file
 
+from salun_sd.attacks.conditioning import Conditioning
 from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.edit import maskfile
@@ -88,6 +92,54 @@ def test_images_are_those_of_the_cpu_in_float32(on, tmp_path, guidance, dtype, l
     pairs = zip(drawn(tmp_path / "cpu"), drawn(tmp_path / "gpu"), strict=True)
     apart = [float((a - b).abs().mean()) for a, b in pairs]
     assert len(apart) == 2 and max(apart) < levels
+
+
+def test_a_class_is_erased_and_drawn_as_on_the_cpu(on, tmp_path):
+    """After the probe and a strip of samples, too. The weights are to 2 % of what moved, the images to 2 of 255."""
+    model = write_ddpm(tmp_path / "base")
+    line = ["erase", model, "--concept", "bag", "--anchor", "coat", "--samples", "4", "--steps", "2", "--batch-size",
+            "2", "--lr", "1e-3", "--probe-every", "1", "--sample-every", "2", "--dtype", "float32"]  # fmt: skip
+    for device in ("gpu", "cpu"):  # the CPU takes the training images that the GPU drew
+        on(device, *line, "--mask", "random:0.5", "--out", tmp_path / device)
+    for device in ("gpu", "cpu"):
+        on(device, "evaluate", tmp_path / "cpu", "--prompts", "classes", "--limit", "2", "--detector", "none",
+           "--dtype", "float32", "--out", tmp_path / f"{device}.audit")  # fmt: skip
+    base, cpu, gpu = (find(str(tmp_path / name)).unet for name in ("base", "cpu", "gpu"))
+    far, moved = (
+        sum(float((a[n].read() - b[n].read()).abs().sum()) for n in base) for a, b in ((gpu, cpu), (cpu, base))
+    )
+    assert 0 < moved and far < 0.02 * moved
+    pairs = zip(drawn(tmp_path / "cpu.audit"), drawn(tmp_path / "gpu.audit"), strict=True)
+    assert max(float((a - b).abs().mean()) for a, b in pairs) < 2
+
+
+def test_an_attack_finds_what_it_finds_on_the_cpu(on, tmp_path, monkeypatch):
+    """Each number moves by 0.04 at most, and the two are 0.002 apart on average. The same classifier judges them."""
+    monkeypatch.setattr(Conditioning, "quick", {"steps": 2})
+    (tmp_path / "p.csv").write_text("prompt,class\na photo of a sneaker,sneaker\na photo of a bag,bag\n")
+    line = ["attack", "pocket", "--concept", CONCEPT, "--concept-class", "sneaker", "--prompts", tmp_path / "p.csv",
+            "--base", "pocket", "--with", "conditioning", "--denoising-steps", "2", "--detector", "none",
+            "--dtype", "float32"]  # fmt: skip
+    for device in ("gpu", "cpu"):
+        on(device, *line, "--out", tmp_path / device)
+    folder = "attacks/conditioning/{}/found.safetensors".format
+    for side in ("model", "control"):
+        cpu, gpu = (load_file(tmp_path / device / folder(side)) for device in ("cpu", "gpu"))
+        assert cpu.keys() == gpu.keys() and all(float((cpu[k] - gpu[k]).abs().mean()) < 0.002 for k in cpu)
+
+
+def test_a_classifier_forgets_as_on_the_cpu(on, tmp_path):
+    """By methods that train, mask and solve; the probabilities of the true classes are 0.02 apart on average. The GPU
+    trains the original."""
+    data = write_idx(tmp_path / "idx")
+    line = ["classifier", "--data", data, "--forget", "0.2", *TINY, "--method", "retrain", "--method", "salun",
+            "--method", "iu", "--method", "be", "--setting", "iu.samples=3"]  # fmt: skip
+    for device in ("gpu", "cpu"):
+        on(device, *line, "--out", tmp_path / device)
+    for file in sorted((tmp_path / "cpu" / "run").glob("*.safetensors")):
+        cpu, gpu = load_file(file), load_file(tmp_path / "gpu" / "run" / file.name)
+        for name in (name for name in cpu if name.endswith("/confidence")):
+            assert float((cpu[name] - gpu[name]).abs().mean()) < 0.02, (file.name, name)
 
 
 @pytest.mark.skipif(GPUS < 2 and "SALUN_SD_REHEARSE" not in os.environ, reason="needs two GPUs")
