@@ -83,10 +83,11 @@ def merge(
     for side, sampling in ((merged, settings.get("sampling")), (merged["against"], settings.get("sampling_against"))):
         if sampling:
             _name_as_drawn(side)
-    out.mkdir(parents=True, exist_ok=True)  # its images are found from there
+    sides = [*filter(None, (run, base))]
+    for side in sides:
+        side.folder.mkdir(parents=True, exist_ok=True)  # the images are found from there
     deliver.finish(merged, run, base, out, parsed, confident=confident, pictures=not no_images)
-    for side in filter(None, (run, base)):
-        side.folder.mkdir(exist_ok=True)
+    for side in sides:
         write_lines(side.folder, side.manifest, side.detections)
     return merged
 
