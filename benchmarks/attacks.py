@@ -149,8 +149,8 @@ def write(rows: list[Row]) -> None:
         f"""# Attacks on erasures of the pocket checkpoint's classes
 
 `python benchmarks/{Path(__file__).name} --out DIR --concept CLASS --floor MODEL`, {date.today()}, Python
-{platform.python_version()}; one thread of {kept_rows.machines(rows)}.
-In all {sum(row.seconds or 0 for row in rows) / 3600:.1f} hours for the attacks.
+{platform.python_version()}; {kept_rows.machines(rows)}: one thread, or the
+GPU. In all {sum(row.seconds or 0 for row in rows) / 3600:.1f} hours for the attacks, without those on a GPU.
 
 Each class is erased towards the next one, with the options that [methods.md](methods.md) names. The floor is `python -m
 salun_sd.pocket.train --without CLASS`: text encoder and UNet trained anew without the class, as long as the base and
