@@ -104,9 +104,9 @@ MASKED = {  # models, and what a refusal names
 }
 APPLIED = {
     "a wider config": ("{file} {once} --config {odd}/wide", 1, "--config shape"),
-    "another base": ("{odd}/other {once}", 1, "{here}/sd1.ckpt {odd}/other"),
-    "a base of another family": ("{odd}/sdxl {once}", 1, "{here}/sd1.ckpt {odd}/sdxl"),
-    "another one to revert": ("{odd}/other {patch} --revert", 1, "{sd1} {odd}/other"),
+    "another base": ("{odd}/other {once}", 1, "sd1.ckpt {odd}/other"),
+    "a base of another family": ("{odd}/sdxl {once}", 1, "sd1.ckpt {odd}/sdxl"),
+    "another one to revert": ("{odd}/other {patch} --revert", 1, "sd1 {odd}/other"),
     "once more": ("{here}/erased {once}", 1, "{here}/erased already"),
     "no values to revert": ("{here}/erased {once} --revert", 1, "--reversible"),
     "the base to revert": ("{sd1} {patch} --revert", 1, "{sd1} revert"),
