@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from salun_sd.checkpoint import tensors
 from salun_sd.checkpoint.families import BY_CLASS, DIT
-from salun_sd.checkpoint.model import CONFIGS, SAMPLING, Checkpoint
+from salun_sd.checkpoint.model import BUNDLED, CONFIGS, SAMPLING, Checkpoint
 from salun_sd.errors import SalunError
 from salun_sd.runtime import escape, seals
 from salun_sd.runtime.documents import parse_json, read_json
@@ -140,11 +140,12 @@ def last_parts(value: Any) -> Any:
 
 def _last(text: str) -> str:
     """A text without the folders of an absolute path that it begins with. Behind the path may be what prompts were
-    chosen from it."""
+    chosen from it. A model in a folder named "pocket" is not the bundled one: it is "./pocket"."""
     if not text.startswith(("/", "~/")):
         return text
     path, *chosen = re.split(r"(?= where |, the first )", text, maxsplit=1)
-    return Path(path).name + "".join(chosen)
+    name = Path(path).name
+    return (f"./{name}" if name in BUNDLED else name) + "".join(chosen)
 
 
 def _with_last_parts(command: str, texts: set[str | None]) -> str:

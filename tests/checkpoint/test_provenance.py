@@ -157,6 +157,8 @@ def test_a_record_keeps_of_absolute_paths_the_last_part_and_prompts_as_they_are(
     assert clean["data"] == {"forget": "cats; dogs", "retain": "drawn by the base from p.csv"}
     assert clean["base"]["header"] == {"title": "/e/f"} and clean["base"]["record"]["command"] == clean["command"]
     assert clean["inputs"] == record["inputs"] and "jane" not in json.dumps(clean)
+    record["base"]["model"] = "/home/jane/pocket"  # which has a config of its own
+    assert provenance.without_places(record)["base"]["model"] == "./pocket"
     for other in ("python 'x", "line one\nline two"):  # of no shell, or without a path
         assert provenance.without_places(record | {"command": other})["command"] == other
 
