@@ -1,6 +1,7 @@
 """What the steps of paper_sd.py will take: hours, memory and disk, by arithmetic alone."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -10,7 +11,8 @@ from paper_tasks import BATCH, Step
 from scale import flops_of_prediction, matmul_rate
 
 from salun_sd.attacks.catalog import ATTACKS
-from salun_sd.attacks.effort import Effort, drawing, effort
+from salun_sd.attacks.effort import Effort, drawing
+from salun_sd.attacks.run import FRESH_IMAGES
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Attacking, Erasing, Masking, Work
@@ -102,9 +104,13 @@ def predictions(step: Step, costs: Costs) -> float:
 def _attacking(step: Step, steps: int) -> Effort:
     """What an attack draws, in so many denoising steps, and searches: of the model, its control and the base; and the
     images of its audit."""
-    attack = ATTACKS[step.attack].of("paper")
-    sides = [effort(attack, step.prompts, steps, 1, True, control) for control in (False, True, False)]
-    return sum(sides, drawing([step.prompts] * 2, steps, 1, True))
+    attack, prompts = ATTACKS[step.attack].of("paper"), step.prompts
+    tries = attack.most_tries(SimpleNamespace(words=()))  # no words of the user's own
+    fresh = 2 * FRESH_IMAGES if attack.has_fresh() else 0  # not of the control
+    images = prompts * (3 * (1 + tries) + fresh)
+    drawn = drawing([images], attack.drawing[1] if attack.drawing else steps, 1, True, images)
+    audit = drawing([2 * prompts], steps, 1, True, 2 * prompts)
+    return drawn + audit + Effort(passes=2 * attack.passes(prompts))
 
 
 def _text(step: Step) -> float:
