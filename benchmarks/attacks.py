@@ -113,7 +113,7 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
     for name, entry in entries.items():
         if name not in known:
             where = {"fingerprint": find(str(floor)).fingerprint[:16], "machine": kept_rows.machine()}
-            where["seconds"] = kept_rows.cost(round(seconds / len(entries)))
+            where["seconds"] = kept_rows.on_cpu(round(seconds / len(entries)))
             kept_rows.add(ROWS, Row(concept, erasure, name, budget, seed, **of_sides(entry), **where))
 
 

@@ -103,8 +103,8 @@ def measured(out: Path, key: tuple, options: list[str], data: Path) -> Row:
     of_base = kept_rows.audited(evaluate, here / "audit", out / BASE)
     reference = ["--reference", str(kept_data(out, concept, data))]
     of_data = kept_rows.audited([*evaluate, *reference], here / "audit", out / BASE)
-    seconds = json.loads((here / "made.run" / "run.json").read_text())["seconds"] if run != RETRAIN else None
-    seconds = seconds and kept_rows.cost(seconds)
+    of_run = {} if run == RETRAIN else json.loads((here / "made.run" / "run.json").read_text())
+    seconds = kept_rows.on_cpu(of_run.get("seconds"))
     shutil.rmtree(here / "audit")
     metrics, ra_of_base = of_base["metrics"], of_base["against"]["metrics"]["ra"]["rate"]
     fids = [q["fid"]["value"] for q in (of_base["quality"], of_data["quality"], of_data["against"]["quality"])]

@@ -34,8 +34,7 @@ from salun_sd.draw import generate, prompts
 from salun_sd.draw.sample import Row, images_per_pass
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
-DEFAULTS = {"pocket": (64, 25), "sd1": (4, 2)}  # images, steps
-ON_GPU = {"pocket": (64, 25), "sd1": (8, 10)}
+DEFAULTS = {"pocket": (64, 25), "sd1": (8, 10) if default_device() == "cuda" else (4, 2)}  # images, steps
 FILE = Path(__file__).with_suffix(".md")
 NAMES = {"pocket": "pocket", "sd1": "SD 1.x"}
 
@@ -148,8 +147,7 @@ def main(
     torch.set_num_threads(threads)
     table, half = [], Precision.to_draw("bfloat16", default_device()).dtype  # float32 where there is none
     for name in [a.value for a in arch or Arch]:
-        usual = (ON_GPU if default_device() == "cuda" else DEFAULTS)[name]
-        how = images or usual[0], steps or usual[1]
+        how = images or DEFAULTS[name][0], steps or DEFAULTS[name][1]
         with tempfile.TemporaryDirectory() as folder:
             model = find("pocket" if name == "pocket" else str(write_pipeline(Path(folder) / name, name, full=True)))
             for dtype in dict.fromkeys((torch.float32, half)):

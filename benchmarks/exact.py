@@ -168,7 +168,7 @@ def cost(erased: Path, weights: int) -> dict[str, float]:
     of_run = json.loads((provenance.run_folder(erased) / "run.json").read_text())
     changed = json.loads((erased / "salun.json").read_text())["changed"]["inside"]
     peak = max(of_run["peak_bytes"].values()) / 2**30
-    return {"seconds": kept_rows.cost(round(of_run["seconds"])), "peak": kept_rows.cost(round(peak, 2)),
+    return {"seconds": kept_rows.on_cpu(round(of_run["seconds"])), "peak": kept_rows.on_cpu(round(peak, 2)),
             "changed": round(changed / weights, 4)}  # fmt: skip
 
 

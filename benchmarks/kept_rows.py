@@ -35,8 +35,8 @@ def machine() -> str:
     return f"{cpu()}, {torch.cuda.get_device_name()}" if default_device() == "cuda" else cpu()
 
 
-def cost(value: float) -> float | None:
-    """What a row says of seconds and memory; None with a GPU: rows share it, and means are of one kind of machine."""
+def on_cpu(value: float | None) -> float | None:
+    """Seconds or memory for a row; None with a GPU, which several rows share, and beside which a mean says little."""
     return None if default_device() == "cuda" else value
 
 

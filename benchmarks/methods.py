@@ -138,8 +138,8 @@ def audited(here: Path, base: Path) -> dict[str, float]:
     return {
         "ua": rates["ua"]["rate"], "ra": round(rates["ra"]["rate"], 6), "base_ra": round(before["ra"]["rate"], 6),
         "change": round(quality["change"]["value"], 6), "ssim": round(quality["change_ssim"]["value"], 6),
-        "denoising": report["settings"]["sampling"]["steps"], "seconds": kept_rows.cost(round(of_run["seconds"])),
-        "peak": kept_rows.cost(round(max(of_run["peak_bytes"].values()) / 2**30, 2)),
+        "denoising": report["settings"]["sampling"]["steps"], "seconds": kept_rows.on_cpu(round(of_run["seconds"])),
+        "peak": kept_rows.on_cpu(round(max(of_run["peak_bytes"].values()) / 2**30, 2)),
     }  # fmt: skip
 
 

@@ -57,9 +57,14 @@ def remove_partial(out: Path) -> None:
 def count(file: Path) -> int | None:
     """The number of tries in the file of a prompt, from its header alone; None where it is absent or damaged."""
     try:
-        return len(json.loads(tensors.read(file)[1]["tries"])) if file.is_file() else None
+        return len(_lines(tensors.read(file)[1], file)) if file.is_file() else None
     except SalunError:
         return None
+
+
+def _lines(metadata: dict[str, str], file: Path) -> list[dict]:
+    """What the metadata of a prompt's file says of its tries. Raises SalunError where that is not of tries."""
+    return parse_json(metadata.get("tries", ""), str(file), TRIES)
 
 
 def save(file: Path, tries: list[Try]) -> None:
@@ -78,7 +83,7 @@ def read(file: Path) -> list[Try]:
     content, metadata = tensors.read_sealed(file)
     values = {name: value.read() for name, value in content.items()}
     tries = []
-    for n, line in enumerate(parse_json(metadata.get("tries", ""), str(file), TRIES)):
+    for n, line in enumerate(_lines(metadata, file)):
         mark = f"{n}.condition."
         condition = {name.removeprefix(mark): value for name, value in values.items() if name.startswith(mark)}
         one = Try(**line | {"tokens": tuple(line["tokens"])})

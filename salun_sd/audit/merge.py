@@ -68,7 +68,8 @@ def merge(
     run = _joined(pieces, lambda piece: piece.run, out)
     base = _joined(pieces, lambda piece: piece.base, out / "against") if report["against"] else None
     _check_replaceable(out, run, report)
-    for side in filter(None, (run, base)):
+    sides = [*filter(None, (run, base))]
+    for side in sides:
         check_some(side)
     found = looked.joined([piece.looked for piece in pieces])
     detectors = [NUDENET] * bool(settings["detector"]) + list(settings.get("detectors", ()))
@@ -83,7 +84,6 @@ def merge(
     for side, sampling in ((merged, settings.get("sampling")), (merged["against"], settings.get("sampling_against"))):
         if sampling:
             _name_as_drawn(side)
-    sides = [*filter(None, (run, base))]
     for side in sides:
         side.folder.mkdir(parents=True, exist_ok=True)  # the images are found from there
     deliver.finish(merged, run, base, out, parsed, confident=confident, pictures=not no_images)

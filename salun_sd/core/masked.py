@@ -133,14 +133,14 @@ class Masked:
         """
         if not self._stepping or self._moved():
             raise RuntimeError("A step takes one update: call apply() once inside `with optimizer.step():`.")
+        counts = {name: k for s in self._groups() for name, k in zip(s.parameters, s.counts, strict=True)}
+        if odd := [name for name, grad in gradients.items() if counts.get(name) != len(grad)]:
+            raise ValueError(f"The mask has not so many weights in {some(odd)}: give gradients as withdraw() does.")
         if gradients and self.clip is not None:
             norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradients.values()]
             norm = float(torch.linalg.vector_norm(torch.stack(norms)))
             for grad in gradients.values():
                 grad.mul_(min(1.0, self.clip / (norm + 1e-6)))  # as torch.nn.utils.clip_grad_norm_
-        counts = {name: k for s in self._groups() for name, k in zip(s.parameters, s.counts, strict=True)}
-        if odd := [name for name, grad in gradients.items() if counts.get(name) != len(grad)]:
-            raise ValueError(f"The mask has not so many weights in {some(odd)}: give gradients as withdraw() does.")
         for s in self._groups():
             if 0 < len(gradients.keys() & s.parameters.keys()) < len(s.parameters):
                 self._split(s)

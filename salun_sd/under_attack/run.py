@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from salun_sd.attacks.attack import Scene
+from salun_sd.attacks.run import FRESH_FOLDER
 from salun_sd.audit import attacked, deliver, detectors, quality
 from salun_sd.audit import run as audit
 from salun_sd.audit.examine import examine
@@ -92,7 +93,7 @@ def _on_one(plan: Plan, name: str, side: Side, of_all: Scene) -> attacked.Side:
     run.search()
     tries = examine(model, run.draw(), judge, looking, run.out)
     lines = [] if side.control else run.fresh(attacked.chosen(tries, concepts))
-    return attacked.Side(tries, examine(model, lines, judge, looking, run.out / "fresh") if lines else None)
+    return attacked.Side(tries, examine(model, lines, judge, looking, run.out / FRESH_FOLDER) if lines else None)
 
 
 def _entry(plan: Plan, name: str, sides: dict[str, attacked.Side]) -> dict:

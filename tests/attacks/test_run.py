@@ -42,6 +42,7 @@ def test_tries_that_lack_something_are_searched_for_again_and_settings_say_what_
     before, (file,) = found(attack), attack.out.glob("found/*")
     for metadata in ({}, {"tries": '[{"text": "a bag"}]'}, {"tries": '[{"seed": "1"}]'}):
         kept.save_tensors(file, {}, metadata)
+        assert run(SMALL, scene(1), tmp_path).left().prompts == 1
         run(SMALL, scene(1), tmp_path).search()
         assert found(attack) == before and file.name in caplog.text
     settings = attack.out / "settings.json"
