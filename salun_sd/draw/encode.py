@@ -16,6 +16,7 @@ from salun_sd.runtime.finite import finite
 
 logger = logging.getLogger(__name__)
 
+TOGETHER = 8  # prompts that go through the text encoders at once
 SHOWN = 80  # most characters of a prompt in a warning
 GREY = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # luma of red, green and blue (ITU-R BT.601)
 
@@ -61,20 +62,23 @@ def encode_prompts(pipeline, texts: list[str]) -> Condition:
     """Prompts => "context" [P, L, D] and, for SDXL, the pooled "text_embeds" [P, E]; both float32 on the CPU. Names of
     classes => "class", int64 [P].
 
-    Each prompt is encoded alone, so that its embedding does not depend on the others, and as the pipeline encodes it to
-    draw. "" is encoded as a missing prompt: zeros for SDXL base (force_zeros_for_empty_prompt). Raises NotFinite where
+    Each prompt is encoded as the pipeline encodes it to draw, in batches of one shape, filled up with "": so its
+    embedding does not depend on the others, as matrix kernels round by the shape of the whole batch. "" is encoded as a missing prompt: zeros for SDXL base (force_zeros_for_empty_prompt). Raises NotFinite where
     a text encoder gives no such values.
     """
     if isinstance(pipeline, ClassPipeline):
         return {"class": torch.tensor([pipeline.classes.number(text) for text in texts])}
-    rows = []
-    for text in texts:
-        row = embedded(pipeline, text)
-        for values in row.values():
-            finite(values, f"The output of the text encoder of {pipeline.name_or_path}")
-        empty_is_zero = text == "" and pipeline.config.get("force_zeros_for_empty_prompt")
-        rows.append({k: (v * 0 if empty_is_zero else v)[0].cpu() for k, v in row.items()})
-    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+    batches = []
+    for first in range(0, len(texts), TOGETHER):
+        some = texts[first : first + TOGETHER]
+        batch = embedded(pipeline, [*some, *[""] * (TOGETHER - len(some))])
+        batches.append({k: v[: len(some)].cpu() for k, v in batch.items()})
+    encoded = {k: torch.cat([batch[k] for batch in batches]) for k in batches[0]}
+    for values in encoded.values():
+        finite(values, f"The output of the text encoder of {pipeline.name_or_path}")
+        if pipeline.config.get("force_zeros_for_empty_prompt"):
+            values[[text == "" for text in texts]] = 0
+    return encoded
 
 
 def embedded(pipeline, text: str | list[str]) -> Condition:

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -81,7 +80,7 @@ class Sampler:
     ):
         self.pipeline, self.steps, self.given = pipeline, steps, given
         self.scheduler = scheduler or type(pipeline.scheduler).__name__
-        self._embedding = lru_cache(TEXTS_KEPT)(lambda text: encode_prompts(pipeline, [text]))
+        self._embeddings: dict[str, Condition] = {}  # of the texts that were drawn last
 
     def passes(self, rows: Sequence[Row]) -> list[list[int]]:
         """The rows' places, in groups that go through the UNet together.
@@ -143,17 +142,27 @@ class Sampler:
         """Width and height of an image in pixels => of its latents."""
         return size[0] // self.pipeline.vae_scale_factor, size[1] // self.pipeline.vae_scale_factor
 
+    def _read(self, texts: list[str]) -> None:
+        """Keep the embeddings of texts, [1, ...] each. Those of earlier passes are kept, too, up to a number."""
+        if len(self._embeddings) > TEXTS_KEPT:
+            self._embeddings.clear()
+        if new := [text for text in dict.fromkeys(texts) if text not in self._embeddings]:
+            encoded = encode_prompts(self.pipeline, new)
+            self._embeddings |= {text: {k: v[i : i + 1] for k, v in encoded.items()} for i, text in enumerate(new)}
+
     def _conditions(self, rows: list[Row], given: list[Given]) -> tuple[Condition, Condition | None]:
         """The rows' conditions and those of the empty text; None for the latter without guidance."""
-        embeddings = [g.condition or self._embedding(row.text) for row, g in zip(rows, given, strict=True)]
+        guided, texts = rows[0].guidance > 1, [row.text for row, g in zip(rows, given, strict=True) if not g.condition]
+        self._read([*texts, ""] if guided else texts)
+        embeddings = [g.condition or self._embeddings[row.text] for row, g in zip(rows, given, strict=True)]
         conditional = {k: torch.cat([e[k] for e in embeddings]) for k in embeddings[0]}
         sizes = {}
         if "text_embeds" in conditional:  # SDXL: the image's own size, no crop, and the same size again
             ids = [[row.size[1], row.size[0], 0, 0, row.size[1], row.size[0]] for row in rows]
             sizes["time_ids"] = torch.tensor(ids).float()
-        if rows[0].guidance <= 1:
+        if not guided:
             return conditional | sizes, None
-        empty = self._embedding("")
+        empty = self._embeddings[""]
         if "embedding" in conditional:
             null = self.pipeline.unet.class_embedding(empty["class"].to(self.pipeline.unet.device))
             empty = {"embedding": null.to(conditional["embedding"])}

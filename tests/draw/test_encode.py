@@ -77,8 +77,10 @@ def test_encoding_equals_the_pipelines_own(pocket, tmp_path):
 
 
 def test_an_embedding_does_not_depend_on_its_neighbours(pocket):
-    together = encode_prompts(pocket, ["a sneaker", "", "a bag"])["context"]
-    assert torch.equal(together[2:], encode_prompts(pocket, ["a bag"])["context"])
+    texts = [f"a photo of {n} bags" for n in range(11)]  # in more batches than one, at places of their own
+    together, turned = (encode_prompts(pocket, some)["context"] for some in (texts, ["", *reversed(texts)]))
+    assert torch.equal(together, turned.flip(0)[:-1])
+    assert torch.equal(together[9:10], encode_prompts(pocket, texts[9:10])["context"])
 
 
 def test_sdxl_is_told_the_pooled_embedding_and_nothing_for_no_prompt(tmp_path):
