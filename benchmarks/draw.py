@@ -18,6 +18,7 @@ from datetime import date
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import torch
@@ -96,36 +97,36 @@ def of_authors(pipeline, rows: list[Row], steps: int, out: Path) -> None:
         pipeline.image_processor.postprocess(image)[0].save(out / f"{i}.png")
 
 
-def rate(draw: Callable, rows: list[Row], steps: int) -> float:
-    """Images a second, after a run in one step, in which kernels are chosen: on a CPU of one small image. There, a
-    second is one that its cores work for this process: what runs beside it counts for little."""
+def seconds(draw: Callable, rows: list[Row], steps: int) -> float:
+    """On a CPU, a second is one that its cores work for this process: what runs beside it counts for little."""
     clock = now if default_device() == "cuda" else lambda: time.process_time() / torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as out:
-        draw(rows if default_device() == "cuda" else [rows[0]._replace(size=(64, 64))], 1, Path(out))
     with tempfile.TemporaryDirectory() as out:
         began = clock()
         draw(rows, steps, Path(out))
-        return len(rows) / (clock() - began)
+        return clock() - began
 
 
 def measured(
-    model: Checkpoint, dtype: torch.dtype, others: list[Other], images: int, steps: int
+    model: Checkpoint, dtype: torch.dtype, others: list[Other], images: int, steps: int, rounds: int
 ) -> dict[str, float]:  # fmt: skip
-    """Images a second of "ours" and of each other."""
-    pipeline, size = load_pipeline(model, dtype=dtype), (model.image_size, model.image_size)
+    """Images a second of "ours" and of each other: the median of some rounds, in each of which all draw, after a run in
+    one step, in which kernels are chosen: on a CPU of one small image."""
+    size = (model.image_size, model.image_size)
     texts, guidance = [p.text for p in prompts.read("pocket", ["class!=sneaker"])], model.sampling[1]
     rows = [Row(texts[i * len(texts) // images], i, guidance, size) for i in range(images)]
-    rates = {"ours": rate(partial(ours, pipeline), rows, steps)}
+    ways = {"ours": partial(ours, load_pipeline(model, dtype=dtype))}
     if Other.diffusers in others:
-        pipeline.to(dtype)  # it draws with all its parts in one
-        rates["diffusers"] = rate(partial(of_diffusers, pipeline), rows, steps)
+        ways["diffusers"] = partial(of_diffusers, load_pipeline(model, dtype=dtype).to(dtype))  # all its parts in one
     if Other.authors in others and dtype == torch.float32:
-        rates["authors"] = rate(partial(of_authors, pipeline), rows, steps)
-    return rates
+        ways["authors"] = partial(of_authors, load_pipeline(model, dtype=dtype))
+    for draw in ways.values():
+        seconds(draw, rows if default_device() == "cuda" else [rows[0]._replace(size=(64, 64))], 1)
+    took = [{name: seconds(draw, rows, steps) for name, draw in ways.items()} for _ in range(rounds)]
+    return {name: images / median(one[name] for one in took) for name in ways}
 
 
-def line(model: Checkpoint, name: str, dtype: torch.dtype, others: list[Other], images: int, steps: int) -> str:
-    rates = measured(model, dtype, others, images, steps)
+def line(model: Checkpoint, name: str, dtype: torch.dtype, others: list[Other], *how: int) -> str:
+    rates, (images, steps, _) = measured(model, dtype, others, *how), how
 
     def beside(other: Other) -> str:
         theirs = rates.get(other.value)
@@ -141,13 +142,14 @@ def main(
     against: Annotated[list[Other] | None, typer.Option(help="Default: all.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Default: 64 of pocket, 4 of SD 1.x; on a GPU 8.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: 25 for pocket, 2 for SD 1.x; on a GPU 10.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="In each, all draw.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
     out: Annotated[Path, typer.Option(help="The file to write.")] = FILE,
 ) -> None:
     torch.set_num_threads(threads)
     table, half = [], Precision.to_draw("bfloat16", default_device()).dtype  # float32 where there is none
     for name in [a.value for a in arch or Arch]:
-        how = images or DEFAULTS[name][0], steps or DEFAULTS[name][1]
+        how = images or DEFAULTS[name][0], steps or DEFAULTS[name][1], rounds
         with tempfile.TemporaryDirectory() as folder:
             model = find("pocket" if name == "pocket" else str(write_pipeline(Path(folder) / name, name, full=True)))
             for dtype in dict.fromkeys((torch.float32, half)):
@@ -160,9 +162,9 @@ def main(
 `python benchmarks/{Path(__file__).name} {shlex.join(sys.argv[1:])}`
 {date.today()}, {device}, PyTorch {torch.__version__}.
 
-One run, the same rows, the model's own scheduler, equal steps. "diffusers" is its own pipeline, in batches of the same
-size. "authors" is the loop of their `generate-images.py`, one image a prompt. On a CPU, a second is one that the cores
-work for the program.
+One run, the same rows, the model's own scheduler, equal steps; the median of {rounds} rounds. "diffusers" is its own
+pipeline, in batches of the same size. "authors" is the loop of their `generate-images.py`, one image a prompt. On a
+CPU, a second is one that the cores work for the program.
 
 | model | dtype | images | steps | `evaluate` | diffusers | times | authors | times |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -63,8 +63,9 @@ def encode_prompts(pipeline, texts: list[str]) -> Condition:
     classes => "class", int64 [P].
 
     Each prompt is encoded as the pipeline encodes it to draw, in batches of one shape, filled up with "": so its
-    embedding does not depend on the others, as matrix kernels round by the shape of the whole batch. "" is encoded as a missing prompt: zeros for SDXL base (force_zeros_for_empty_prompt). Raises NotFinite where
-    a text encoder gives no such values.
+    embedding does not depend on the others, as matrix kernels round by the shape of the whole batch. "" is encoded
+    as a missing prompt: zeros for SDXL base (force_zeros_for_empty_prompt). Raises NotFinite where a text encoder gives
+    no such values.
     """
     if isinstance(pipeline, ClassPipeline):
         return {"class": torch.tensor([pipeline.classes.number(text) for text in texts])}
