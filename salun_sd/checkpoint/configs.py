@@ -1,5 +1,6 @@
 """The configs of a pipeline folder: read, checked, and the modules that they describe."""
 
+import json
 from collections.abc import Iterator
 from copy import deepcopy
 from inspect import signature
@@ -56,6 +57,7 @@ OLD = {"Transformer2DModel": DIT.kind}  # as DiT was published: diffusers had no
 # The kinds of each part that salun-sd knows; a config that names none is of the first.
 PARTS = {"unet": (UNET, UNET_BY_CLASS), "transformer": (DIT,), "vae": (VAE,), "text_encoder": (TEXT_ENCODER,),
          "text_encoder_2": (TEXT_ENCODER,)}  # fmt: skip
+_CHECKED: dict[tuple[str, str], nn.Module] = {}  # of `checked`: a part and its config
 # The variances of the noise, and what the UNet predicts. Each class of diffusers has its own other settings.
 SCHEDULER = {
     "_class_name": str, "prediction_type?": (str, None), "num_train_timesteps?": int, "beta_start?": float,
@@ -144,8 +146,19 @@ def skeleton(folder: Path, part: str, name: str) -> nn.Module:
         raise UsageError(f"{file} is damaged: it describes no {settings[PARTS[part][0].key]} ({first_line(e)}).") from e
 
 
+def checked(folder: Path, part: str, name: str) -> nn.Module:
+    """The skeleton of a part, to be read only: configs that say the same have the same one. Raises UsageError as
+    `skeleton` does, and unless tensors pass through it."""
+    said = part, json.dumps(read(folder, part, name))
+    if said not in _CHECKED:
+        module = skeleton(folder, part, name)
+        _check_pass(folder, part, module)
+        _CHECKED[said] = module
+    return _CHECKED[said]
+
+
 @torch.no_grad()
-def check_pass(folder: Path, part: str, module: nn.Module) -> None:
+def _check_pass(folder: Path, part: str, module: nn.Module) -> None:
     """Raise UsageError unless tensors pass through a part's skeleton. On the meta device: nothing is computed."""
     config, file = module.config, folder / part / "config.json"
     try:

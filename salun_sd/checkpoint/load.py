@@ -24,9 +24,7 @@ def check(model: Checkpoint) -> None:
     """Raise SalunError unless each part's files hold the weights that its config describes, in their shapes, and the
     tokenizers fit the text encoders: all that can be known before a weight is read."""
     for part in model.family.parts:
-        module = model.skeleton(part)
-        _names(model, part, module)
-        configs.check_pass(model.config, part, module)
+        _names(model, part, configs.checked(model.config, part, model.name))
     load_tokenizers(model)
 
 

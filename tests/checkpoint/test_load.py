@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from helpers.models import damage, write_pipeline, write_single_file
 
 from salun_sd.checkpoint.find import find
-from salun_sd.checkpoint.load import load_part, load_pipeline, load_tokenizers
-from salun_sd.errors import SalunError
+from salun_sd.checkpoint.load import check, load_part, load_pipeline, load_tokenizers
+from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime.finite import NotFinite
 
 WEIGHTS = [
@@ -80,3 +81,18 @@ def test_a_pipe_among_the_files_of_a_tokenizer_is_not_waited_for(tmp_path):
     os.mkfifo(pipe := folder / "tokenizer" / "special_tokens_map.json")
     with pytest.raises(SalunError, match=str(pipe)):
         load_tokenizers(find(str(folder)))
+
+
+def test_a_config_through_which_tensors_passed_is_not_tried_again_and_another_one_is(tmp_path, monkeypatch):
+    model = find(str(write_pipeline(tmp_path / "model", "sd1")))
+    check(model)
+
+    def forward(self, *args, **kwargs):
+        raise RuntimeError("it was tried")
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    check(model)
+    file = tmp_path / "model" / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"norm_eps": 1e-3}))
+    with pytest.raises(UsageError, match="it was tried"):
+        check(find(str(tmp_path / "model")))
