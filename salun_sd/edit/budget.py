@@ -5,6 +5,7 @@ The weights and the state beside them are counted. What a forward and backward p
 device.
 """
 
+import json
 import time
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ from salun_sd.runtime.peak import peak_of
 PROGRAM = "the program"
 TOKENS = 77  # in a prompt
 LONG = 5.0  # seconds of a pass, after which no larger one is measured
+_MEASURED: dict[tuple, tuple[int, int]] = {}  # of `_measured`
 
 
 @dataclass(frozen=True)
@@ -242,12 +244,21 @@ def plan(config: dict, work: Work, device: torch.device | str) -> dict[str, int]
     this process has now. On a GPU, they are what torch allocates, without CUDA itself, which takes about half a GB.
     """
     device = torch.device(device)
-    unet = _unet(config, work)
-    sizes = work.state(sum(p.numel() for p in unet.parameters()), device)
-    sizes["activations"] = work.activations(unet, device)
+    count, activations = _measured(config, work, device)
+    sizes = work.state(count, device)
+    sizes["activations"] = activations
     if device.type == "cpu":
         sizes[PROGRAM] = memory.resident()
     return {name: size for name, size in sizes.items() if size}
+
+
+def _measured(config: dict, work: Work, device: torch.device) -> tuple[int, int]:
+    """The UNet's weights and the bytes of `activations`; measured once for what is asked again."""
+    asked = json.dumps(config), repr(work), device, torch.get_num_threads()
+    if asked not in _MEASURED:
+        unet = _unet(config, work)
+        _MEASURED[asked] = sum(p.numel() for p in unet.parameters()), work.activations(unet, device)
+    return _MEASURED[asked]
 
 
 def seconds_of_pass(config: dict, work: Work, device: torch.device | str) -> float:

@@ -151,6 +151,19 @@ def test_parts_are_those_of_the_step():
     assert of_mask["weights"] == of_erase["weights"] == 4 * weights
 
 
+def test_what_is_planned_again_is_not_measured_again(monkeypatch):
+    before = budget.plan(CONFIG, MASK, "cpu")
+
+    def measure(*_):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(budget, "peak_of", measure)
+    assert budget.plan(dict(CONFIG), replace(MASK), "cpu")["activations"] == before["activations"]
+    for config, work in [(CONFIG | {"norm_num_groups": 4}, MASK), (CONFIG, replace(MASK, batch=3))]:
+        with pytest.raises(AssertionError, match="it was measured"):
+            budget.plan(config, work, "cpu")
+
+
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
 def test_every_family_can_be_planned(family):
     """What SDXL's UNet is told beside the text is there too."""
