@@ -108,8 +108,8 @@ def _attacking(step: Step, steps: int) -> Effort:
     tries = attack.most_tries(SimpleNamespace(words=()))  # no words of the user's own
     fresh = 2 * FRESH_IMAGES if attack.has_fresh() else 0  # not of the control
     images = prompts * (3 * (1 + tries) + fresh)
-    drawn = drawing([images], attack.drawing[1] if attack.drawing else steps, 1, True, images)
-    audit = drawing([2 * prompts], steps, 1, True, 2 * prompts)
+    drawn = drawing(images, attack.drawing[1] if attack.drawing else steps, 1, True, images)
+    audit = drawing(2 * prompts, steps, 1, True, 2 * prompts)
     return drawn + audit + Effort(passes=2 * attack.passes(prompts))
 
 

@@ -99,6 +99,7 @@ class Attack:
     trains: ClassVar[bool] = False  # whether all weights of the UNet are trained
     uncounted: ClassVar[str] = ""  # what else it computes with than the UNet, of which `passes` tells nothing
     drawing: ClassVar[tuple[str, int] | None] = None  # scheduler and steps, where they are the attack's own
+    guidance: ClassVar[float | None] = None  # of its tries, where it is the attack's own
 
     @classmethod
     def of(cls, budget: str) -> "Attack":
@@ -118,6 +119,10 @@ class Attack:
     def passes(self, prompts: int) -> int:
         """How often an image goes through the UNet while it searches for so many prompts, about: a pass with a gradient
         counts as WITH_GRADIENT."""
+        return 0
+
+    def begins(self, stage: int) -> int:
+        """The denoising step from which the images of a stage are drawn; its control draws from the first."""
         return 0
 
     def has_fresh(self) -> bool:

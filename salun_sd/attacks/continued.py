@@ -41,6 +41,9 @@ class Continue(Attack):
     def passes(self, prompts: int) -> int:
         return prompts * 2 * sum(self.begun)  # guided
 
+    def begins(self, stage: int) -> int:
+        return self.begun[stage - 1]
+
     def tries(self, scene: Scene, prompt: Prompt, found: dict[str, torch.Tensor]) -> list[Try]:
         if scene.control:
             return [Try(prompt.text, seed_of(prompt, n)) for n in range(1, len(self.begun) + 1)]

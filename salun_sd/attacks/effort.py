@@ -1,6 +1,5 @@
 """How much attacks draw and compute: known before they begin."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from salun_sd.attacks.run import Run
@@ -19,18 +18,21 @@ class Effort(NamedTuple):
         return Effort(*map(sum, zip(self, other, strict=True)))
 
 
-def drawing(batches: Iterable[int], steps: int, per_pass: int, guided: bool, of: int) -> Effort:
-    """Batches of so many images, each drawn in full passes."""
-    batches = list(batches)
-    padded = sum(-(-count // per_pass) * per_pass for count in batches)
-    return Effort(sum(batches), padded * steps * (2 if guided else 1), of)
+def drawing(images: int, steps: int, per_pass: int, guided: bool, of: int = 0) -> Effort:
+    """Images of one batch, drawn in full passes."""
+    padded = -(-images // per_pass) * per_pass
+    return Effort(images, padded * steps * (2 if guided else 1), of)
 
 
 def effort(run: Run, per_pass: int, guided: bool) -> Effort:
     """What an attack on one model, or its control, which searches for nothing, has still to do."""
-    left, attack = run.left(), run.attack
+    left, attack, is_control = run.left(), run.attack, run.scene.control
     search = attack.passes(left.prompts) - (0 if left.for_all else attack.passes(0))
     processes = ranks.count()  # they share the prompts; what serves all prompts is done by each, or by one: others wait
-    return drawing(left.batches, run.steps, per_pass, guided, left.images) + Effort(
-        passes=0 if run.scene.control else processes * search
-    )
+    plain, *tries = left.batches
+    of_tries = guided if attack.guidance is None else attack.guidance > 1
+    drawn = [drawing(plain, run.steps, per_pass, guided)] + [
+        drawing(count, run.steps - (0 if is_control else attack.begins(stage)), per_pass, of_tries)
+        for stage, count in enumerate(tries, 1)
+    ]
+    return sum(drawn, Effort(passes=0 if is_control else processes * search, of=left.images))

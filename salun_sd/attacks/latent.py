@@ -32,18 +32,19 @@ class Latent(Attack):
     needs: ClassVar[frozenset] = frozenset({"picture", "null"})
     from_picture: ClassVar[bool] = True
     drawing: ClassVar[tuple[str, int]] = (SCHEDULER, STEPS)
+    guidance: ClassVar[float] = 1.0  # none: the text is the null text
 
     def passes(self, prompts: int) -> int:
         return prompts * 2 * STEPS  # backwards, and forward again
 
     @torch.no_grad()
     def tries(self, scene: Scene, prompt: Prompt, found: dict[str, torch.Tensor]) -> list[Try]:
-        one = Try("", seed_of(prompt, int(scene.control)), guidance=1.0)
+        one = Try("", seed_of(prompt, int(scene.control)), guidance=self.guidance)
         if scene.control:
             return [one]
         pipeline, picture = scene.target.pipeline, scene.picture(prompt)
         noise = inverted(scene.target, picture)
-        row = row_of(prompt, 0, (scene.target.model.image_size,) * 2)._replace(text="", guidance=1.0)
+        row = row_of(prompt, 0, (scene.target.model.image_size,) * 2)._replace(text="", guidance=self.guidance)
         redrawn = Sampler(pipeline, STEPS, SCHEDULER, lambda _: Given(start=noise)).latents([row], 1)
         images = [vae.decode(pipeline, latents.to(pipeline.unet.device)) for latents in (picture, redrawn)]
         likelihood = -(noise.square().mean().item() + math.log(2 * math.pi)) / 2

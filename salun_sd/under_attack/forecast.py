@@ -94,7 +94,7 @@ def _of_model(plan: Plan, model: Checkpoint, out: Path, keep: bool) -> Effort:
         return (out / generate.file_of(p, 0)).is_file() or (keep and in_cache.is_file())
 
     count, is_guided = sum(not is_there(p) for p in prompts), any(p.guidance > 1 for p in prompts)
-    return drawing([count], sampling["steps"], _images_per_pass(plan), is_guided, of=len(prompts))
+    return drawing(count, sampling["steps"], _images_per_pass(plan), is_guided, of=len(prompts))
 
 
 def _of_attacks(plan: Plan) -> dict[str, Effort]:
