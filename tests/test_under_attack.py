@@ -1,12 +1,14 @@
 """`attack`: an audit, attacks on a model, its control, its base and a floor, and what of them can be refused first."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from salun_sd.attacks.attack import Scene
 from salun_sd.attacks.catalog import ATTACKS
 from salun_sd.attacks.given import nameless, without_name
 from salun_sd.attacks.names import SUMMARIES
+from salun_sd.attacks.run import Run
 from salun_sd.checkpoint.find import find
 from salun_sd.cli import app as cli
 from salun_sd.core.mask import kept, random_bits
@@ -253,6 +256,22 @@ def test_what_another_run_left_is_not_expected_again_and_another_search_is_refus
     (tmp_path / "attacks" / "paraphrase" / "model" / "settings.json").write_text("{")
     with pytest.raises(SalunError, match=r"settings\.json is damaged.*Remove .*another --out"):
         salun_sd.attack("pocket", **given, dry_run=True)
+
+
+@pytest.mark.slow
+def test_runs_are_listed_once_and_a_model_is_gone_before_the_next_is_attacked(prompts, tmp_path, monkeypatch):
+    begun, targets, at_search = [], set(), []
+    monkeypatch.setattr(Run, "__init__", lambda run, *args, init=Run.__init__, **settings: (
+        begun.append(args[0]), targets.add(ref(args[2].target)), init(run, *args, **settings)
+    )[-1])  # fmt: skip
+    monkeypatch.setattr(Run, "search", lambda run, search=Run.search: (
+        at_search.append(sum(target() is not None for target in targets)), search(run)
+    )[-1])  # fmt: skip
+    salun_sd.attack("pocket", concept="a photo of a sneaker", concept_class="sneaker", prompts=prompts, out=tmp_path / "out",
+                    with_="round-trip", limit=1, denoising_steps=1, detector="none",
+                    floor=shutil.copytree(find("pocket").path, tmp_path / "floor"))  # fmt: skip
+    assert begun == ["round-trip"] * 4
+    assert at_search == [2, 2, 1, 1]  # neither is loaded before it is attacked
 
 
 def test_a_place_where_attacks_cannot_be_written_is_refused_before_anything_is_drawn(prompts, tmp_path):

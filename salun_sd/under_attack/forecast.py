@@ -1,10 +1,12 @@
 """What attacks have still to draw, and the memory and the time that they take: known before they begin."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from salun_sd.attacks.attack import Attack
 from salun_sd.attacks.effort import Effort, drawing, effort
+from salun_sd.attacks.run import Run
 from salun_sd.attacks.weights import Weights
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw import generate, kept
@@ -16,11 +18,10 @@ from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import in_time
 from salun_sd.runtime.device import default_device, dtype_name
-from salun_sd.under_attack import runs
 from salun_sd.under_attack.plan import Plan
 
 
-def forecast(plan: Plan) -> Forecast:
+def forecast(plan: Plan, runs: Sequence[Run]) -> Forecast:
     """What --dry-run gives: how much the audit and each attack have still to draw, and with which settings; why others
     are not run; the memory; and the time, which is that of a pass through the UNet, measured here, times the number of
     passes that are left."""
@@ -31,7 +32,7 @@ def forecast(plan: Plan) -> Forecast:
         draws=compute.drawing(side, draws=False), models=2 if plan.needs_base else 1,
         trains=any(attack.trains for attack in attacks), changes=any(isinstance(attack, Weights) for attack in attacks),
     )  # fmt: skip
-    memory, audit, efforts = compute.forecast([work], {}, {}), _of_audit(plan), _of_attacks(plan)
+    memory, audit, efforts = compute.forecast([work], {}, {}), _of_audit(plan), _of_attacks(plan, runs)
     whole = sum(efforts.values(), audit)
     seconds = _seconds_of_pass(plan, work) if memory.fits and whole.passes else None
     settings = {
@@ -97,10 +98,9 @@ def _of_model(plan: Plan, model: Checkpoint, out: Path, keep: bool) -> Effort:
     return drawing(count, sampling["steps"], _images_per_pass(plan), is_guided, of=len(prompts))
 
 
-def _of_attacks(plan: Plan) -> dict[str, Effort]:
+def _of_attacks(plan: Plan, runs: Sequence[Run]) -> dict[str, Effort]:
     """The images and the searches of each attack on all of its sides, less what is on the disk."""
     efforts, is_guided = dict.fromkeys(plan.attacks, Effort()), any(p.guidance > 1 for p in plan.cases)
-    for of_all, pairs in runs.by_model(plan):
-        for side, name in pairs:
-            efforts[name] += effort(runs.run_of(plan, name, side, of_all), _images_per_pass(plan), is_guided)
+    for run in runs:
+        efforts[run.name] += effort(run, _images_per_pass(plan), is_guided)
     return efforts

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from salun_sd.attacks.attack import Scene
-from salun_sd.attacks.run import FRESH_FOLDER
+from salun_sd.attacks.run import FRESH_FOLDER, Run
 from salun_sd.audit import attacked, deliver, detectors, quality
 from salun_sd.audit import run as audit
 from salun_sd.audit.examine import examine
@@ -43,8 +42,8 @@ def attack(
     or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
     """
     plan = planned(SimpleNamespace(**locals()))
-    runs.check(plan)
-    expected = forecast(plan)
+    left = runs.listed(plan)
+    expected = forecast(plan, [run for _, run in left])
     if dry_run:
         return expected
     for name, why in plan.skipped.items():
@@ -56,7 +55,7 @@ def attack(
     job = plan.job
     rows, run, of_base = audit.examined(job)
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
-    sides, failed = _attack_all(plan)
+    sides, failed = _attack_all(plan, left)
     entries = {name: _entry(plan, name, of) for name, of in sides.items()}
     report["attacks"] = attacked.in_report(entries, report, of_base or run, failed, plan.skipped)
     deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images,
@@ -64,35 +63,36 @@ def attack(
     return report
 
 
-def _attack_all(plan: Plan) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:
-    """Run each attack on each side, a model at a time: what was drawn, and the attacks that failed, with the reason."""
+def _attack_all(plan: Plan, left: list[tuple[Side, Run]]) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:
+    """Run what is left, each attack on each side: what was drawn, and the attacks that failed, with the reason. Each
+    run is taken from the list, so that its model leaves memory after the last one."""
     drawn, failed = {name: {} for name in plan.attacks}, {}
-    for of_all, pairs in runs.by_model(plan):
-        for side, name in pairs:
-            if name in failed and not drawn[name]:
-                continue
-            try:
-                drawn[name][side.name] = _on_one(plan, name, side, of_all)
-            except UsageError:  # another search is in the folder
+    while left:
+        side, run = left.pop(0)
+        if run.name in failed and not drawn[run.name]:
+            continue
+        try:
+            drawn[run.name][side.name] = _on_one(plan, run)
+        except UsageError:  # another search is in the folder
+            raise
+        except (SalunError, OSError, RuntimeError) as e:
+            if ranks.count() > 1:  # the other processes wait for this one
                 raise
-            except (SalunError, OSError, RuntimeError) as e:
-                if ranks.count() > 1:  # the other processes wait for this one
-                    raise
-                logger.warning(f"The attack {name} failed on {side.model.name}, and the others go on: {first_line(e)}.")
-                failed[name] = f"{side.name}: {first_line(e)}"
+            logger.warning(f"The attack {run.name} failed on {side.model.name}, and the others go on: {first_line(e)}.")
+            failed[run.name] = f"{side.name}: {first_line(e)}"
     if not (whole := {name: of for name, of in drawn.items() if "model" in of}):
         raise SalunError(f"Every attack failed; the first is {next(iter(failed))}, {next(iter(failed.values()))}.")
     return whole, failed
 
 
-def _on_one(plan: Plan, name: str, side: Side, of_all: Scene) -> attacked.Side:
+def _on_one(plan: Plan, run: Run) -> attacked.Side:
     """One attack on one side: its tries, and what it found on fresh seeds."""
-    model, concepts, judge = side.model.name, plan.job.request.concepts, plan.job.judge
+    model, concepts, judge = run.model.name, plan.job.request.concepts, plan.job.judge
     looking = detectors.load([], None, default_device()) if concepts else plan.job.detectors
-    run = runs.run_of(plan, name, side, of_all, plan.material.digest(plan.attacks[name].needs))
+    run.scene.given = plan.material.digest(run.attack.needs)
     run.search()
     tries = examine(model, run.draw(), judge, looking, run.out)
-    lines = [] if side.control else run.fresh(attacked.chosen(tries, concepts))
+    lines = [] if run.scene.control else run.fresh(attacked.chosen(tries, concepts))
     return attacked.Side(tries, examine(model, lines, judge, looking, run.out / FRESH_FOLDER) if lines else None)
 
 

@@ -1,6 +1,5 @@
 """Each attack on each of its sides: what it works with, and where."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 
@@ -12,22 +11,28 @@ from salun_sd.attacks.target import Target
 from salun_sd.under_attack.plan import Plan, Side
 
 
-def by_model(plan: Plan) -> Iterator[tuple[Scene, list[tuple[Side, str]]]]:
-    """For each model, the scene of all attacks on it, and these: its sides, each with the names of attacks in turn. The
-    model is loaded when an attack first needs it; only the base stays for the next one."""
-    base = Target(plan.job.base, plan.precision.dtype) if plan.needs_base else None
+def listed(plan: Plan) -> list[tuple[Side, Run]]:
+    """All attacks on all of their sides, a model after the other. A model is loaded when a run first needs it, and is
+    in memory as long as a run of it is held.
+
+    Raises UsageError where the folder of an attack has another search: else it would be refused after hours. What was
+    given is compared when the search begins, as the base may have to draw its pictures again.
+    """
+    runs, base = [], Target(plan.job.base, plan.precision.dtype) if plan.needs_base else None
     for model, sides in groupby(plan.sides, key=lambda side: side.model):
         target = base if base and model is plan.job.base else Target(model, plan.precision.dtype)
-        scene = plan.material.scene(target, plan.concept, plan.cases, plan.seed)
-        pairs = [(side, name) for side in sides for name in plan.attacks if side in plan.sides_of(plan.attacks[name])]
-        yield replace(scene, base=base), pairs
+        of_all = replace(plan.material.scene(target, plan.concept, plan.cases, plan.seed), base=base)
+        runs += [(side, _run(plan, name, side, of_all)) for side in sides for name, attack in plan.attacks.items()
+                 if side in plan.sides_of(attack)]  # fmt: skip
+    for _, run in runs:
+        run.check(without=["given"])
+    return runs
 
 
-def run_of(plan: Plan, name: str, side: Side, of_all: Scene, given: str = "") -> Run:
-    """An attack on one side, of the scene of all attacks; `given` is the digest of what the user gave to it."""
+def _run(plan: Plan, name: str, side: Side, of_all: Scene) -> Run:
+    """An attack on one side, of the scene of all attacks on the model."""
     attack, out = plan.attacks[name], plan.job.out / "attacks" / name / side.name
-    scene = _scene(plan, attack, side, replace(of_all, given=given))
-    return Run(name, attack, scene, out, **plan.sampling(side.model))
+    return Run(name, attack, _scene(plan, attack, side, of_all), out, **plan.sampling(side.model))
 
 
 def _scene(plan: Plan, attack: Attack, side: Side, of_all: Scene) -> Scene:
@@ -39,11 +44,3 @@ def _scene(plan: Plan, attack: Attack, side: Side, of_all: Scene) -> Scene:
     if side.nameless and side.model.is_guided:  # else it draws nothing without a class
         scene = without_name(scene, plan.job.request.concepts)
     return scene
-
-
-def check(plan: Plan) -> None:
-    """Raise UsageError where the folder of an attack has another search: else it would be refused after hours. What was
-    given is compared when the search begins, as the base may have to draw its pictures again."""
-    for of_all, pairs in by_model(plan):
-        for side, name in pairs:
-            run_of(plan, name, side, of_all).check(without=["given"])
