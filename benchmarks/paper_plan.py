@@ -1,7 +1,8 @@
 """What the steps of paper_sd.py will take: hours, memory and disk, by arithmetic alone."""
 
+import os
 from collections.abc import Sequence
-from types import SimpleNamespace
+from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -10,10 +11,13 @@ from common import ARCHS, Case
 from paper_tasks import BATCH, Step
 from scale import flops_of_prediction, matmul_rate
 
+from salun_sd.attacks.attack import Scene
 from salun_sd.attacks.catalog import ATTACKS
-from salun_sd.attacks.effort import Effort, drawing
-from salun_sd.attacks.run import FRESH_IMAGES
+from salun_sd.attacks.effort import Effort, drawing, effort
+from salun_sd.attacks.run import Run
+from salun_sd.attacks.target import Target
 from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.draw.prompts import Prompt
 from salun_sd.edit import budget
 from salun_sd.edit.budget import Attacking, Erasing, Masking, Work
 from salun_sd.edit.resources import Compute
@@ -21,6 +25,7 @@ from salun_sd.runtime import memory
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
 CUDA = 1 << 29  # bytes that CUDA itself takes, about
+NOWHERE = Path(os.devnull) / "none"  # the folder of a run that has not begun: no file can be in it
 
 
 class Machine(NamedTuple):
@@ -69,7 +74,7 @@ def plans(steps: Sequence[Step], model: Checkpoint, machine: Machine, density: f
             with patch.object(memory, "available", lambda device: machine.free):  # a card need not be there
                 sizes = [budget.plan(model.unet_settings, work, machine.device) for work in works]
             known[key] = max(map(budget.needed, sizes))
-        hours = predictions(step, costs) * of_one / machine.rate / 3600
+        hours = predictions(step, model, costs) * of_one / machine.rate / 3600
         plans.append(Plan(hours, known[key], _disk(step, compute, density)))
     return plans
 
@@ -88,7 +93,7 @@ class Costs(NamedTuple):
     text: float  # to encode a prompt
 
 
-def predictions(step: Step, costs: Costs) -> float:
+def predictions(step: Step, model: Checkpoint, costs: Costs) -> float:
     """How many predictions of the UNet for one image a step costs."""
     task, command = step.task, step.argv[0]
     if command == "mask":
@@ -98,19 +103,15 @@ def predictions(step: Step, costs: Costs) -> float:
     if command == "evaluate":
         is_first = step.name.split("/")[1] == next(iter(task.erasures))  # the base's images are kept for the others
         return step.prompts * costs.image * (2 if is_first else 1)
-    return _attacking(step, costs.image // 2).passes + 2 * _text(step) * costs.text  # the base's, too
+    return _attacking(step, model).passes + 2 * _text(step) * costs.text  # the base's, too
 
 
-def _attacking(step: Step, steps: int) -> Effort:
-    """What an attack draws, in so many denoising steps, and searches: of the model, its control and the base; and the
-    images of its audit."""
-    attack, prompts = ATTACKS[step.attack].of("paper"), step.prompts
-    tries = attack.most_tries(SimpleNamespace(words=()))  # no words of the user's own
-    fresh = 2 * FRESH_IMAGES if attack.has_fresh() else 0  # not of the control
-    images = prompts * (3 * (1 + tries) + fresh)
-    drawn = drawing(images, attack.drawing[1] if attack.drawing else steps, 1, True, images)
-    audit = drawing(2 * prompts, steps, 1, True, 2 * prompts)
-    return drawn + audit + Effort(passes=2 * attack.passes(prompts))
+def _attacking(step: Step, model: Checkpoint) -> Effort:
+    """What an attack draws and searches: of the model, its control and the base; and the images of its audit."""
+    attack, prompts = ATTACKS[step.attack].of("paper"), [Prompt(n, "", n, 7.5) for n in range(step.prompts)]
+    scenes = [Scene(Target(model), "", prompts, None, control=control) for control in (False, True, False)]
+    runs = [Run(step.attack, attack, scene, NOWHERE, scheduler="", steps=model.sampling[0]) for scene in scenes]
+    return sum((effort(run, 1, True) for run in runs), drawing(2 * step.prompts, model.sampling[0], 1, True))
 
 
 def _text(step: Step) -> float:
@@ -147,7 +148,7 @@ def _disk(step: Step, compute: Compute, density: float) -> int:
         return sum(kept.values()) + step.task.drawn * image
     if command == "evaluate":
         return step.prompts * 3 * image  # of the model, of the base, and those of the base in the cache
-    return _attacking(step, 1).images * image
+    return _attacking(step, compute.model).images * image
 
 
 def shown(steps: Sequence[Step], plans: Sequence[Plan], machine: Machine) -> str:

@@ -2,12 +2,19 @@
 
 import re
 import sys
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 from helpers.commands import python
 from helpers.runs import typed
+
+import salun_sd
+from salun_sd.attacks.effort import drawing, effort
+from salun_sd.under_attack.plan import planned
+from salun_sd.under_attack.runs import listed
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = "prompt\na bowl of fruit\na red bicycle\n"
@@ -76,6 +83,22 @@ def test_the_plan_grows_with_the_work_and_shrinks_with_the_speed(paper, run, tmp
     assert slow["dress/default/classes"][0] == pytest.approx(10 * fast["dress/default/classes"][0], rel=0.1)
     assert slow["dress/default/erased"][1] < fast["dress/default/erased"][1]
     assert fast["dress/default/classes"][0] > fast["dress/paper/classes"][0]  # the base's images are there
+
+
+@pytest.mark.parametrize("name", ["genetic", "latent", "continue"])
+def test_the_plan_of_an_attack_is_what_the_command_expects(paper, name, tmp_path):
+    import paper_plan
+
+    options = {key: p.default for key, p in signature(salun_sd.attack).parameters.items()}
+    plan = planned(SimpleNamespace(**options | {
+        "model": "pocket", "base": "pocket", "concept": "a photo of a dress", "concept_class": "dress",
+        "prompts": "pocket", "where": ["class=dress", "case_number>=390"], "with_": name, "budget": "paper",
+        "out": tmp_path / "out",
+    }))  # fmt: skip
+    whole, runs = len(plan.cases), [run for _, run in listed(plan)]
+    step = paper.Step(f"dress/default/{name}", ["attack"], paper.POCKET[0], whole)
+    expected = sum((effort(run, 1, True) for run in runs), drawing(2 * whole, plan.job.audited.sampling[0], 1, True))
+    assert paper_plan._attacking(step, plan.job.audited)[:2] == expected[:2]
 
 
 @pytest.mark.parametrize(
