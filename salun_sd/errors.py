@@ -40,3 +40,25 @@ def cut(text: str, most: int = 200) -> str:
 def first_line(e: Exception) -> str:
     """The first sentence of another library's message, without its full stop."""
     return re.split(r"\n|\. ", str(e).strip())[0].rstrip(".") or type(e).__name__
+
+
+def reason(e: Exception) -> str:
+    """Why something failed, in words, without a full stop."""
+    if isinstance(e, OSError):
+        name = e.filename2 or e.filename  # of a copy or a move, the second is the one that is written
+        return f"cannot read or write{f' {name}' if name else ''}: {e.strerror or first_line(e)}"
+    if isinstance(e, ImportError):
+        return f"a package is missing, or does not fit the others: {first_line(e)}"
+    return first_line(e)
+
+
+def is_out_of_memory(e: BaseException) -> bool:
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and any(text in str(e) for text in texts))
+
+
+def is_bug(e: BaseException) -> bool:
+    """Whether a failure is a fault of salun-sd: not of what it was given, and not of the machine."""
+    if isinstance(e, ImportError):
+        return (e.name or "").startswith("salun_sd")
+    return not isinstance(e, SalunError | OSError) and not is_out_of_memory(e)

@@ -258,17 +258,44 @@ def test_what_another_run_left_is_not_expected_again_and_another_search_is_refus
         salun_sd.attack("pocket", **given, dry_run=True)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ImportError("No module named 'peft'"), ValueError("a bug")]
+)
+def test_an_attack_that_fails_stops_no_other_and_a_bug_is_raised_in_the_end(error, prompts, tmp_path, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(ATTACKS["paraphrase"], "tries", fail)
+    (file := tmp_path / "others.csv").write_text("prompt\na shoe\n")
+    given = {"concept": "a photo of a sneaker", "concept_class": "sneaker", "prompts": prompts, "detector": "none",
+             "where": ["case_number<=1"], "adversarial": file, "limit": 1, "denoising_steps": 1}  # fmt: skip
+    is_bug, out = isinstance(error, ValueError), tmp_path / "out"
+    with pytest.raises(ValueError, match="a bug") if is_bug else nullcontext():
+        salun_sd.attack("pocket", **given, with_=["paraphrase", "prompts"], out=out)
+    attacks = json.loads((out / "report.json").read_text())["attacks"]
+    assert attacks["of"].keys() == {"prompts"} and str(error.args[-1]) in attacks["failed"]["paraphrase"]
+    with pytest.raises(ValueError if is_bug else SalunError, match="a bug" if is_bug else "paraphrase, model: "):
+        salun_sd.attack("pocket", **given, with_="paraphrase", out=out)
+
+
 @pytest.mark.slow
 def test_runs_are_listed_once_and_a_model_is_gone_before_the_next_is_attacked(prompts, tmp_path, monkeypatch):
     begun, targets, at_search = [], set(), []
-    monkeypatch.setattr(Run, "__init__", lambda run, *args, init=Run.__init__, **settings: (
-        begun.append(args[0]), targets.add(ref(args[2].target)), init(run, *args, **settings)
-    )[-1])  # fmt: skip
-    monkeypatch.setattr(Run, "search", lambda run, search=Run.search: (
-        at_search.append(sum(target() is not None for target in targets)), search(run)
-    )[-1])  # fmt: skip
-    salun_sd.attack("pocket", concept="a photo of a sneaker", concept_class="sneaker", prompts=prompts, out=tmp_path / "out",
-                    with_="round-trip", limit=1, denoising_steps=1, detector="none",
+    init, search = Run.__init__, Run.search
+
+    def begin(run, name, attack, scene, *more, **settings):
+        begun.append(name)
+        targets.add(ref(scene.target))
+        init(run, name, attack, scene, *more, **settings)
+
+    def look(run):
+        at_search.append(sum(target() is not None for target in targets))
+        search(run)
+
+    monkeypatch.setattr(Run, "__init__", begin)
+    monkeypatch.setattr(Run, "search", look)
+    salun_sd.attack("pocket", concept="a photo of a sneaker", concept_class="sneaker", prompts=prompts,
+                    out=tmp_path / "out", with_="round-trip", limit=1, denoising_steps=1, detector="none",
                     floor=shutil.copytree(find("pocket").path, tmp_path / "floor"))  # fmt: skip
     assert begun == ["round-trip"] * 4
     assert at_search == [2, 2, 1, 1]  # neither is loaded before it is attacked

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from salun_sd.cli.streams import listen
-from salun_sd.errors import SalunError, first_line
+from salun_sd.errors import SalunError, is_bug, is_out_of_memory, reason
 from salun_sd.runtime import ranks
 from salun_sd.runtime.escape import visible
 
@@ -44,10 +44,9 @@ def said() -> Iterator[None]:
         yield
     except BrokenPipeError:  # typer ends quietly where the reader of a pipe has gone, as `head` does
         raise
-    except (SalunError, OSError, KeyboardInterrupt, MemoryError, RuntimeError, TyperException) as e:
-        if isinstance(e, RuntimeError) and "out of memory" not in str(e) and "can't allocate memory" not in str(e):
-            raise
-        if os.environ.get("SALUN_SD_DEBUG"):
+    except (Exception, KeyboardInterrupt) as e:
+        is_known = isinstance(e, KeyboardInterrupt | TyperException) or not is_bug(e)
+        if not is_known or os.environ.get("SALUN_SD_DEBUG"):
             raise
         text, code = in_words(e)
         logger.error(visible(text), extra={"fields": {"code": code}})
@@ -68,11 +67,9 @@ def in_words(e: BaseException) -> tuple[str, int]:
         end = "" if text.endswith((".", "?")) else "."
         advice = f" See {e.ctx.command_path} --help." if getattr(e, "ctx", None) else ""
         return f"Error: {text}{end}{advice}", e.exit_code
-    if isinstance(e, OSError):
-        name = e.filename2 or e.filename  # of a copy or a move, the second is the one that is written
-        place = f" {name}" if name else ""
-        return f"Error: cannot read or write{place}: {e.strerror or first_line(e)}.", 1
-    if not isinstance(e, KeyboardInterrupt):
+    if isinstance(e, OSError | ImportError):
+        return f"Error: {reason(e)}.", 1
+    if is_out_of_memory(e):
         asked = re.search(r"allocate ([\d.]+ \w+)", str(e))
         size = f" ({asked[1]} more were asked for)" if asked else ""
         return f"Error: out of memory{size}: with --dry-run, mask, erase and attack name options that take less.", 1

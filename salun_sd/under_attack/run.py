@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from traceback import clear_frames
 from types import SimpleNamespace
 
 from salun_sd.attacks.run import FRESH_FOLDER, Run
@@ -11,7 +12,7 @@ from salun_sd.audit import run as audit
 from salun_sd.audit.examine import examine
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.edit.resources import Forecast
-from salun_sd.errors import SalunError, UsageError, first_line
+from salun_sd.errors import SalunError, UsageError, is_bug, reason
 from salun_sd.runtime import ranks
 from salun_sd.runtime.device import default_device
 from salun_sd.under_attack import runs
@@ -38,8 +39,9 @@ def attack(
     With `dry_run`, returns what each attack has still to do and the memory instead, and writes nothing.
 
     The parameters are the options of `salun-sd attack`. An attack that fails is named in the report, and the others go
-    on. Running it again searches, draws and judges only what is missing. Raises UsageError for arguments that are wrong
-    or cannot go together, SalunError for what fails; the text of both is a sentence for a person.
+    on; a bug is raised in the end. Running it again searches, draws and judges only what is missing. Raises UsageError
+    for arguments that are wrong or cannot go together, SalunError for what fails; the text of both is a sentence for a
+    person.
     """
     plan = planned(SimpleNamespace(**locals()))
     left = runs.listed(plan)
@@ -55,18 +57,22 @@ def attack(
     job = plan.job
     rows, run, of_base = audit.examined(job)
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
-    sides, failed = _attack_all(plan, left)
+    sides, failed, bugs = _attack_all(plan, left)
     entries = {name: _entry(plan, name, of) for name, of in sides.items()}
     report["attacks"] = attacked.in_report(entries, report, of_base or run, failed, plan.skipped)
     deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images,
                    attacks={name: of["model"].tries for name, of in sides.items()})  # fmt: skip
+    if bugs:
+        raise bugs[0]
     return report
 
 
-def _attack_all(plan: Plan, left: list[tuple[Side, Run]]) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str]]:
-    """Run what is left, each attack on each side: what was drawn, and the attacks that failed, with the reason. Each
-    run is taken from the list, so that its model leaves memory after the last one."""
-    drawn, failed = {name: {} for name in plan.attacks}, {}
+def _attack_all(
+    plan: Plan, left: list[tuple[Side, Run]]
+) -> tuple[dict[str, dict[str, attacked.Side]], dict[str, str], list[Exception]]:
+    """Run what is left, each attack on each side: what was drawn; the attacks that failed, with the reason; and those
+    failures that are bugs. Each run is taken from the list, so that its model leaves memory after the last one."""
+    drawn, failed, bugs = {name: {} for name in plan.attacks}, {}, []
     while left:
         side, run = left.pop(0)
         if run.name in failed and not drawn[run.name]:
@@ -75,14 +81,18 @@ def _attack_all(plan: Plan, left: list[tuple[Side, Run]]) -> tuple[dict[str, dic
             drawn[run.name][side.name] = _on_one(plan, run)
         except UsageError:  # another search is in the folder
             raise
-        except (SalunError, OSError, RuntimeError) as e:
+        except Exception as e:
             if ranks.count() > 1:  # the other processes wait for this one
                 raise
-            logger.warning(f"The attack {run.name} failed on {side.model.name}, and the others go on: {first_line(e)}.")
-            failed[run.name] = f"{side.name}: {first_line(e)}"
+            logger.warning(f"The attack {run.name} failed on {side.model.name}, and the others go on: {reason(e)}.")
+            failed[run.name] = f"{side.name}: {reason(e)}"
+            if is_bug(e):
+                clear_frames(e.__traceback__)  # they hold the model
+                bugs.append(e)
     if not (whole := {name: of for name, of in drawn.items() if "model" in of}):
-        raise SalunError(f"Every attack failed; the first is {next(iter(failed))}, {next(iter(failed.values()))}.")
-    return whole, failed
+        every = SalunError(f"Every attack failed; the first is {next(iter(failed))}, {next(iter(failed.values()))}.")
+        raise bugs[0] if bugs else every
+    return whole, failed, bugs
 
 
 def _on_one(plan: Plan, run: Run) -> attacked.Side:

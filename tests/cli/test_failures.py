@@ -3,9 +3,10 @@
 import errno
 
 import pytest
+import typer
 
 from salun_sd.cli import app as cli
-from salun_sd.cli.failures import in_words
+from salun_sd.cli.failures import in_words, said
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,17 @@ def test_no_memory_says_how_much_was_asked_for(error, words):
     sentence, code = in_words(error)
     assert code == 1 and "memory" in sentence and "()" not in sentence and "enforce" not in sentence
     assert [word for word in words if word not in sentence] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ModuleNotFoundError("No module named 'peft'", name="peft"), 1),
+     (ImportError("cannot import name 'x' from 'salun_sd'", name="salun_sd"), None), (ValueError("x"), None)],
+)  # fmt: skip
+def test_a_missing_package_is_a_sentence_and_a_bug_is_none(error, code, capfd):
+    with pytest.raises((typer.Exit, type(error))) as stop, said():
+        raise error
+    assert getattr(stop.value, "exit_code", None) == code
 
 
 def test_of_a_copy_that_fails_the_place_is_named_and_not_the_source():
