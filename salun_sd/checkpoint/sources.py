@@ -5,6 +5,8 @@ import pickle
 import re
 import stat
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +28,25 @@ MOST_LEVELS = 8  # dictionaries called state_dict inside one another
 
 Kind = tuple[torch.dtype, torch.Size]
 Stamp = tuple[int, ...]  # differs between two states of a file
+
+
+class Unusable(SalunError):
+    """A file that is no file of tensors, or a damaged one: what is wrong with it, and what helps where it should be the
+    weights of a model."""
+
+    def __init__(self, what: str, advice: str = "give the model's .safetensors file"):
+        super().__init__(f"{what}: {advice}.")
+        self.what = what
+
+
+@contextmanager
+def meant_as(kind: str, advice: str) -> Iterator[None]:
+    """Raise SalunError, with this advice, for a file in the block that should be of another kind than the weights of a
+    model, such as a mask, and is none or a damaged one."""
+    try:
+        yield
+    except Unusable as e:
+        raise SalunError(f"{e.what}, so it is no {kind} that can be used: {advice}") from e
 
 
 class Safetensors:
@@ -100,8 +121,8 @@ def opened(file: Path) -> Safetensors | Pickle:
         return Safetensors(file)
     _check_archive(file)
     if file.suffix.lower() == ".safetensors":
-        raise SalunError(f"{file} is a pickle of PyTorch with the name of a safetensors file: if you trust it, rename "
-                         f"it to {file.stem}.ckpt.")  # fmt: skip
+        raise Unusable(f"{file} is a pickle of PyTorch with the name of a safetensors file",
+                       f"if you trust it, rename it to {file.stem}.ckpt")  # fmt: skip
     return Pickle(file)
 
 
@@ -114,23 +135,23 @@ def _head(file: Path) -> bytes:
             raise SalunError(sentence) from e
         raise
     if not is_regular:
-        raise SalunError(f"{file} is no regular file, so it holds no tensors: give a file or a folder on disk.")
+        raise Unusable(f"{file} is no regular file, so it holds no tensors", "give a file or a folder on disk")
     with file.open("rb") as f:
         head = f.read(512)
     if not head:
-        raise SalunError(f"{file} is empty: download or save it again.")
+        raise Unusable(f"{file} is empty", "download or save it again")
     if head.startswith(b"version https://git-lfs"):
-        raise SalunError(f"{file} is a Git LFS pointer, which only names the weights: run git lfs pull in its folder, "
-                         "or download the file itself.")  # fmt: skip
+        raise Unusable(f"{file} is a Git LFS pointer, which only names the weights",
+                       "run git lfs pull in its folder, or download the file itself")  # fmt: skip
     if head.startswith(b"GGUF"):
-        raise SalunError(f"{file} is a GGUF file, whose weights are quantised: give the model's .safetensors file.")
+        raise Unusable(f"{file} is a GGUF file, whose weights are quantised")
     text = head.decode("utf-8", "ignore")
     if re.match(r"\s*<(!doctype|html|\?xml)", text, re.IGNORECASE):
-        raise SalunError(f"{file} is a web page, not weights: download the file again, from its own link (on the hub, "
-                         "with /resolve/ in place of /blob/).")  # fmt: skip
+        raise Unusable(f"{file} is a web page, not weights", "download the file again, from its own link (on the hub, "
+                       "with /resolve/ in place of /blob/)")  # fmt: skip
     if all(c.isprintable() or c.isspace() for c in text) and len(text.encode()) > len(head) - 4:
-        raise SalunError(f'{file} is a text, not weights; it begins "{" ".join(text.split())[:60]}": download it '
-                         "again.")  # fmt: skip
+        raise Unusable(f'{file} is a text, not weights; it begins "{" ".join(text.split())[:60]}"',
+                       "download it again")  # fmt: skip
     return head
 
 
@@ -154,8 +175,8 @@ def _check_archive(file: Path) -> None:
     except Exception as e:  # broken bytes raise many types
         raise damaged(file, e) from e
     if not any(name.endswith(".pkl") for name in names):  # data.pkl has the tensors' names
-        raise SalunError(f"{file} is a zip archive with {some(names, 3)}: unpack it, and give the "
-                         "model's .safetensors file.")  # fmt: skip
+        raise Unusable(f"{file} is a zip archive with {some(names, 3)}",
+                       "unpack it, and give the model's .safetensors file")  # fmt: skip
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
@@ -181,7 +202,7 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
     entries = loaded.items() if isinstance(loaded, dict) else ()
     tensors = {name: t for name, t in entries if isinstance(name, str) and isinstance(t, torch.Tensor)}
     if not tensors:
-        raise SalunError(f"{file} holds no weights by name.")
+        raise Unusable(f"{file} holds no weights by name")
     _check_plain(file, tensors)
     return tensors
 
@@ -194,8 +215,8 @@ def _check_zip(file: Path, stamp: Stamp) -> None:
             if record.filename.endswith("/constants.pkl"):
                 raise _closed(file, "a TorchScript program")
             if record.compress_type != zipfile.ZIP_STORED:
-                raise SalunError(f"{file} is a compressed zip, whose tensors cannot be read one at a time: save it "
-                                 "again with torch.save.")  # fmt: skip
+                raise Unusable(f"{file} is a compressed zip, whose tensors cannot be read one at a time",
+                               "save it again with torch.save")  # fmt: skip
             if record.CRC:  # 0 where its writer left it out
                 with z.open(record) as f:
                     while f.read(2**20):  # raises at the end of a record of another CRC
@@ -231,15 +252,15 @@ def _stamp(status: os.stat_result) -> Stamp:
 
 
 def _odd(file: Path, name: str, what: str) -> SalunError:
-    return SalunError(f"{name} in {file} is {what}, which salun-sd does not read: give the model in float32, float16 "
-                      "or bfloat16.")  # fmt: skip
+    return Unusable(f"{name} in {file} is {what}, which salun-sd does not read",
+                    "give the model in float32, float16 or bfloat16")  # fmt: skip
 
 
 def _closed(file: Path, what: str) -> SalunError:
-    return SalunError(f"{file} is {what}, so it was not opened. Use the model's .safetensors file.")
+    return Unusable(f"{file} is {what}, so it was not opened")
 
 
 def damaged(file: Path, reason: Exception | str) -> SalunError:
     """The error for a file that is not whole, with the reason in another library's words."""
     words = str(reason).strip().partition("\n")[0].rstrip(".") or "it ends too early"
-    return SalunError(f"{file} is truncated or damaged ({words}): download or save it again.")
+    return Unusable(f"{file} is truncated or damaged ({words})", "download or save it again")

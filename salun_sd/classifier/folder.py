@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint import sources, tensors
 from salun_sd.classifier import deliver, measure, original, search
 from salun_sd.classifier.architectures import Classifier
 from salun_sd.classifier.data import Data
@@ -132,7 +132,8 @@ class Run:
         return {"used": {}} | seals.read(self.files / f"{job.name}.json", RESULT, deliver.ADVICE)
 
     def answers(self, job: Job) -> dict[str, np.ndarray]:
-        content, _ = tensors.read_sealed(self.files / f"{job.name}.safetensors")
+        with sources.meant_as("result", deliver.ADVICE):
+            content, _ = tensors.read_sealed(self.files / f"{job.name}.safetensors")
         return {name: lazy.read().numpy() for name, lazy in content.items()}
 
     def cost(self, job: Job) -> float:

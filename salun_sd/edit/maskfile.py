@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint import sources, tensors
 from salun_sd.checkpoint.tensors import Tensors
 from salun_sd.core.mask import Bits
 from salun_sd.errors import SalunError, some
 from salun_sd.runtime.documents import parse_json
 
 SETTINGS = {"shapes?": dict, "base?": str, "concepts?": [str], "density?": float}  # of a mask file
+MAKE = "make one with: salun-sd mask MODEL --concept TEXT --out FILE"
 
 
 class Mask(NamedTuple):
@@ -47,16 +48,17 @@ def write(file: Path, mask: Mask) -> None:
 
 def read(file: Path) -> Mask:
     """The mask in a file. Raises SalunError where it is not a mask file, or is damaged."""
-    content, metadata = tensors.read_sealed(file)
+    with sources.meant_as("mask", MAKE):
+        content, metadata = tensors.read_sealed(file)
     if any(name.startswith("new/") for name in content):
-        raise SalunError(f"{file} is a patch, not a mask: make a mask with: salun-sd mask")
+        raise SalunError(f"{file} is a patch, not a mask: {MAKE}")
     if {"salun_sd", "modelspec.architecture"} <= metadata.keys():
-        raise SalunError(f"{file} is a checkpoint, not a mask: make a mask with: salun-sd mask")
+        raise SalunError(f"{file} is a checkpoint, not a mask: {MAKE}")
     try:
         settings = parse_json(metadata["salun_sd"], str(file), SETTINGS)
         bits = bits_of(content, settings.pop("shapes"))
     except KeyError as e:
-        raise SalunError(f"{file} is not a mask of salun-sd: make one with: salun-sd mask") from e
+        raise SalunError(f"{file} is not a mask of salun-sd: {MAKE}") from e
     tensors.warn_without_digest(file, metadata)
     return Mask(bits, settings)
 
@@ -78,12 +80,11 @@ def check(mask: Mask, shapes: dict[str, torch.Size], fingerprint: str) -> None:
     other = [name for name in shapes.keys() & mask.bits.keys() if shapes[name] != mask.bits.shapes[name]]
     for what, names in (("lacks", missing), ("has unknown", extra), ("has another shape for", sorted(other))):
         if names:
-            raise SalunError(f"The mask {what} {some(names, 3)}: it was made for another UNet; make one with: salun-sd "
-                             "mask")  # fmt: skip
+            raise SalunError(f"The mask {what} {some(names, 3)}: it was made for another UNet; {MAKE}")
     if mask.settings.get("base") != fingerprint:
         raise SalunError(
             f"The mask was made for a UNet with fingerprint {str(mask.settings.get('base'))[:12]}, this one is "
-            f"{fingerprint[:12]}; make one for it with: salun-sd mask"
+            f"{fingerprint[:12]}; {MAKE}"
         )
 
 

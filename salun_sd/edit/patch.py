@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-from salun_sd.checkpoint import provenance, tensors
+from salun_sd.checkpoint import provenance, sources, tensors
 from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
 from salun_sd.core.mask import Bits, unpacked_bits
 from salun_sd.errors import SalunError, TrainingError, UsageError
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import no_file
 from salun_sd.runtime.documents import parse_json
+
+GIVE = "give a file that salun-sd erase --format patch wrote."
 
 
 class Patch(NamedTuple):
@@ -77,12 +79,13 @@ def read(file: Path) -> Patch:
     """A patch file, its tensors still on disk. Raises UsageError if it is missing, SalunError if it is not a patch or
     is damaged."""
     if fault := no_file(file):
-        raise UsageError(f"Patch {file} {fault}: give a file that salun-sd erase --format patch wrote.")
-    content, metadata = tensors.read_sealed(file)
+        raise UsageError(f"Patch {file} {fault}: {GIVE}")
+    with sources.meant_as("patch", GIVE):
+        content, metadata = tensors.read_sealed(file)
     names = {key.partition("/")[2] for key in content}
     whole = names and all(f"{kind}/{name}" in content for name in names for kind in ("mask", "new"))
     if not whole or provenance.KEY not in metadata:
-        raise SalunError(f"{file} is not a patch of salun-sd: give a file that salun-sd erase --format patch wrote.")
+        raise SalunError(f"{file} is not a patch of salun-sd: {GIVE}")
     record = parse_json(metadata[provenance.KEY], str(file), provenance.RECORD)
     tensors.warn_without_digest(file, metadata)
     return Patch(content, record)

@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from salun_sd.checkpoint import families, provenance, tensors
+from salun_sd.checkpoint import families, provenance, sources, tensors
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import part_files
 from salun_sd.edit import patch as patches
@@ -99,7 +99,8 @@ def _contents(place: Path) -> tuple[dict, dict[str, Path | bytes]]:
 
 def _record_of_file(file: Path) -> dict | None:
     """The record of a single file or, with a warning, of a patch; None without one. Raises UsageError for a mask."""
-    content, header = tensors.read(file)
+    with sources.meant_as("checkpoint", "give what salun-sd erase or apply wrote."):
+        content, header = tensors.read(file)
     if provenance.KEY not in header or "modelspec.architecture" in header:
         return provenance.read(file)
     if not any(name.startswith("new/") for name in content):

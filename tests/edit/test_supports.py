@@ -11,8 +11,9 @@ from helpers.forms import all_same
 
 from salun_sd.checkpoint.find import find
 from salun_sd.core.mask import kept
-from salun_sd.edit import maskfile
+from salun_sd.edit import maskfile, patch
 from salun_sd.edit.concepts import Concept
+from salun_sd.edit.push import push
 from salun_sd.edit.supports import Support, parameters_of, support_of
 from salun_sd.errors import SalunError, UsageError
 
@@ -131,7 +132,17 @@ def test_a_mask_of_no_concept_is_of_no_other_one(tiny, tmp_path, caplog):
         assert ("m.safetensors" in caplog.text) == said
 
 
-def test_a_file_that_is_no_mask_is_named(tiny, tmp_path):
-    Path("m.safetensors").write_bytes(b"no mask")
-    with pytest.raises(SalunError, match=r"m\.safetensors"):
+@pytest.mark.parametrize(
+    "content", [b"no mask", b"<!doctype html>", b"", b"GGUF", bytes(range(256)), b"\x80\x04K\x01.", b"PK\3\4"]
+)
+def test_a_file_that_is_no_mask_is_named_with_the_command_that_makes_one(tiny, tmp_path, content):
+    Path("m.safetensors").write_bytes(content)
+    with pytest.raises(
+        SalunError, match=r"m\.safetensors .*no mask .*: make one with: salun-sd mask .*--out"
+    ) as raised:
         support_of("m.safetensors").mask(find(tiny), CONCEPT, 0)
+    assert not re.search("load|.ckpt|model's", str(raised.value))
+    with pytest.raises(SalunError, match=r"m\.safetensors .*no patch .*: give .*--format patch"):
+        patch.read(Path("m.safetensors"))
+    with pytest.raises(SalunError, match=r"m\.safetensors .*no checkpoint .*: give what salun-sd erase"):
+        push("m.safetensors", "a/b", dry_run=True)
