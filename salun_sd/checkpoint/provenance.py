@@ -34,7 +34,8 @@ TEXTS = {"prompt", "anchor", "synonyms", "retain_caption", "header"}  # of a rec
 AGAIN = "Erase or apply again, or download it again."
 SCHEMA = 3  # of a record
 AUDIT = {  # the shape of an audit in a record
-    "prompts": str, "images": int, "metrics": {str: str}, "headline?": str, "sampling": {"samples": int, "steps": int},
+    "prompts": str, "prompts_sha256?": str, "images": int, "metrics": {str: str}, "headline?": str,
+    "sampling": {"samples": int, "steps": int},
     "against": ({"model": str, "metrics": {str: str}}, None),
 }  # fmt: skip
 RECORD = {  # the shape of a record: what is read of it
@@ -282,13 +283,16 @@ def _digests(folder: Path) -> dict[str, str]:
 def add_audit(model: Path, audit: dict) -> None:
     """Add an audit's headline numbers to the record and the card of an erased folder or single file.
 
-    The record keeps one audit for each prompt set. A single file is written again, with a longer header. Raises
-    SalunError if the model has no record.
+    The record keeps one audit for each prompt set: for its name and the digest of its prompts. An audit of an earlier
+    version has no digest, and is replaced by one of its name. A single file is written again, with a longer header.
+    Raises SalunError if the model has no record.
     """
     before = read(model)
     if before is None:
         raise SalunError(f"{model} was not erased by salun-sd: it has no record to add an audit to.")
-    record = without_places(before | {"audits": before.get("audits", {}) | {audit["prompts"]: audit}})
+    name, digest = _last(audit["prompts"]), audit["prompts_sha256"]
+    audits = {key: of for key, of in before.get("audits", {}).items() if key != name or "prompts_sha256" in of}
+    record = without_places(before | {"audits": audits | {f"{name}, SHA-256 {digest[:12]}": audit}})
     if model.is_dir():
         write_folder(in_format(record, "diffusers"), model, before)
         return

@@ -27,6 +27,11 @@ ERASE = ["--mask", "random:0.1", "--samples", "2", *SHORT]
 RECORD = ["--denoising-steps", "1", "--record"]
 
 
+def recorded(model):
+    """The prompt sets of the audits in a record."""
+    return [audit["prompts"] for audit in record_of(model)["audits"].values()]
+
+
 @pytest.fixture(scope="module")
 def erased(tiny, tmp_path_factory):
     """Two concepts erased, and the prompts few.csv, two of each class, of an audit that is in the record."""
@@ -63,13 +68,29 @@ def test_recording_again_replaces_the_audit_of_the_same_prompts(erased, tmp_path
     model, few = shutil.copytree(erased / "erased", tmp_path / "erased"), str(erased / "few.csv")
     argv = ["evaluate", str(model), "--prompts", few, "--where", "class=coat"]
     cli.run([*argv, *RECORD, "--out", str(tmp_path / "other")])
-    coats = "few.csv where class=coat"
-    assert list(record_of(model)["audits"]) == ["few.csv", coats] and record_of(model)["audits"][coats]["images"] == 2
+    [_, coats] = names = list(record_of(model)["audits"])
+    assert [name.partition(", SHA-256 ")[0] for name in names] == ["few.csv", "few.csv where class=coat"]
+    assert record_of(model)["audits"][coats]["images"] == 2
     cli.run([*argv, "--denoising-steps", "2", "--record", "--out", str(tmp_path / "again")])
     audits = record_of(model)["audits"]
-    assert list(audits) == ["few.csv", coats] and [a["sampling"]["steps"] for a in audits.values()] == [1, 2]
+    assert list(audits) == names and [a["sampling"]["steps"] for a in audits.values()] == [1, 2]
     card = (model / "README.md").read_text()
     assert card.count("few.csv") >= 2 and str(erased) not in card and card.count("| metric |") == 2
+
+
+def test_two_prompt_sets_of_one_name_are_two_audits(erased, tmp_path):
+    model = shutil.copytree(erased / "erased", tmp_path / "erased")
+    [first] = record_of(model)["audits"].values()
+    other = first | {"prompts": f"{tmp_path}/few.csv", "prompts_sha256": "f00d" * 16, "images": 1}
+    provenance.add_audit(model, other)
+    provenance.add_audit(model, other | {"prompts": "/elsewhere/few.csv", "images": 2})
+    audits, card = record_of(model)["audits"].values(), (model / "README.md").read_text()
+    assert [(audit["prompts"], audit["images"]) for audit in audits] == [("few.csv", 20), ("few.csv", 2)]
+    assert card.count("## Audit on few.csv (SHA-256 ") == 2 and "f00df00df00d" in card
+    old = {key: value for key, value in first.items() if key != "prompts_sha256"}
+    provenance.write_folder(provenance.read(model) | {"audits": {"few.csv": old}}, model)  # of an earlier version
+    provenance.add_audit(model, first)
+    assert [*record_of(model)["audits"].values()] == [first]
 
 
 def test_a_recorded_audit_of_a_single_file_leaves_its_tensors_alone(tiny, tmp_path):
@@ -79,7 +100,9 @@ def test_a_recorded_audit_of_a_single_file_leaves_its_tensors_alone(tiny, tmp_pa
     cli.run(["evaluate", str(file), "--config", tiny, "--prompts", str(few), *RECORD, "--out", str(tmp_path / "audit")])
     assert find(str(file), config=tiny).fingerprint == before
     audits = json.loads(tensors.read(file)[1]["salun_sd"])["audits"]
-    assert audits[few.name]["images"] == 2 and audits == record_of(provenance.run_folder(file))["audits"]
+    assert [(a["prompts"], a["images"]) for a in audits.values()] == [(few.name, 2)] and audits == record_of(
+        provenance.run_folder(file)
+    )["audits"]
     other = file.rename(tmp_path / "erased.CKPT")  # the ending does not matter: the record is checked
     opened(str(other), tiny)
     flip(other)
@@ -98,11 +121,11 @@ def test_a_card_that_a_person_changed_stays_and_one_that_is_gone_is_written_agai
     provenance.add_audit(model, audit | {"prompts": "killed"})
     (model / "salun.json").write_bytes(sealed)  # a kill after the card, before the record
     provenance.add_audit(model, audit | {"prompts": "killed"})
-    assert "killed" in record_of(model)["audits"] and caplog.messages == []
+    assert "killed" in recorded(model) and caplog.messages == []
     card.write_bytes(whole + b"Our own notes.\n")
     provenance.add_audit(model, audit | {"prompts": "others"})
     assert card.read_bytes() == whole + b"Our own notes.\n" and any(str(card) in said for said in caplog.messages)
-    assert "others" in record_of(model)["audits"]
+    assert "others" in recorded(model)
     card.unlink()
     provenance.add_audit(model, audit)
     assert "Audit on others" in card.read_text()
@@ -120,7 +143,7 @@ def test_an_audit_is_not_recorded_where_there_is_no_record(tiny, tmp_path, capsy
     sentence = fails(["evaluate", tiny, "--prompts", "pocket", "--record", "--out", tmp_path / "a"], 2, capsys)
     assert "--record" in sentence and not (tmp_path / "a").exists()
     with pytest.raises(SalunError, match=tiny):
-        provenance.add_audit(find(tiny).path, {"prompts": "pocket"})
+        provenance.add_audit(find(tiny).path, {"prompts": "pocket", "prompts_sha256": ""})
 
 
 def test_a_record_is_read_back_as_it_was_written_and_a_damaged_one_is_named(erased, tmp_path):

@@ -99,12 +99,13 @@ def test_a_record_of_an_earlier_version_that_names_folders_is_not_sent(erased, h
     provenance.write_folder(record, folder)
     said = fails(["push", folder, NAME], 2, capsys)
     assert "/home/jane doe/models/base" in said and "--record" in said and hub.calls == []
-    audit = {"prompts": "/home/jane doe/few.csv where class=coat", "images": 1, "metrics": {}, "against": None,
-             "sampling": {"samples": 1, "steps": 1}}  # fmt: skip
+    audit = {"prompts": "/home/jane doe/few.csv where class=coat", "prompts_sha256": "", "images": 1, "metrics": {},
+             "against": None, "sampling": {"samples": 1, "steps": 1}}  # fmt: skip
     provenance.add_audit(folder, audit)
     salun_sd.push(folder, NAME)
     sent = hub.repos[NAME].files
-    assert list(json.loads(sent["salun.json"])["audits"]) == ["few.csv where class=coat"]
+    [audit] = json.loads(sent["salun.json"])["audits"].values()
+    assert audit["prompts"] == "few.csv where class=coat"
     assert not any(b"jane" in sent[name] for name in ("salun.json", "README.md"))
 
 
