@@ -5,17 +5,15 @@ import json
 import logging
 import os
 import re
-import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from salun_sd.checkpoint import tensors
+from salun_sd.checkpoint import places, tensors
 from salun_sd.checkpoint.families import BY_CLASS, DIT
-from salun_sd.checkpoint.model import BUNDLED, CONFIGS, SAMPLING, Checkpoint
+from salun_sd.checkpoint.model import CONFIGS, SAMPLING, Checkpoint
 from salun_sd.errors import SalunError
 from salun_sd.runtime import escape, seals
 from salun_sd.runtime.documents import parse_json, read_json
@@ -30,7 +28,6 @@ LICENSE = ("license", "license_name", "license_link")  # the hub's keys
 LIBRARIES = ("salun-sd", "torch", "diffusers", "transformers", "safetensors")
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 
-TEXTS = {"prompt", "anchor", "synonyms", "retain_caption", "header"}  # of a record: they are no paths
 AGAIN = "Erase or apply again, or download it again."
 SCHEMA = 3  # of a record
 AUDIT = {  # the shape of an audit in a record
@@ -116,48 +113,6 @@ def title(record: dict) -> str:
 def in_format(record: dict, format: str) -> dict:
     """The record of the same erasure, written in another format."""
     return record | {"settings": record["settings"] | {"format": format}}
-
-
-def without_places(record: dict) -> dict:
-    """The record as it is written, for people publish it: of each absolute path the last part alone. Its digests tell
-    what was read."""
-    texts = {text for c in record["concepts"] for text in (c["prompt"], c["anchor"], *c["synonyms"])}
-    data = {kind: "".join(map(_last, re.split(r"(; | from )", text))) for kind, text in record["data"].items()}
-    clean = last_parts(record) | {"command": _with_last_parts(record["command"], texts), "data": data}
-    if earlier := record.get("base", {}).get("record"):  # of a base that was erased before
-        clean["base"]["record"] = without_places(earlier)
-    return clean
-
-
-def last_parts(value: Any) -> Any:
-    """What is inside a record, where each text that begins with an absolute path has its last part instead. Prompts and
-    the base's own header stay as they are."""
-    if isinstance(value, list):  # its texts are prompts
-        return [v if isinstance(v, str) else last_parts(v) for v in value]
-    if isinstance(value, dict):
-        return {_last(key): v if key in TEXTS else last_parts(v) for key, v in value.items()}
-    return _last(value) if isinstance(value, str) else value
-
-
-def _last(text: str) -> str:
-    """A text without the folders of an absolute path that it begins with. Behind the path may be what prompts were
-    chosen from it. A model in a folder named "pocket" is not the bundled one: it is "./pocket"."""
-    if not text.startswith(("/", "~/")):
-        return text
-    path, *chosen = re.split(r"(?= where |, the first )", text, maxsplit=1)
-    name = Path(path).name
-    return (f"./{name}" if name in BUNDLED else name) + "".join(chosen)
-
-
-def _with_last_parts(command: str, texts: set[str | None]) -> str:
-    """A command with the last part of each absolute path among its words, but for the texts of prompts."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # it is not of a shell
-        return command
-    split = [re.fullmatch(r"(--[\w-]+=)?(.*)", word, re.DOTALL).groups("") for word in words]
-    named = [option + (word if word in texts else _last(word)) for option, word in split]
-    return command if named == words else shlex.join(named)
 
 
 def metadata(record: dict, base: Checkpoint) -> dict[str, str]:
@@ -290,9 +245,9 @@ def add_audit(model: Path, audit: dict) -> None:
     before = read(model)
     if before is None:
         raise SalunError(f"{model} was not erased by salun-sd: it has no record to add an audit to.")
-    name, digest = _last(audit["prompts"]), audit["prompts_sha256"]
+    name, digest = places.last(audit["prompts"]), audit["prompts_sha256"]
     audits = {key: of for key, of in before.get("audits", {}).items() if key != name or "prompts_sha256" in of}
-    record = without_places(before | {"audits": audits | {f"{name}, SHA-256 {digest[:12]}": audit}})
+    record = places.without_places(before | {"audits": audits | {f"{name}, SHA-256 {digest[:12]}": audit}})
     if model.is_dir():
         write_folder(in_format(record, "diffusers"), model, before)
         return

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from salun_sd.checkpoint import provenance, save, tensors
+from salun_sd.checkpoint import places, provenance, save, tensors
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
@@ -13,7 +13,7 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.patch import Patch
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime import seals
-from salun_sd.runtime.files import new_file, new_folder, to_disk
+from salun_sd.runtime.files import new_file, new_folder, to_disk, write_atomic
 from salun_sd.runtime.texts import check_given
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ def deliver(base: Checkpoint, patch: Patch, format: str, out: Path, revert: bool
         else:
             save.folder(base, unet, partial)
             if not revert:
+                for file, content in places.in_configs(partial).items():
+                    write_atomic(file, content)
                 provenance.write_folder(patch.record, partial)
         to_disk(partial)
         saved = patches.merged(base.unet, patches.read(partial)) if format == "patch" else _saved(base, partial).unet
@@ -81,7 +83,7 @@ def finished(out: Path, format: str, base: Checkpoint, settings: dict, inputs: d
     try:
         patch = patches.read(out) if format == "patch" else None
         record = patch.record if patch else provenance.read(out)
-        before, now = (provenance.last_parts(each) for each in (record["settings"], settings))
+        before, now = (places.last_parts(each) for each in (record["settings"], settings))
         same = before == now and record["inputs"] == inputs
     except (OSError, SalunError, KeyError, TypeError) as e:
         raise UsageError(f"{out} holds something else, or is damaged: choose another --out, or remove it.") from e
@@ -114,7 +116,7 @@ def apply(
     check_writable(base, format)
     patches.check(changes, file, base.unet, base.name, base.fingerprint, revert)
     erased = provenance.of_erased(base, changes.record["erased"]["fingerprint"])  # a patch fits any VAE, say
-    record = provenance.without_places(provenance.in_format(changes.record, format) | {"erased": erased})
+    record = places.without_places(provenance.in_format(changes.record, format) | {"erased": erased})
     deliver(base, changes._replace(record=record), format, out, revert)
     return record
 

@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from salun_sd.checkpoint import families, provenance, sources, tensors
+from salun_sd.checkpoint import families, places, provenance, sources, tensors
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import part_files
 from salun_sd.edit import patch as patches
@@ -112,9 +112,9 @@ def _record_of_file(file: Path) -> dict | None:
 
 
 def _check_places(place: Path, record: dict) -> None:
-    """Raise UsageError where a record names folders of this machine, as those of earlier versions may."""
+    """Raise UsageError where a record or a config names folders of this machine, as those of earlier versions may."""
     before, after = (
-        {*json.dumps(each, ensure_ascii=False).split('"')} for each in (record, provenance.without_places(record))
+        {*json.dumps(each, ensure_ascii=False).split('"')} for each in (record, places.without_places(record))
     )
     if paths := sorted(before - after, key=len):
         again = "what salun-sd apply makes of it names none"
@@ -122,6 +122,9 @@ def _check_places(place: Path, record: dict) -> None:
             again = f"salun-sd evaluate {place} --prompts ... --record writes it without them"
         raise UsageError(f"The record in {place} is of an earlier version, and names folders of this machine "
                          f"({cut(paths[0])}), so nothing is sent: {again}.")  # fmt: skip
+    for config in places.in_configs(place) if place.is_dir() else ():
+        raise UsageError(f"{config} names a folder of this machine, as an earlier version copied it, so nothing is "
+                         "sent: erase or apply again, to another --out.")  # fmt: skip
 
 
 def _of_folder(folder: Path, record: dict) -> dict[str, Path]:

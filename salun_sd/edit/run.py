@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from salun_sd.checkpoint import provenance
+from salun_sd.checkpoint import places, provenance
 from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
@@ -252,7 +252,7 @@ def _deliver(
         "probe": progress.probe,
     }  # fmt: skip
     proven = proof(job.base, trained.patch, trained.mask) if ranks.is_main() else {}
-    record = provenance.without_places(record | proven)
+    record = places.without_places(record | proven)
     if ranks.is_main():
         run = run_record(started, trained.peaks, planned)
         progress.keep(trained.mask, run, None if format == "diffusers" else record)

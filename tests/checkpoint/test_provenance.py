@@ -10,7 +10,7 @@ from helpers.commands import ANCHOR, CONCEPT, fails
 from helpers.runs import PAIR, SHORT, record_of, write_prompts
 from huggingface_hub import ModelCard
 
-from salun_sd.checkpoint import provenance, tensors
+from salun_sd.checkpoint import places, provenance, tensors
 from salun_sd.checkpoint.find import find, opened
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.cli import app as cli
@@ -165,14 +165,14 @@ def test_a_record_is_read_back_as_it_was_written_and_a_damaged_one_is_named(eras
 
 def test_a_record_keeps_of_absolute_paths_the_last_part_and_prompts_as_they_are(erased):
     record = provenance.read(erased / "erased")
-    assert provenance.without_places(record) == record
+    assert places.without_places(record) == record
     command = "salun-sd erase ~/sd15 --concept '/imagine a cat' --forget='/home/jane doe/cats' --out ../erased"
     record["command"] = command
     record["concepts"] = [{"prompt": "/imagine a cat", "anchor": "/b", "synonyms": ["/c"], "images": "/home/jane/cats"}]
     record["settings"] |= {"model": "~/sd15", "retain": "/data/x/", "retain_prompts": ["/d"], "mask": "a/b.safetensors"}
     record["data"] = {"forget": "/home/jane/cats; /home/jane/dogs", "retain": "drawn by the base from /home/jane/p.csv"}
     record["base"] |= {"model": "~/sd15", "header": {"title": "/e/f"}, "record": json.loads(json.dumps(record))}
-    clean = provenance.without_places(record)
+    clean = places.without_places(record)
     assert clean["command"] == "salun-sd erase sd15 --concept '/imagine a cat' --forget=cats --out ../erased"
     assert clean["concepts"] == [record["concepts"][0] | {"images": "cats"}]
     names = {"model": "sd15", "retain": "x", "retain_prompts": ["/d"], "mask": "a/b.safetensors"}
@@ -181,9 +181,9 @@ def test_a_record_keeps_of_absolute_paths_the_last_part_and_prompts_as_they_are(
     assert clean["base"]["header"] == {"title": "/e/f"} and clean["base"]["record"]["command"] == clean["command"]
     assert clean["inputs"] == record["inputs"] and "jane" not in json.dumps(clean)
     record["base"]["model"] = "/home/jane/pocket"  # which has a config of its own
-    assert provenance.without_places(record)["base"]["model"] == "./pocket"
+    assert places.without_places(record)["base"]["model"] == "./pocket"
     for other in ("python 'x", "line one\nline two"):  # of no shell, or without a path
-        assert provenance.without_places(record | {"command": other})["command"] == other
+        assert places.without_places(record | {"command": other})["command"] == other
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -92,6 +92,25 @@ def test_what_is_sent_names_no_folder_of_this_machine(tiny, erased, hub):
         assert str(erased).encode() not in (erased / name).read_bytes()
 
 
+def test_a_config_names_no_folder_of_this_machine(tiny, erased, hub, tmp_path, capsys):
+    base, place = shutil.copytree(tiny, tmp_path / "base"), b'/home/jane doe/models/a \\"base\\"'
+    (base / "tokenizer" / "tokenizer_config.json").write_bytes(b'{"name_or_path": "%s/", "n": "/w"}' % place)
+    config = base / "unet" / "config.json"
+    whole = config.read_bytes()
+    config.write_bytes(whole.replace(b"{", b'{"_name_or_path": "%s",' % place, 1))
+    folder = tmp_path / "folder"
+    salun_sd.apply(base, erased / "patch.safetensors", out=folder)
+    now = (folder / "unet" / "config.json").read_bytes()
+    assert now == whole.replace(b"{", b'{"_name_or_path": "a \\"base\\"",', 1)
+    text = (folder / "tokenizer" / "tokenizer_config.json").read_bytes()
+    assert text == b'{"name_or_path": "a \\"base\\"", "n": "/w"}'
+    salun_sd.push(folder, NAME, dry_run=True)
+    shutil.copy(config, folder / "unet")  # as an earlier version copied it
+    provenance.write_folder(provenance.read(folder), folder)
+    said = fails(["push", folder, NAME], 2, capsys)
+    assert f"{folder / 'unet' / 'config.json'}" in said and "--out" in said and hub.calls == []
+
+
 def test_a_record_of_an_earlier_version_that_names_folders_is_not_sent(erased, hub, tmp_path, capsys):
     folder = shutil.copytree(erased / "folder", tmp_path / "folder")
     record = provenance.read(folder)
