@@ -114,11 +114,13 @@ def measured(
     size = (model.image_size, model.image_size)
     texts, guidance = [p.text for p in prompts.read("pocket", ["class!=sneaker"])], model.sampling[1]
     rows = [Row(texts[i * len(texts) // images], i, guidance, size) for i in range(images)]
-    ways = {"ours": partial(ours, load_pipeline(model, dtype=dtype))}
-    if Other.diffusers in others:
-        ways["diffusers"] = partial(of_diffusers, load_pipeline(model, dtype=dtype).to(dtype))  # all its parts in one
+    pipeline = load_pipeline(model, dtype=dtype)
+    ways = {"ours": partial(ours, pipeline)}
+    if Other.diffusers in others:  # it draws with all its parts in one dtype
+        theirs = pipeline if dtype == torch.float32 else load_pipeline(model, dtype=dtype).to(dtype)
+        ways["diffusers"] = partial(of_diffusers, theirs)
     if Other.authors in others and dtype == torch.float32:
-        ways["authors"] = partial(of_authors, load_pipeline(model, dtype=dtype))
+        ways["authors"] = partial(of_authors, pipeline)
     for draw in ways.values():
         seconds(draw, rows if default_device() == "cuda" else [rows[0]._replace(size=(64, 64))], 1)
     took = [{name: seconds(draw, rows, steps) for name, draw in ways.items()} for _ in range(rounds)]

@@ -49,7 +49,7 @@ def reason(e: Exception) -> str:
         return f"cannot read or write{f' {name}' if name else ''}: {e.strerror or first_line(e)}"
     if isinstance(e, ImportError):
         return f"a package is missing, or does not fit the others: {first_line(e)}"
-    return first_line(e)
+    return f"{type(e).__name__}: {first_line(e)}" if is_bug(e) and str(e) else first_line(e)
 
 
 def is_out_of_memory(e: BaseException) -> bool:

@@ -259,7 +259,7 @@ def test_what_another_run_left_is_not_expected_again_and_another_search_is_refus
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), ImportError("No module named 'peft'"), ValueError("a bug")]
+    "error", [OSError(28, "No space left on device"), ImportError("No module named 'peft'"), KeyError("a bug")]
 )
 def test_an_attack_that_fails_stops_no_other_and_a_bug_is_raised_in_the_end(error, prompts, tmp_path, monkeypatch):
     def fail(*args):
@@ -269,12 +269,13 @@ def test_an_attack_that_fails_stops_no_other_and_a_bug_is_raised_in_the_end(erro
     (file := tmp_path / "others.csv").write_text("prompt\na shoe\n")
     given = {"concept": "a photo of a sneaker", "concept_class": "sneaker", "prompts": prompts, "detector": "none",
              "where": ["case_number<=1"], "adversarial": file, "limit": 1, "denoising_steps": 1}  # fmt: skip
-    is_bug, out = isinstance(error, ValueError), tmp_path / "out"
-    with pytest.raises(ValueError, match="a bug") if is_bug else nullcontext():
+    is_bug, out = isinstance(error, KeyError), tmp_path / "out"
+    with pytest.raises(KeyError, match="a bug") if is_bug else nullcontext():
         salun_sd.attack("pocket", **given, with_=["paraphrase", "prompts"], out=out)
     attacks = json.loads((out / "report.json").read_text())["attacks"]
     assert attacks["of"].keys() == {"prompts"} and str(error.args[-1]) in attacks["failed"]["paraphrase"]
-    with pytest.raises(ValueError if is_bug else SalunError, match="a bug" if is_bug else "paraphrase, model: "):
+    assert ("KeyError" in attacks["failed"]["paraphrase"]) == is_bug  # whose own words alone say little
+    with pytest.raises(KeyError if is_bug else SalunError, match="a bug" if is_bug else "paraphrase, model: "):
         salun_sd.attack("pocket", **given, with_="paraphrase", out=out)
 
 

@@ -9,7 +9,7 @@ from salun_sd.checkpoint.model import BUNDLED
 
 TEXTS = {"prompt", "anchor", "synonyms", "retain_caption", "header"}  # of a record: they are no paths
 # An absolute path in JSON, under a key such as _name_or_path or tokenizer_file
-PLACE = re.compile(rb'("\w*_(?:path|file|dir)"\s*:\s*")~?/(?:(?:[^"\\]|\\.)*/)?((?:[^"\\/]|\\.)+)/*"')
+PLACE = re.compile(rb'("(?:\w*_)?(?:path|file|dir)"\s*:\s*")~?/(?:(?:[^"\\]|\\.)*/)?((?:[^"\\/]|\\.)+)/*"')
 
 
 def without_places(record: dict) -> dict:
@@ -57,6 +57,7 @@ def _with_last_parts(command: str, texts: set[str | None]) -> str:
 def in_configs(folder: Path) -> dict[Path, bytes]:
     """The configs in a pipeline folder that name absolute paths, such as the folder that a part was loaded from, each
     as it is with the last parts alone. No program opens these paths: they say where a file was."""
-    files = {file: file.read_bytes() for file in sorted([*folder.glob("*.json"), *folder.glob("*/[!.]*.json")])}
+    configs = [*folder.glob("model_index.json"), *sorted(folder.glob("[!.]*/[!.]*.json"))]
+    files = {file: file.read_bytes() for file in configs}
     clean = {file: PLACE.sub(rb'\1\2"', content) for file, content in files.items()}
     return {file: content for file, content in clean.items() if content != files[file]}

@@ -245,8 +245,8 @@ def add_audit(model: Path, audit: dict) -> None:
     before = read(model)
     if before is None:
         raise SalunError(f"{model} was not erased by salun-sd: it has no record to add an audit to.")
-    name, digest = places.last(audit["prompts"]), audit["prompts_sha256"]
-    audits = {key: of for key, of in before.get("audits", {}).items() if key != name or "prompts_sha256" in of}
+    name, digest, known = places.last(audit["prompts"]), audit["prompts_sha256"], before.get("audits", {})
+    audits = {key: of for key, of in known.items() if places.last(key) != name or "prompts_sha256" in of}
     record = places.without_places(before | {"audits": audits | {f"{name}, SHA-256 {digest[:12]}": audit}})
     if model.is_dir():
         write_folder(in_format(record, "diffusers"), model, before)

@@ -46,7 +46,7 @@ def meant_as(kind: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Unusable as e:
-        raise SalunError(f"{e.what}, so it is no {kind} that can be used: {advice}") from e
+        raise SalunError(f"{e.what}, so it is no {kind} that can be used: {advice[0].lower()}{advice[1:]}") from e
 
 
 class Safetensors:

@@ -16,7 +16,7 @@ from salun_sd.runtime.finite import finite
 
 logger = logging.getLogger(__name__)
 
-TOGETHER = 8  # prompts that go through the text encoders at once
+TOGETHER = 8  # prompts that go through the text encoders at once: one of them costs as much, little beside an image
 SHOWN = 80  # most characters of a prompt in a warning
 GREY = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # luma of red, green and blue (ITU-R BT.601)
 

@@ -113,6 +113,9 @@ def _record_of_file(file: Path) -> dict | None:
 
 def _check_places(place: Path, record: dict) -> None:
     """Raise UsageError where a record or a config names folders of this machine, as those of earlier versions may."""
+    for config in places.in_configs(place) if place.is_dir() else ():
+        raise UsageError(f"{config} names a folder of this machine, as an earlier version copied it, so nothing is "
+                         "sent: erase or apply again, to another --out.")  # fmt: skip
     before, after = (
         {*json.dumps(each, ensure_ascii=False).split('"')} for each in (record, places.without_places(record))
     )
@@ -122,9 +125,6 @@ def _check_places(place: Path, record: dict) -> None:
             again = f"salun-sd evaluate {place} --prompts ... --record writes it without them"
         raise UsageError(f"The record in {place} is of an earlier version, and names folders of this machine "
                          f"({cut(paths[0])}), so nothing is sent: {again}.")  # fmt: skip
-    for config in places.in_configs(place) if place.is_dir() else ():
-        raise UsageError(f"{config} names a folder of this machine, as an earlier version copied it, so nothing is "
-                         "sent: erase or apply again, to another --out.")  # fmt: skip
 
 
 def _of_folder(folder: Path, record: dict) -> dict[str, Path]:

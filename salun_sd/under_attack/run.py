@@ -87,8 +87,10 @@ def _attack_all(
             logger.warning(f"The attack {run.name} failed on {side.model.name}, and the others go on: {reason(e)}.")
             failed[run.name] = f"{side.name}: {reason(e)}"
             if is_bug(e):
-                clear_frames(e.__traceback__)  # they hold the model
                 bugs.append(e)
+                while e:
+                    clear_frames(e.__traceback__)  # they hold the model
+                    e = e.__cause__ or e.__context__
     if not (whole := {name: of for name, of in drawn.items() if "model" in of}):
         every = SalunError(f"Every attack failed; the first is {next(iter(failed))}, {next(iter(failed.values()))}.")
         raise bugs[0] if bugs else every

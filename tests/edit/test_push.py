@@ -104,6 +104,9 @@ def test_a_config_names_no_folder_of_this_machine(tiny, erased, hub, tmp_path, c
     assert now == whole.replace(b"{", b'{"_name_or_path": "a \\"base\\"",', 1)
     text = (folder / "tokenizer" / "tokenizer_config.json").read_bytes()
     assert text == b'{"name_or_path": "a \\"base\\"", "n": "/w"}'
+    record = provenance.read(folder)
+    record["base"]["header"] = {"ss_train_dir": "/home/jane"}  # the base's own texts are no places
+    provenance.write_folder(record, folder)
     salun_sd.push(folder, NAME, dry_run=True)
     shutil.copy(config, folder / "unet")  # as an earlier version copied it
     provenance.write_folder(provenance.read(folder), folder)
