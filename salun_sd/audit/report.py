@@ -195,7 +195,6 @@ def headline_metrics(report: dict) -> dict:
     measured, against = {name: metric for name, metric in by_name(report).items() if metric}, report["against"]
     return {
         "prompts": report["prompts"],
-        "prompts_sha256": report["settings"]["prompts_sha256"],
         "headline": headline(report, shown),
         "images": images_of(report),
         "metrics": {name: rate(metric) for name, metric in measured.items()} | changes,

@@ -69,7 +69,8 @@ def evaluate(
             looked.save(found, job.out)
         deliver.finish(report, run, of_base, job.out, job.bounds, confident=confident, pictures=not no_images)
         if record and ranks.is_main():
-            provenance.add_audit(job.audited.path, headline_metrics(report) | {"sampling": job.settings["sampling"]})
+            how = {key: job.settings[key] for key in ("prompts_sha256", "sampling")}
+            provenance.add_audit(job.audited.path, headline_metrics(report) | how)
         tracked.log(tracked.last + 1, numbers(report))
     return report
 
