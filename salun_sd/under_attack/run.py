@@ -52,8 +52,7 @@ def attack(
         logger.info(f"The attack {name} is not run: it {why}.")
     if not expected.fits:
         logger.warning("The attacks take more memory than is free: --dry-run names options that take less.")
-    logger.info(f"Left of the audit and the attacks: {expected.settings['images']} images, "
-                f"{expected.settings['time']}.")  # fmt: skip
+    logger.info(f"Images left to draw, {expected.settings['images']}. Time: {expected.settings['time']}.")
     job = plan.job
     rows, run, of_base = audit.examined(job)
     report = audit.assembled(job, rows, run, of_base, quality.look(job.measures, run, of_base, job.request.concepts))
