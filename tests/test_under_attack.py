@@ -111,7 +111,11 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(attacked, prompts, tmp_p
         (["--with", "prompts"], "--adversarial"),
         (["--with", "positions"], "--mask"),
         (["--mask", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--mask", "nowhere.safetensors", "--with", "round-trip"], "nowhere.safetensors"),
+        (["--mask", "nowhere.safetensors", "--with", "positions"], "nowhere.safetensors"),
+        (["--mask", "nowhere.safetensors", "--with", "round-trip"], "--with positions"),
+        (["--words", "nowhere.txt", "--with", "round-trip"], "--with paraphrase"),
+        (["--adversarial", "nowhere.csv", "--with", "round-trip"], "--with prompts"),
+        (["--pictures", "nowhere", "--with", "round-trip"], "--with prefix"),
         (["--budget", "huge"], "huge"),
         (["--floor", "pocket-ddpm"], "pocket-ddpm"),
         (["--pictures", "nowhere"], "--pictures nowhere"),
@@ -276,7 +280,7 @@ def test_an_attack_that_fails_stops_no_other_and_a_bug_is_raised_in_the_end(erro
     assert attacks["of"].keys() == {"prompts"} and str(error.args[-1]) in attacks["failed"]["paraphrase"]
     assert ("KeyError" in attacks["failed"]["paraphrase"]) == is_bug  # whose own words alone say little
     with pytest.raises(KeyError if is_bug else SalunError, match="a bug" if is_bug else "paraphrase, model: "):
-        salun_sd.attack("pocket", **given, with_="paraphrase", out=out)
+        salun_sd.attack("pocket", **given | {"adversarial": None}, with_="paraphrase", out=out)
 
 
 @pytest.mark.slow

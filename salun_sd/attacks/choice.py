@@ -27,6 +27,16 @@ def chosen(named: Sequence[str], budget: str, absent: Mapping[str, str]) -> tupl
     return {name: ATTACKS[name].of(budget) for name in wanted if name not in reasons}, reasons
 
 
+def check_used(named: Sequence[str], *, pictures: object, words: object, adversarial: object, mask: object) -> None:
+    """Raise UsageError for an option that is given, and that none of the named attacks has a use for."""
+    needed = {"picture": ("pictures", pictures), "words": ("words", words), "mask": ("mask", mask),
+              "adversarial": ("adversarial", adversarial)}  # fmt: skip
+    for need, (option, given) in needed.items():
+        users = [name for name, attack in ATTACKS.items() if need in attack.needs]
+        if named and given and not set(users) & set(named):
+            raise UsageError(f"--{option} has no use in {', '.join(named)}: leave it out, or add --with {users[0]}.")
+
+
 def places_of(model: Checkpoint) -> int:
     """The tokens that a model reads of a text, without those of the beginning and the end."""
     return min(tokenizer.model_max_length for tokenizer in load_tokenizers(model).values()) - 2

@@ -85,6 +85,7 @@ def planned(o: SimpleNamespace) -> Plan:
     check_numbers(RANGES | {"limit": RANGES["steps"]}, seed=o.seed, limit=o.limit)
     absent = choice.not_given(base=o.base, pictures=o.pictures, adversarial=o.adversarial, mask=o.mask)
     choice.chosen(listed(o.with_), o.budget, absent)  # what is named and not given is refused before a model is opened
+    choice.check_used(listed(o.with_), pictures=o.pictures, words=o.words, adversarial=o.adversarial, mask=o.mask)
     check_file("mask", o.mask, "mask.safetensors of the run folder of the erasure")
 
     def measured(model: Checkpoint, request: Request) -> dict[str, list[str]]:
