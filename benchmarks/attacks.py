@@ -94,13 +94,14 @@ def measure(out: Path, concept: str, erasure: str, floor: Path, attacks: list[st
     attacked = here / "attacked"
     if shared.exists() and not attacked.exists():
         shutil.copytree(shared, attacked)
-    begun, own_mask = monotonic(), here / "erased.run" / "mask.safetensors"
+    begun = monotonic()
+    own_mask = ["--mask", str(here / "erased.run" / "mask.safetensors")]
+    has_use = run.startswith("salun") and not support and (not wanted or "positions" in wanted)
     (here / "prompts.csv").write_text(prompts.as_csv(some_prompts(concept)))
     cli.run(["attack", str(here / "erased"), "--concept", photo_of(concept), "--concept-class", concept,
              "--prompts", str(here / "prompts.csv"), "--limit", str(PROMPTS), "--base", "pocket",
              "--floor", str(floor), "--detector", "none",
-             *(["--mask", str(own_mask)] if run.startswith("salun") and not support else []),
-             *(word for name in wanted for word in ("--with", name)),
+             *(own_mask if has_use else []), *(word for name in wanted for word in ("--with", name)),
              "--budget", budget, "--seed", str(seed), *kept_rows.FLOAT32, "--out", str(attacked)])  # fmt: skip
     seconds, report = monotonic() - begun, json.loads((attacked / "report.json").read_text())
     if not shared.exists():

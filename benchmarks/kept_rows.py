@@ -1,6 +1,7 @@
 """What benchmarks that go on where they stopped share: rows on disk, and audits beside a base that is drawn once."""
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterable, Sequence
@@ -58,5 +59,10 @@ def audited(argv: Sequence[str], audit: Path, base: Path) -> dict:
         shutil.copytree(base, against)
     cli.run(["evaluate", *argv, *FLOAT32, "--detector", "none", "--no-images", "--out", str(audit)])
     if not base.exists():
-        shutil.copytree(against, base, dirs_exist_ok=True)  # another may have just done so
+        partial = base.with_name(f".{base.name}-{os.getpid()}")
+        shutil.copytree(against, partial, dirs_exist_ok=True)
+        try:
+            partial.rename(base)
+        except OSError:  # another has just done so
+            shutil.rmtree(partial)
     return json.loads((audit / "report.json").read_text())

@@ -32,6 +32,7 @@ import typer
 from salun_sd.cli import app as cli
 from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of
 from salun_sd.draw import prompts
+from salun_sd.errors import TrainingError
 from salun_sd.pocket.fashion import CLASSES
 
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ RUNS = {
     "ablation": "--steps 100 --batch-size 32 --lr 4e-4 --samples 200",
     "forget-me-not": "--steps 35 --batch-size 8 --lr 2e-4 --samples 200 --setting end_token=left-out",
     "ascent": f"--steps 30 --batch-size 32 --lr 1e-5 {IMAGES}",
-    "erasediff": f"--steps 100 --batch-size 32 --lr 1e-4 {IMAGES}",
+    "erasediff": f"--steps 100 --batch-size 32 --lr 6e-5 {IMAGES}",
     "finetune": f"--steps 100 --batch-size 32 --lr 1e-4 {IMAGES}",
     "uce": "--setting ridge=0.001 --retain-prompts pocket",
 }
@@ -78,8 +79,8 @@ class Row(NamedTuple):
     machine: str = kept_rows.FORMER
 
     @property
-    def lost(self) -> float:
-        return self.ra - self.base_ra
+    def lost(self) -> float | None:
+        return None if self.ra is None else self.ra - self.base_ra
 
 
 def main(
@@ -112,7 +113,7 @@ def measure(out: Path, row: Row) -> None:
     try:
         erase(row.concept, row.run, [*mask, *shlex.split(row.options)], row.seed, here / "erased")
     except SystemExit as e:
-        if e.code != 1:  # not stopped because its model is ruined, but interrupted, or wrong
+        if not isinstance(e.__context__, TrainingError):  # not stopped because its model is ruined
             raise
     else:
         row = row._replace(**audited(here, out / f"base-{row.concept}"))
@@ -217,7 +218,7 @@ def lines(rows: list[Row], names: tuple[str, ...], cells: Callable[[list[Row]], 
 
 
 def means(rows: list[Row], name: str) -> list[float]:
-    """Of each class, the mean over its seeds."""
+    """Of each class, the mean over its seeds; without rows that were stopped."""
     of_classes = (some for _, some in groups([row for row in rows if getattr(row, name) is not None], ("concept",)))
     return [mean(getattr(row, name) for row in some) for some in of_classes]
 
