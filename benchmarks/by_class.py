@@ -9,7 +9,6 @@ written from all of them. Run again to go on where it stopped; several may run a
 """
 
 import json
-import platform
 import shlex
 import shutil
 from collections import defaultdict
@@ -149,8 +148,9 @@ def write(table: list[Row]) -> None:
         f"""# Erasing a class of pocket-ddpm
 
 `python benchmarks/{Path(__file__).name} --out DIR`, with the options that the last table names
-{date.today()}, Python {platform.python_version()}; one thread of
-{kept_rows.machines(table)}. Seconds were taken while other programs ran.
+{date.today()}; one thread of
+{kept_rows.machines(table)}.
+Seconds were taken while other programs ran. Rows of a GPU have none.
 
 Each class is erased towards the next one; `{RETRAIN}` is the base's own training without the class. {IMAGES} images of
 each class, the same seeds for every model. UA: share of the class's images that the pocket judge does not classify as

@@ -42,8 +42,8 @@ def on_cpu(value: float | None) -> float | None:
 
 
 def machines(rows: Iterable) -> str:
-    """The machines that rows were measured on, in words."""
-    return " or ".join(sorted({row.machine for row in rows}))
+    """The machines that rows were measured on, in words, a line each."""
+    return ", or\n".join(sorted({row.machine for row in rows}))
 
 
 def next_class(concept: str) -> str:

@@ -16,7 +16,6 @@ chosen otherwise: docs/results.md.
 
 import json
 import math
-import platform
 import shlex
 import shutil
 from collections import Counter, defaultdict
@@ -152,13 +151,14 @@ def write(measured: list[Row]) -> None:
     (HERE / "methods.md").write_text(
         f"""# Methods and supports, on the classes of the pocket checkpoint
 
-`python benchmarks/{Path(__file__).name} --out DIR`, {date.today()}, Python {platform.python_version()}; one thread of
-{kept_rows.machines(table)}. Up to six other programs shared the core: seconds do not compare.
+`python benchmarks/{Path(__file__).name} --out DIR`, {date.today()}; one thread of
+{kept_rows.machines(table)}.
+Up to six other programs shared the core: seconds do not compare. Rows of a GPU have neither seconds nor memory.
 
-Each class is erased towards the next one. UA: share of the concept's 100 prompts whose image is not classified as it.
-RA: share of 180 prompts of the other classes classified as what they ask for, less the base's on the same prompts and
-seeds. Change: mean absolute difference of the kept images' pixels from the base's, 0 to 1. Beside a mean stands the
-worst class.
+Each class is erased towards the next one. The options of a run were tuned on its published support, and are the same on
+every other. UA: share of the concept's 100 prompts whose image is not classified as it. RA: share of 180 prompts of the
+other classes classified as what they ask for, less the base's on the same prompts and seeds. Change: mean absolute
+difference of the kept images' pixels from the base's, 0 to 1. Beside a mean stands the worst class.
 {drawn(table)}
 All rows are in [methods.jsonl](methods.jsonl).
 
@@ -261,7 +261,7 @@ def scatter(rows: list[Row]) -> str:
     for ua, change, label in sorted(points, key=lambda point: (-point[0], -point[1])):
         left, right, middle = x(change) + 8, x(change) + 8 + 7 * len(label), y(ua)
         while any(left < end and start < right and abs(middle - other) < line for start, end, other in taken):
-            middle += line
+            middle += line if ua > 0.5 else -line
         taken.append((left, right, middle))
         marks += [f'<path d="M{x(change):.1f} {y(ua):.1f}L{left - 1:.1f} {middle:.1f}" stroke="#80868f"/>',
                   f'<circle cx="{x(change):.1f}" cy="{y(ua):.1f}" r="4" fill="#0969da"/>',
