@@ -19,8 +19,8 @@ from salun_sd.attacks.target import Target
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.draw.prompts import Prompt
 from salun_sd.edit import budget
-from salun_sd.edit.budget import Attacking, Erasing, Masking, Work
 from salun_sd.edit.resources import Compute
+from salun_sd.edit.steps import TOKENS, Attacking, Erasing, Masking, Work
 from salun_sd.runtime import memory
 from salun_sd.runtime.device import Precision, default_device, dtype_name
 
@@ -82,7 +82,7 @@ def plans(steps: Sequence[Step], model: Checkpoint, machine: Machine, density: f
 def _flops_of_text(model: Checkpoint) -> float:
     """Of a prompt in the text encoder: each weight of its layers is multiplied and added once for each token."""
     layers = [t.shape.numel() for name, t in model.parts["text_encoder"].items() if ".layers." in name]
-    return 2 * budget.TOKENS * sum(layers)
+    return 2 * TOKENS * sum(layers)
 
 
 class Costs(NamedTuple):

@@ -43,7 +43,7 @@ from salun_sd.core.diffusion import predict
 from salun_sd.core.masked import MaskedAdam
 from salun_sd.core.saliency import GradientSum, sum_dtype
 from salun_sd.edit import budget, maskfile
-from salun_sd.edit.budget import Erasing, Masking, Work
+from salun_sd.edit.steps import Erasing, Masking, Work
 from salun_sd.methods.batches import Training
 from salun_sd.methods.loop import Erasure, Retain, erase
 from salun_sd.methods.salun import SalUn, forget_gradient

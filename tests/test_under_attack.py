@@ -26,8 +26,8 @@ from salun_sd.cli import app as cli
 from salun_sd.core.mask import kept, random_bits
 from salun_sd.draw.prompts import Prompt
 from salun_sd.edit import maskfile
-from salun_sd.edit.budget import Attacking
 from salun_sd.edit.maskfile import Mask
+from salun_sd.edit.steps import Attacking
 from salun_sd.errors import SalunError, UsageError
 from salun_sd.runtime.device import Precision
 

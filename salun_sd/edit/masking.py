@@ -13,7 +13,6 @@ from salun_sd.core import mask as masks
 from salun_sd.core.diffusion import Condition, Examples
 from salun_sd.core.saliency import GradientSum, sum_dtype
 from salun_sd.edit import maskfile, supports
-from salun_sd.edit.budget import Masking
 from salun_sd.edit.checks import (
     check_kept,
     check_replaceable,
@@ -29,6 +28,7 @@ from salun_sd.edit.encodings import LoadedBase, encode
 from salun_sd.edit.maskfile import Mask
 from salun_sd.edit.resources import Compute, Forecast, schedule_of
 from salun_sd.edit.sources import check_texts
+from salun_sd.edit.steps import Masking
 from salun_sd.edit.training_data import forget_items
 from salun_sd.methods import salun
 from salun_sd.runtime import memory, ranks

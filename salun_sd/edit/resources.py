@@ -13,7 +13,7 @@ from salun_sd.core.diffusion import Schedule
 from salun_sd.draw import rehearsal
 from salun_sd.draw.sample import images_per_pass
 from salun_sd.edit import budget
-from salun_sd.edit.budget import Drawing, Work
+from salun_sd.edit.steps import Drawing, Work
 from salun_sd.runtime.device import Precision, check_dtype, default_device, dtype_mark, dtype_name
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ from salun_sd.checkpoint.find import opened
 from salun_sd.checkpoint.model import Checkpoint
 from salun_sd.core import mask as masks
 from salun_sd.edit import closed_form, maskfile, patch
-from salun_sd.edit.budget import Erasing, Masking, Work
 from salun_sd.edit.checks import (
     check_batch,
     check_format,
@@ -39,6 +38,7 @@ from salun_sd.edit.recipes import Recipe, recipe_of
 from salun_sd.edit.resources import Compute, Forecast
 from salun_sd.edit.resume import Progress, State
 from salun_sd.edit.sources import Sources, sources_in_words
+from salun_sd.edit.steps import Erasing, Masking, Work
 from salun_sd.edit.supports import SALIENT, support_of
 from salun_sd.edit.training import strip_writer, train
 from salun_sd.edit.training_data import Data, collect

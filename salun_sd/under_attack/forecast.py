@@ -13,8 +13,8 @@ from salun_sd.draw import generate, kept
 from salun_sd.draw.prompts import Prompt
 from salun_sd.draw.sample import images_per_pass
 from salun_sd.edit import budget
-from salun_sd.edit.budget import Attacking
 from salun_sd.edit.resources import Compute, Forecast
+from salun_sd.edit.steps import Attacking
 from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import in_time
 from salun_sd.runtime.device import default_device, dtype_name

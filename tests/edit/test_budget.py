@@ -20,9 +20,9 @@ from salun_sd.core import mask
 from salun_sd.core.diffusion import Examples, Schedule, predict
 from salun_sd.core.masked import MaskedAdam
 from salun_sd.core.saliency import GradientSum
-from salun_sd.edit import budget
-from salun_sd.edit.budget import Drawing, Erasing, Masking
+from salun_sd.edit import budget, steps
 from salun_sd.edit.resources import Compute
+from salun_sd.edit.steps import Drawing, Erasing, Masking
 from salun_sd.methods.batches import Training
 from salun_sd.methods.loop import Erasure, Retain, erase
 from salun_sd.methods.salun import SalUn, forget_gradient
@@ -59,7 +59,7 @@ def adam_of(unet, work):
 
 def examples(work):
     side = work.resolution // work.pixels
-    prompts = {"context": torch.randn(2, budget.TOKENS, CONFIG["cross_attention_dim"])}
+    prompts = {"context": torch.randn(2, steps.TOKENS, CONFIG["cross_attention_dim"])}
     return Examples(torch.randn(work.batch, 4, side, side), prompts, torch.zeros(work.batch, dtype=torch.int64))
 
 
@@ -112,7 +112,7 @@ def test_making_the_images_holds_what_is_planned(draws):
     config = {**TINY["sd1"]["vae"], "block_out_channels": (16, 16, 16)}
     unet, vae = loaded(MASK), AutoencoderKL.from_config(config).eval()
     work = Drawing(128, 2, Precision.of("float32", "cpu"), pixels=4, vae=config, others=4000, drawn=128 * draws)
-    x, told, image = torch.randn(4, 4, 32, 32), torch.randn(4, budget.TOKENS, 32), torch.randn(1, 3, 128, 128)
+    x, told, image = torch.randn(4, 4, 32, 32), torch.randn(4, steps.TOKENS, 32), torch.randn(1, 3, 128, 128)
 
     @torch.no_grad()
     def work_through():
@@ -157,7 +157,7 @@ def test_what_is_planned_again_is_not_measured_again(monkeypatch):
     def measure(*_):
         raise AssertionError("it was measured")
 
-    monkeypatch.setattr(budget, "peak_of", measure)
+    monkeypatch.setattr(steps, "peak_of", measure)
     assert budget.plan(dict(CONFIG), replace(MASK), "cpu")["activations"] == before["activations"]
     for config, work in [(CONFIG | {"norm_num_groups": 4}, MASK), (CONFIG, replace(MASK, batch=3))]:
         with pytest.raises(AssertionError, match="it was measured"):
