@@ -26,7 +26,7 @@ from salun_sd.errors import SalunError
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import hash_into
-from salun_sd.runtime.files import write_atomic
+from salun_sd.runtime.files import named_where_full, write_atomic
 from salun_sd.runtime.stamps import Stamps, state_of
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,8 @@ def _completed(
     """The result of each image: those known, and the new (position, result) of all processes. Each new one is written
     down at once."""
     new = []
-    with (out / f".detections.{ranks.rank()}.partial").open("a", encoding="utf-8") as lines:
+    file = out / f".detections.{ranks.rank()}.partial"
+    with named_where_full(file), file.open("a", encoding="utf-8") as lines:
         lines.write("\n")  # a kill may have left half a line
         for n, result in results:
             lines.write(seals.line({"sha256": images[n].sha256, **by, **result}))

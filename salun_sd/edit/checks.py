@@ -133,7 +133,7 @@ def _check_outside(out: Path) -> None:
 def check_choice(option: str, value: str, choices: Collection[str]) -> None:
     """Raise UsageError where an option has another value than its choices."""
     if value not in choices:
-        raise UsageError(f"--{option} is {value!r}: give one of {', '.join(choices)}.")
+        raise UsageError(f"--{option} is {value!r}: give {'one of ' * (len(choices) > 1)}{', '.join(choices)}.")
 
 
 def checked_size(model: Checkpoint, size: int | None) -> int:

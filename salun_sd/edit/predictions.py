@@ -18,6 +18,7 @@ from salun_sd.methods import loop
 from salun_sd.methods.loop import Erasure
 from salun_sd.runtime import ranks
 from salun_sd.runtime.bar import Bar
+from salun_sd.runtime.files import named_where_full
 
 DTYPE = torch.bfloat16
 
@@ -42,7 +43,7 @@ class Predictions:
     def append(self, values: torch.Tensor) -> None:
         """Add the predictions of the next step, of any dtype."""
         content = values.to("cpu", DTYPE).contiguous().view(torch.uint8).numpy().tobytes()
-        with self.file.open("r+b" if self.file.is_file() else "wb") as f:
+        with named_where_full(self.file), self.file.open("r+b" if self.file.is_file() else "wb") as f:
             f.seek(len(self) * self.bytes)
             f.write(content + zlib.crc32(content).to_bytes(4, "little"))
             f.truncate()

@@ -25,7 +25,7 @@ from salun_sd.edit.maskfile import Mask
 from salun_sd.errors import SalunError, TrainingError, UsageError, some
 from salun_sd.runtime import ranks, seals
 from salun_sd.runtime.documents import parse_json
-from salun_sd.runtime.files import HIDDEN, is_full, new_file, remove_stale, write_atomic
+from salun_sd.runtime.files import HIDDEN, is_full, named_where_full, new_file, remove_stale, write_atomic
 from salun_sd.runtime.finite import NotFinite
 from salun_sd.runtime.tracker import FOLDER as TRACKED
 from salun_sd.runtime.tracker import Tracker
@@ -211,7 +211,7 @@ class Progress:
         if lost := [str(step) for step in range(1, start + 1) if step not in kept]:
             logger.warning(f"{file} has lost the losses of these steps: {some(lost)}. The weights are not concerned.")
         write_atomic(file, "".join(kept.values()))
-        with file.open("a", buffering=1) as lines:
+        with named_where_full(file), file.open("a", buffering=1) as lines:
             yield lines
 
     def draw(self, title: str) -> None:

@@ -88,6 +88,17 @@ def _partial(path: Path) -> Iterator[Path]:
         lock.release()
 
 
+@contextmanager
+def named_where_full(path: Path) -> Iterator[None]:
+    """If the disk is full when an open file is written inside, which the error does not name, it names `path`."""
+    try:
+        yield
+    except OSError as e:
+        if is_full(e) and not e.filename:
+            e.filename = str(path)
+        raise
+
+
 def _hidden(path: Path) -> tuple[Path, FileLock]:
     """A new hidden name beside `path`, and its lock, held."""
     while True:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from salun_sd.runtime import ranks
+from salun_sd.runtime.files import named_where_full
 
 FILE = re.compile(r"\.stamps-\d+")  # of a process of a run
 State = tuple[int, ...]
@@ -39,7 +40,7 @@ class Stamps:
     def add(self, name: str, state: State, note: str) -> None:
         """Note something of a file, found after `state_of` it was taken."""
         content = json.dumps([name, state, note]).encode()
-        with self._own.open("ab") as file:
+        with named_where_full(self._own), self._own.open("ab") as file:
             file.write(b"\n" + content + b" " + _check(content) + b"\n")
 
 

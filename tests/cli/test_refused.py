@@ -52,6 +52,11 @@ CASES = {
     "no concept": ("mask pocket", 2, "--concept --plan"),
     "a blank concept": ("mask pocket --concept ' '", 2, "--concept"),
     "the concept as anchor": (f"erase pocket --concept '{CONCEPT}' --anchor 'A photo of  a sneaker'", 2, "anchor"),
+    "no word of the concept": (
+        f"erase pocket --method forget-me-not --concept 'a photo of' --anchor '{ANCHOR}'",
+        2,
+        "'a photo of'",
+    ),
     "no anchor": (f"erase pocket --concept '{CONCEPT}'", 2, f"--anchor \"'{CONCEPT}'\""),
     "anchors of each other": (ERASE + f"--concept '{ANCHOR}' --anchor '{CONCEPT}'", 2, "'--anchor 1' '--concept 2'"),
     "one anchor for two": (ERASE + "--concept 'a coat'", 2, "--anchor \"'a coat'\""),

@@ -56,6 +56,9 @@ ERASED = {
             ("steps", True),
             ("samples", 2**31),
             ("size", 10**6),
+            ("until", 0.0),
+            ("until", 1.5),
+            ("until", float("nan")),
         )
     },
     "a density beside a mask": ({"mask": "none", "density": 0.5}, "--density"),

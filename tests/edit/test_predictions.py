@@ -1,5 +1,7 @@
 """The file of what the base predicts."""
 
+import resource
+
 import pytest
 import torch
 from helpers.erasures import erasure_by
@@ -51,6 +53,22 @@ def test_a_whole_file_is_read_and_not_made_again(fresh_unet, erasure, tmp_path):
     first = predictions.of_base(tmp_path, fresh_unet, erasure)(1)
     fresh_unet.conv_out.weight.data.mul_(2.0)
     assert torch.equal(predictions.of_base(tmp_path, fresh_unet, erasure)(1), first)
+
+
+def test_a_full_disk_is_said_with_the_file_and_loses_no_whole_step(tmp_path):
+    """A limit on the size of files stands for it."""
+    kept, values = Predictions(tmp_path, (1, 2, 4, 8, 8)), torch.randn(2, 1, 2, 4, 8, 8)
+    kept.append(values[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kept.file.stat().st_size + 9, limits[1]))
+    try:
+        with pytest.raises(OSError, match=str(kept.file)):
+            kept.append(values[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(kept) == 1
+    kept.append(values[1])
+    torch.testing.assert_close(kept(2), values[1], rtol=2**-8, atol=0)
 
 
 def test_a_changed_byte_is_found(tmp_path):
