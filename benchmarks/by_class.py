@@ -147,7 +147,7 @@ def write(table: list[Row]) -> None:
     (HERE / "by_class.md").write_text(
         f"""# Erasing a class of pocket-ddpm
 
-`python benchmarks/{Path(__file__).name} --out DIR`, with the options that the last table names
+`python benchmarks/{Path(__file__).name} --out DIR`, with the options that the last table names,
 {date.today()}; one thread of
 {kept_rows.machines(table)}.
 Seconds were taken while other programs ran. Rows of a GPU have none.

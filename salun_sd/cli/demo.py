@@ -9,7 +9,7 @@ from salun_sd.draw.prompts import Prompt
 from salun_sd.errors import UsageError
 from salun_sd.runtime.files import write_atomic
 
-POCKET_TRAINING = "--retain-prompts pocket --steps 100 --batch-size 32 --lr 1e-4".split()
+POCKET_TRAINING = "--steps 100 --batch-size 32 --lr 1e-4".split()  # all else is the default
 
 
 def commands(concept: str, anchor: str, density: float, out: Path) -> list[list[str]]:

@@ -22,6 +22,7 @@ from salun_sd.errors import TrainingError, first_line
 from salun_sd.methods.loop import Erasure, erase
 from salun_sd.runtime import memory, ranks, seals
 from salun_sd.runtime.bar import Bar
+from salun_sd.runtime.files import named_where_full
 from salun_sd.runtime.finite import NotFinite
 
 logger = logging.getLogger(__name__)
@@ -153,4 +154,5 @@ def _write_strip(pipeline, model: Checkpoint, texts: list[str], file: Path) -> N
     for i, image in enumerate(images):
         strip.paste(image, (i * width, 0))
     file.parent.mkdir(exist_ok=True)
-    strip.save(file)
+    with named_where_full(file):
+        strip.save(file)

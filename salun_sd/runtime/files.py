@@ -90,7 +90,7 @@ def _partial(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def named_where_full(path: Path) -> Iterator[None]:
-    """If the disk is full when an open file is written inside, which the error does not name, it names `path`."""
+    """Inside, an error of a full disk that names no file is given the name of `path`."""
     try:
         yield
     except OSError as e:
