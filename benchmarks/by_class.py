@@ -25,6 +25,7 @@ from PIL import Image
 from salun_sd.cli import app as cli
 from salun_sd.pocket import train
 from salun_sd.pocket.fashion import CLASSES, load_split
+from salun_sd.runtime.files import new_folder
 
 HERE = Path(__file__).parent
 ROWS = HERE / "by_class.jsonl"
@@ -130,13 +131,12 @@ def kept_data(out: Path, concept: str, data: Path) -> Path:
     if folder.exists():
         return folder
     images, labels = load_split(data, "t10k")
-    partial = out / f"{folder.name}.partial"
-    partial.mkdir(exist_ok=True)
-    for number, name in enumerate(CLASSES):
-        for i, image in enumerate(images[labels == number][: IMAGES if name != concept else 0]):
-            pixels = image.permute(1, 2, 0).add(1).mul(127.5).round().byte().numpy()
-            Image.fromarray(pixels).save(partial / f"{number}-{i}.png")
-    return partial.rename(folder)
+    with new_folder(folder) as partial:
+        for number, name in enumerate(CLASSES):
+            for i, image in enumerate(images[labels == number][: IMAGES if name != concept else 0]):
+                pixels = image.permute(1, 2, 0).add(1).mul(127.5).round().byte().numpy()
+                Image.fromarray(pixels).save(partial / f"{number}-{i}.png")
+    return folder
 
 
 def write(table: list[Row]) -> None:

@@ -1,17 +1,19 @@
 """What benchmarks that go on where they stopped share: rows on disk, and audits beside a base that is drawn once."""
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from salun_sd.cli import app as cli
+from salun_sd.errors import SalunError
 from salun_sd.pocket.fashion import CLASSES
 from salun_sd.runtime.device import default_device
+from salun_sd.runtime.files import new_folder
 
 FORMER = "2 x AMD EPYC"  # the machine of all rows until 26 Nov 2026, which do not name theirs
 FLOAT32 = ("--dtype", "float32")  # on every machine: a GPU would take bfloat16
@@ -59,10 +61,6 @@ def audited(argv: Sequence[str], audit: Path, base: Path) -> dict:
         shutil.copytree(base, against)
     cli.run(["evaluate", *argv, *FLOAT32, "--detector", "none", "--no-images", "--out", str(audit)])
     if not base.exists():
-        partial = base.with_name(f".{base.name}-{os.getpid()}")
-        shutil.copytree(against, partial, dirs_exist_ok=True)
-        try:
-            partial.rename(base)
-        except OSError:  # another has just done so
-            shutil.rmtree(partial)
+        with suppress(SalunError), new_folder(base) as partial:  # it is refused where another has just done so
+            shutil.copytree(against, partial, dirs_exist_ok=True)
     return json.loads((audit / "report.json").read_text())

@@ -29,7 +29,7 @@ import kept_rows
 import typer
 
 from salun_sd.cli import app as cli
-from salun_sd.cli.demo import audit_prompts, photo_of
+from salun_sd.cli.demo import POCKET_TRAINING, audit_prompts, photo_of
 from salun_sd.draw import prompts
 from salun_sd.errors import TrainingError
 from salun_sd.pocket.fashion import CLASSES
@@ -42,7 +42,7 @@ IMAGES = "--samples 200 --retain-prompts pocket"
 # name => recipe and numbers. The pocket is small: its learning rates are some 10 times those of Stable Diffusion.
 RUNS = {
     "salun": f"{IMAGES} --steps 100 --batch-size 32 --lr 1e-4",
-    "salun:broad": "--samples 200 --steps 100 --batch-size 32 --lr 1e-4",  # as the demo: the default retain prompts
+    "salun:broad": shlex.join(["--samples", "200", *POCKET_TRAINING]),  # as the demo: the default retain prompts
     "salun:5": f"{IMAGES} --steps 100 --batch-size 32 --lr 1e-4 --retain-weight 5",
     "salun:base": f"{IMAGES} --steps 150 --batch-size 32 --lr 1e-4 --retain-weight 5 --anchor-from base",
     "salun:paper": f"--recipe paper {IMAGES} --steps 60 --batch-size 32 --lr 1e-4",

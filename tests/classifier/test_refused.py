@@ -1,12 +1,11 @@
 """Bad input is refused before the first long step, by name, and leaves nothing."""
 
 import json
-import resource
 import shutil
 import sys
 
 import pytest
-from helpers.commands import fails, files_in
+from helpers.commands import fails, files_in, files_up_to
 from helpers.pictures import TINY, classifier, write_idx
 from helpers.runs import PAIR
 
@@ -158,12 +157,8 @@ def test_without_scikit_learn_it_says_what_to_install(idx, tmp_path, capsys, mon
 
 def test_a_full_disk_leaves_no_half_of_a_model_and_the_run_goes_on_later(idx, tmp_path, capsys):
     line = [*START, "--data", idx, "--out", tmp_path / "out", "--method", "ft", "--setting=ft.epochs=1"]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
-    try:
+    with files_up_to(2**14):
         fails(line, 1, capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not any("safetensors" in file for file in files_in(tmp_path))
     cli.run([str(word) for word in line])
     assert (tmp_path / "out" / "report.html").is_file()

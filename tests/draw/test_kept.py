@@ -1,10 +1,10 @@
 import hashlib
 import io
-import resource
 import sys
 from functools import partial
 
 import pytest
+from helpers.commands import files_up_to
 
 from salun_sd.checkpoint.find import find
 from salun_sd.checkpoint.load import load_pipeline
@@ -40,12 +40,8 @@ def test_a_run_goes_on_where_the_cache_is_full_and_keeps_its_images_there_later(
     base, settings = find(tiny), {"scheduler": "DDIMScheduler", "steps": 1, "dtype": "float32"}
     files = {tmp_path / "out" / "0_0.png": Row("a bag", 0, 1.0, (32, 32))}
     list(generate.draw(partial(load_pipeline, base), files, identity=base.identity, **settings))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
+    with files_up_to(room):
         exchange("audited", base, files, {}, **settings)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "SALUN_SD_CACHE" in caplog.text and not any((tmp_path / "cache").rglob("*.png"))
     exchange("audited", base, files, {}, **settings)
     assert len([*(tmp_path / "cache").rglob("*.png")]) == 1 and len(caplog.messages) == 1

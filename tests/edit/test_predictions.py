@@ -1,9 +1,8 @@
 """The file of what the base predicts."""
 
-import resource
-
 import pytest
 import torch
+from helpers.commands import files_up_to
 from helpers.erasures import erasure_by
 
 from salun_sd.core.mask import random_bits
@@ -56,16 +55,10 @@ def test_a_whole_file_is_read_and_not_made_again(fresh_unet, erasure, tmp_path):
 
 
 def test_a_full_disk_is_said_with_the_file_and_loses_no_whole_step(tmp_path):
-    """A limit on the size of files stands for it."""
     kept, values = Predictions(tmp_path, (1, 2, 4, 8, 8)), torch.randn(2, 1, 2, 4, 8, 8)
     kept.append(values[0])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (kept.file.stat().st_size + 9, limits[1]))
-    try:
-        with pytest.raises(OSError, match=str(kept.file)):
-            kept.append(values[1])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_up_to(kept.file.stat().st_size + 9), pytest.raises(OSError, match=str(kept.file)):
+        kept.append(values[1])
     assert len(kept) == 1
     kept.append(values[1])
     torch.testing.assert_close(kept(2), values[1], rtol=2**-8, atol=0)

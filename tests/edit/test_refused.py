@@ -1,14 +1,13 @@
 """What mask, erase and apply refuse: models, configs, patches and places, each named before anything is written."""
 
 import json
-import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import models
-from helpers.commands import fails
+from helpers.commands import fails, files_up_to
 from helpers.forms import CAT, UNET, apply, erase, files_of, training, write_forms
 from helpers.runs import fails_with
 from safetensors.torch import load_file, save_file
@@ -178,8 +177,6 @@ def test_a_patch_whose_bytes_were_damaged_is_named(here, tmp_path, capsys, kind)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(here, tmp_path, capsys):
-    """A limit on the size of files stands for it."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     applied = ["apply", here / "sd1", here / "patch.safetensors"]
     erase = ["erase", here / "sd1", "--save-every", "0"]
     for name, argv in (
@@ -188,10 +185,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(here, tmp_path, capsys):
         ("applied.safetensors", [*applied, "--format", "single-file"]),
         ("applied", applied),
     ):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, limits[1]))
-        try:
+        with files_up_to(2**17):
             sentence = fails([*argv, "--out", tmp_path / name], 1, capsys)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "File too large" in sentence and f" {tmp_path / name}: " in sentence  # and no source of a copy
         assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,12 @@
 """The commands as tests type them: in this process, or in one of their own."""
 
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,17 @@ def fails(argv, code, capsys) -> str:
 def files_in(folder: Path) -> set[str]:
     """All files but the stamps of others, which have the times of those."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and not STAMPS.fullmatch(p.name)}
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Inside, no file can be larger than so many bytes, which stands for a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def fresh(args, before=(), **kwargs) -> subprocess.Popen:

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from helpers import models
+from helpers.commands import python, until
 from PIL import Image
 
 from salun_sd.cli import app as cli
@@ -80,3 +82,20 @@ def raw_tensors(file: Path) -> tuple[dict[str, tuple], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     values = memoryview(data)[start:]
     return {name: (t["dtype"], t["shape"], values[slice(*t["data_offsets"])]) for name, t in header.items()}, metadata
+
+
+def check_a_kill_changes_nothing(argv: Sequence[str], folder: Path, monkeypatch) -> None:
+    """An `erase` that is killed after a step was saved, and begun again, ends with the bytes of one that was not."""
+    argv, ends = [*argv, "--format", "patch", "--save-every", "1e-9", "--out", "p.safetensors"], []
+    for name, is_killed in (("whole", False), ("killed", True)):
+        (folder / name).mkdir()
+        monkeypatch.chdir(folder / name)
+        if is_killed:
+            process, losses = python(["-m", "salun_sd", *argv]), Path("p.safetensors.run/losses.jsonl")
+            until(lambda: losses.is_file() and losses.read_text().count("\n") > 1, process)  # noqa: B023
+            process.kill()
+            process.communicate()
+            assert not Path("p.safetensors").exists()
+        cli.run(argv)
+        ends.append({name: content for name, content in files_of(Path()).items() if "run.json" not in name})
+    assert ends[0] == ends[1]
