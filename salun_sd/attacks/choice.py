@@ -34,8 +34,8 @@ def check_used(named: Sequence[str], *, pictures: object, words: object, adversa
     for need, (option, given) in needed.items():
         users = [name for name, attack in ATTACKS.items() if need in attack.needs]
         if named and given and not set(users) & set(named):
-            raise UsageError(f"--{option} has no use in {', '.join(named)}: leave it out, or name one of "
-                             f"{', '.join(users)} in --with.")  # fmt: skip
+            raise UsageError(f"--{option} has no use in {', '.join(named)}: leave it out, or name "
+                             f"{'one of ' * (len(users) > 1)}{', '.join(users)} in --with.")  # fmt: skip
 
 
 def places_of(model: Checkpoint) -> int:
