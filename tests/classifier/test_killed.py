@@ -1,10 +1,13 @@
 """A run that is stopped goes on, and ends with the bits of an undisturbed one; several processes share a run."""
 
+import os
 import random
+import signal
 import time
+from pathlib import Path
 
 import pytest
-from helpers.commands import files_in, fresh, interrupt, spawn, until
+from helpers.commands import fails, files_in, fresh, spawn, until
 from helpers.pictures import TINY
 
 from salun_sd.cli import app as cli
@@ -27,13 +30,19 @@ def models(out):
     return weights, results
 
 
-def test_ctrl_c_in_a_training_resumes_with_the_same_bits(idx, tmp_path):
+def test_ctrl_c_in_a_training_resumes_with_the_same_bits(idx, tmp_path, monkeypatch, capsys, caplog):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    state = stopped / "run" / "salun-seed-0.state"
-    process = spawn(command(idx, stopped, ("salun",)))
-    last = interrupt(process, state.exists)
-    assert process.returncode == 130 and "resume" in last, last
-    assert not (stopped / "report.json").exists()
+    state, put = stopped / "run" / "salun-seed-0.state", os.replace
+
+    def put_and_ctrl_c(partial, place):
+        put(partial, place)
+        if Path(place) == state:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", put_and_ctrl_c)
+        assert "resume" in fails(command(idx, stopped, ("salun",)), 130, capsys)
+    assert state.exists() and not (stopped / "report.json").exists()
     for out in (whole, stopped):
         cli.run([str(word) for word in command(idx, out, ("salun",))])
     assert models(whole) == models(stopped) and not state.exists()

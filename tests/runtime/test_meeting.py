@@ -88,7 +88,7 @@ def test_a_process_that_nobody_meets_says_so_in_time(rank, nobody, caplog):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_ctrl_c_ends_the_wait(rank, nobody):
-    nobody(rank, 5)
+    nobody(rank, 60)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     started = time.monotonic()
@@ -97,4 +97,4 @@ def test_ctrl_c_ends_the_wait(rank, nobody):
             ranks.start("cpu")
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
