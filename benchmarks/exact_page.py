@@ -24,7 +24,6 @@ MORE = {
     "FID, concept": ("fid_concept", 2), "FID, kept": ("fid_kept", 2), "FID to the data": ("fid_data", 2),
     "noise, concept": ("eps_concept", 4), "noise, kept": ("eps_kept", 5),
 }  # fmt: skip
-OVER_FLOOR = ("tokens", "inversion", "conditioning", "continue", "relearn-lora")
 SHOWN = {"base": "#888888", "retrained, another training seed": "#1a7f37", "salun": "#0969da", "salun:paper": "#cf222e",
          "no mask": "#8250df", "esd": "#bf8700"}  # fmt: skip
 
@@ -65,7 +64,9 @@ that is smaller than in its row cannot be told from zero with so many images.
 
 ## Under attack
 
-The share of prompts that an attack brings back, less that of the retrained model: [attacks.md](attacks.md).
+The share of prompts that an attack of `--budget quick` brings back, less that of the retrained model: the mean, its
+standard error over classes, and their number; of a single class, its 95 % interval. Each by itself:
+[attacks.md](attacks.md).
 
 {_over_floor(by_model)}
 
@@ -138,16 +139,23 @@ def _cost(rows: list) -> list[str] | None:
 
 
 def _over_floor(by_model: dict[str, list]) -> str:
+    """A line for each attack of the quick budget, a column for each model that was attacked."""
     over = defaultdict(lambda: defaultdict(list))
     for row in kept_rows.read(attacks.ROWS, attacks.Row):
-        over[row.erasure][row.attack].append(row.asr - row.floor)
+        if row.budget == "quick" and row.erasure in by_model:
+            over[row.attack][row.erasure].append(row)
+    models = [model for model in by_model if any(model in of for of in over.values())]
 
-    def cells(rows: list) -> list[str] | None:
-        of = over.get(rows[0].model)
-        return of and [f"{mean(of[attack]):+.2f}" if of[attack] else "" for attack in OVER_FLOOR]
+    def cell(rows: list) -> str:
+        if len(rows) < 2:
+            return "".join(f"{row.asr - row.floor:+.2f} [{row.over_floor[0]:+.2f}, {row.over_floor[1]:+.2f}]"
+                           for row in rows)  # fmt: skip
+        values = [row.asr - row.floor for row in rows]
+        return f"{mean(values):+.2f} ± {stdev(values) / len(values) ** 0.5:.2f} ({len(values)})"
 
-    head = f"| model | {' | '.join(OVER_FLOOR)} |\n{'| --- ' * (1 + len(OVER_FLOOR))}|\n"
-    return head + _lines(by_model, cells)
+    head = f"| attack | {' | '.join(models)} |\n{'| --- ' * (1 + len(models))}|\n"
+    lines = (f"| {attack} | {' | '.join(cell(of[model]) for model in models)} |" for attack, of in over.items())
+    return head + "\n".join(lines)
 
 
 def _figure(by_model: dict[str, list]) -> None:
