@@ -185,9 +185,29 @@ def pass_size(n: int, device: torch.device) -> int:
     return min(n, PASS) if device.type == "cpu" else n
 
 
-def in_passes(packed: torch.Tensor, n: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The bits of n weights in flat order, a pass at a time: where they are, and bool of that length."""
-    size = pass_size(n, packed.device)
-    for start in range(0, n, size):
-        where = slice(start, min(start + size, n))
-        yield where, unpacked_bits(packed[start // 8 : -(-where.stop // 8)], (where.stop - start,))
+def gather(t: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """The entries of a tensor of any shape whose packed bits are 1: [k], in flat order."""
+    flat = t.reshape(-1)
+    if flat.device.type != "cpu":
+        return flat.masked_select(unpacked_bits(packed, flat.shape))
+    return torch.cat([flat[where].index_select(0, ones) for where, ones in _passes(packed, len(flat))])
+
+
+def scatter(values: torch.Tensor, flat: torch.Tensor, packed: torch.Tensor) -> None:
+    """The inverse of `gather`, in place: write values [k] into a tensor [n], rounded to its dtype."""
+    if flat.device.type != "cpu":
+        flat.masked_scatter_(unpacked_bits(packed, flat.shape), values.to(flat.dtype))  # waits for no count
+        return
+    done = 0
+    for where, ones in _passes(packed, len(flat)):
+        flat[where].index_copy_(0, ones, values[done : done + len(ones)].to(flat.dtype))
+        done += len(ones)
+
+
+def _passes(packed: torch.Tensor, n: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Of n weights a pass at a time: where they are, and the places of the ones among them, int64. A CPU takes several
+    times as long to go by torch's bool masks."""
+    for start in range(0, n, PASS):
+        where = slice(start, min(start + PASS, n))
+        bits = unpacked_bits(packed[start // 8 : -(-where.stop // 8)], (where.stop - start,))
+        yield where, torch.from_numpy(np.flatnonzero(bits.numpy()))

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from salun_sd.core.mask import Bits, in_passes, packed_bits
+from salun_sd.core import mask
+from salun_sd.core.mask import Bits, packed_bits, unpacked_bits
 
 TOGETHER = 1 << 24  # weights that a GPU updates at a time: most parameters are too small to keep it busy
 WAITING = 5  # of these groups wait at most for the last gradient of theirs: 3.7 in SD 1.x, 4.4 in SDXL
@@ -31,11 +32,12 @@ class Salient:
         moments: Iterable[str],
     ) -> "Salient":  # fmt: skip
         """Before the first step, at `values` by name, or at the parameters' own."""
-        device, chosen = next(iter(parameters.values())).device, [bits[name] for name in parameters]
+        device, packed = next(iter(parameters.values())).device, [bits.packed[name] for name in parameters]
         dense = [p.detach() if values is None else values[name] for name, p in parameters.items()]
-        kept = [d[b.to(d.device)].float().to(device) for d, b in zip(dense, chosen, strict=True)]
-        packed, start = [bits.packed[name] for name in parameters], in_one(kept)
-        together = packed[0] if len(packed) == 1 else packed_bits(in_one(chosen))
+        kept = [mask.gather(d, of.to(d.device)).float().to(device)
+                for d, of in zip(dense, packed, strict=True)]  # fmt: skip
+        together = packed[0] if len(packed) == 1 else packed_bits(in_one([bits[name] for name in parameters]))
+        start = in_one(kept)
         of_kinds = {kind: torch.zeros_like(start) for kind in moments}
         return cls(parameters, [len(k) for k in kept], together.to(device), start, of_kinds)
 
@@ -50,26 +52,21 @@ class Salient:
 
     def gather(self, dense: list[torch.Tensor]) -> torch.Tensor:
         """The salient entries of tensors of the parameters' shapes, float32 [k]."""
-        flat = in_one(dense)
-        return torch.cat([flat[where].masked_select(bits) for where, bits in in_passes(self.packed, len(flat))]).float()
+        return mask.gather(in_one(dense), self.packed).float()
 
     @torch.no_grad()
     def scatter(self, values: torch.Tensor) -> None:
         """Write values [k] into the parameters."""
         parameters = list(self.parameters.values())
-        flat, done = in_one(parameters), 0
-        for where, bits in in_passes(self.packed, len(flat)):
-            # on a GPU, one pass: its count is not waited for
-            k = int(bits.sum()) if where.stop < len(flat) else len(values) - done
-            flat[where].masked_scatter_(bits, values[done : done + k].to(flat.dtype))
-            done += k
+        flat = in_one(parameters)
+        mask.scatter(values, flat, self.packed)
         if len(parameters) > 1 or not parameters[0].is_contiguous():  # then `flat` is a copy
             for p, part in zip(parameters, flat.split(self.sizes), strict=True):
                 p.copy_(part.view(p.shape))
 
     def apart(self) -> dict[str, "Salient"]:
         """The same, each parameter alone. Values and moments are not copied."""
-        bits = torch.cat([bits for _, bits in in_passes(self.packed, sum(self.sizes))])
+        bits = unpacked_bits(self.packed, (sum(self.sizes),))
         parts = zip(self.parameters.items(), bits.split(self.sizes), strict=True)
         values, moments = self.by_name(self.values), {kind: self.by_name(t) for kind, t in self.moments.items()}
         grads = {} if self.grad is None else self.by_name(self.grad)

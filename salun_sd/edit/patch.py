@@ -9,7 +9,7 @@ import torch
 
 from salun_sd.checkpoint import provenance, sources, tensors
 from salun_sd.checkpoint.tensors import Lazy, Tensors, in_memory
-from salun_sd.core.mask import Bits, unpacked_bits
+from salun_sd.core.mask import Bits, gather, scatter, unpacked_bits
 from salun_sd.errors import SalunError, TrainingError, UsageError
 from salun_sd.runtime.bar import Bar
 from salun_sd.runtime.contents import no_file
@@ -43,12 +43,12 @@ def of_training(values: dict[str, torch.Tensor], bits: Bits, base: Tensors, reve
             raise TrainingError(f"{name} has a value too large for {base[name].dtype}: lower --lr.")
         changes[f"mask/{name}"], changes[f"new/{name}"] = in_memory(bits.packed[name]), in_memory(new)
         if reversible:
-            changes[f"old/{name}"] = Lazy(new.dtype, new.shape, partial(_salient, base[name], bits, name))
+            changes[f"old/{name}"] = Lazy(new.dtype, new.shape, partial(_salient, base[name], bits.packed[name]))
     return Patch(changes, {})
 
 
-def _salient(base: Lazy, bits: Bits, name: str) -> torch.Tensor:
-    return base.read()[bits[name]]
+def _salient(base: Lazy, packed: torch.Tensor) -> torch.Tensor:
+    return gather(base.read(), packed)
 
 
 def merged(weights: Tensors, patch: Patch, which: str = "new") -> Tensors:
@@ -64,8 +64,8 @@ def merged(weights: Tensors, patch: Patch, which: str = "new") -> Tensors:
 
 
 def _merge(base: Lazy, mask: Lazy, values: Lazy) -> torch.Tensor:
-    t = base.read().clone()
-    t[unpacked_bits(mask.read(), t.shape)] = values.read()
+    t = base.read().clone(memory_format=torch.contiguous_format)
+    scatter(values.read(), t.view(-1), mask.read())
     return t
 
 

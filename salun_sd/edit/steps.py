@@ -175,17 +175,15 @@ class Erasing(Work):
 
     def _update_size(self, p: nn.Parameter, total: int, device: torch.device) -> int:
         """Bytes that `MaskedAdam` makes from a parameter's gradient: its salient entries in their own dtype and in
-        float32, and the root of their second moment; and in one pass over the bits, the bits and what torch needs to
-        find their places. A GPU does so for several parameters at a time, whose gradients wait for one another.
-        total: the weights of the UNet."""
-        if device.type == "cpu":  # a running count of the bits, and with several threads a copy of them as wide
+        float32, and the root of their second moment; and in one pass over the bits, the bits and the places of the
+        ones. A GPU does so for several parameters at a time, whose gradients wait for one another. total: the weights
+        of the UNet."""
+        if device.type == "cpu":
             n, k, joined = mask.pass_size(p.numel(), device), round(self.density * p.numel()), 0
-            places = 8 * n * (2 if torch.get_num_threads() > 1 else 1)
         else:
             n = max(p.numel(), min(TOGETHER, total))
             k, joined = round(self.density * n), (n + min(WAITING * TOGETHER, total)) * self.dtype.itemsize
-            places = 8 * k
-        return n + places + k * (2 * self.dtype.itemsize + 8) + joined
+        return n + 8 * round(self.density * n) + k * (2 * self.dtype.itemsize + 8) + joined
 
     def cheaper(self, config: dict, device: torch.device) -> dict[str, Work]:
         half = {f"--density {self.density / 2:g}": replace(self, density=self.density / 2)}

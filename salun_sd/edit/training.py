@@ -11,6 +11,7 @@ from PIL import Image
 from salun_sd.checkpoint import tensors
 from salun_sd.checkpoint.load import load_pipeline
 from salun_sd.checkpoint.model import Checkpoint
+from salun_sd.core.mask import gather
 from salun_sd.core.masked import MaskedAdam
 from salun_sd.draw.sample import Row, Sampler
 from salun_sd.edit import predictions
@@ -107,7 +108,7 @@ def _warn_of_no_erasure(
                        "predicts the same for the concept and its anchor: choose others.")  # fmt: skip
     moved = size = 0.0
     for name, trained in values.items():
-        base = model.unet[name].read()[mask.bits[name]]
+        base = gather(model.unet[name].read(), mask.bits.packed[name])
         moved += float((trained.to(base.dtype).double() - base.double()).square().sum())
         size += float(base.double().square().sum())
     change = math.sqrt(moved / size) if size else float(moved > 0)

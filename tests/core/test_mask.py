@@ -191,3 +191,16 @@ def test_a_mask_of_another_unet_is_refused():
         maskfile.check(mask, {"a": shapes["a"]}, "f" * 64)
     with pytest.raises(SalunError, match=r"shape.*\bb\b"):
         maskfile.check(mask, {**shapes, "b": torch.Size([4])}, "f" * 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, masks.PASS + 3), (masks.PASS,)])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_what_is_gathered_by_packed_bits_is_scattered_to_its_place(dtype, shape, density):
+    g = torch.Generator().manual_seed(0)
+    bits, t = torch.rand(shape, generator=g) < density, torch.randn(shape, generator=g).to(dtype)
+    packed, other = masks.packed_bits(bits), torch.randn(shape, generator=g).to(dtype)
+    assert torch.equal(masks.gather(t, packed), t[bits])
+    written = other.clone()
+    masks.scatter(t[bits].float(), written.view(-1), packed)
+    assert torch.equal(written, torch.where(bits, t, other))
