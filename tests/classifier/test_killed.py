@@ -1,13 +1,12 @@
 """A run that is stopped goes on, and ends with the bits of an undisturbed one; several processes share a run."""
 
-import os
 import random
 import signal
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers.commands import fails, files_in, fresh, spawn, until
+from helpers.commands import ctrl_c_at, fails, files_in, fresh, spawn, until
 from helpers.pictures import TINY
 
 from salun_sd.cli import app as cli
@@ -30,17 +29,10 @@ def models(out):
     return weights, results
 
 
-def test_ctrl_c_in_a_training_resumes_with_the_same_bits(idx, tmp_path, monkeypatch, capsys, caplog):
+def test_ctrl_c_in_a_training_resumes_with_the_same_bits(idx, tmp_path, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    state, put = stopped / "run" / "salun-seed-0.state", os.replace
-
-    def put_and_ctrl_c(partial, place):
-        put(partial, place)
-        if Path(place) == state:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", put_and_ctrl_c)
+    state = stopped / "run" / "salun-seed-0.state"
+    with ctrl_c_at(state):
         assert "resume" in fails(command(idx, stopped, ("salun",)), 130, capsys)
     assert state.exists() and not (stopped / "report.json").exists()
     for out in (whole, stopped):
@@ -49,10 +41,21 @@ def test_ctrl_c_in_a_training_resumes_with_the_same_bits(idx, tmp_path, monkeypa
 
 
 def test_two_processes_share_a_run_and_each_model_is_made_once(idx, tmp_path, caplog):
+    """The other has made one, and stands still until this one has."""
     caplog.set_level("INFO", "salun_sd")
-    process = spawn(command(idx, tmp_path / "out"))
-    until((tmp_path / "out" / "run" / "settings.json").exists, process)
-    cli.run([str(word) for word in command(idx, tmp_path / "out")])
+    process, run = spawn(command(idx, tmp_path / "out")), tmp_path / "out" / "run"
+    until(lambda: any(run.glob("*-seed-0.json")), process)
+    process.send_signal(signal.SIGSTOP)
+
+    def go_on():
+        try:
+            until(lambda: any(", seed 0: ua" in line for line in caplog.messages))
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+    with ThreadPoolExecutor() as beside:
+        beside.submit(go_on)
+        cli.run([str(word) for word in command(idx, tmp_path / "out")])
     said = process.communicate(timeout=120)[1].splitlines()
     assert process.returncode == 0, said
     both = [[line.partition(",")[0] for line in lines if ", seed 0: ua" in line] for lines in (said, caplog.messages)]

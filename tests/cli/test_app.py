@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.commands import CONCEPT, fails, files_in, interrupt, spawn
+from helpers.commands import CONCEPT, ctrl_c_at, fails, files_in, spawn
 from helpers.runs import PAIR, SHORT, write_photographs
 from PIL import Image
 from safetensors.torch import load_file
@@ -221,19 +221,18 @@ def test_a_file_that_was_erased_from_pocket_opens_without_a_config(erasing, tmp_
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny, made, few, tmp_path):
-    erase = ["erase", tiny, *PAIR, "--mask", "none", "--samples", "2", "--steps", "200"]
-    process = spawn([*erase, "--out", tmp_path / "erased"])
-    interrupt(process, (tmp_path / "erased.run" / "losses.jsonl").is_file)
-    assert process.returncode == 130
+def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny, made, few, tmp_path, capsys):
+    erase = ["erase", tiny, *PAIR, "--mask", "none", "--samples", "2", "--steps", "9", "--save-every", "1e-9"]
+    with ctrl_c_at(tmp_path / "erased.run" / "state.safetensors", times=3):
+        fails([*erase, "--out", tmp_path / "erased"], 130, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["erased.run"]
 
     images = tmp_path / "a" / "images"
     audit = ["evaluate", str(made / "erased"), "--prompts", str(few), "--samples-per-prompt", "3",
              "--denoising-steps", "2", "--out", str(tmp_path / "a")]  # fmt: skip
-    process = spawn(audit)
-    interrupt(process, lambda: len(list(images.glob("*.png"))) > 3)
-    assert process.returncode == 130 and not (tmp_path / "a" / "report.json").exists()
+    with ctrl_c_at(images, times=5):
+        fails(audit, 130, capsys)
+    assert not (tmp_path / "a" / "report.json").exists()
     drawn = {f: f.stat().st_mtime_ns for f in images.glob("*.png")}
     assert 3 < len(drawn) < 36
     cli.run(audit)

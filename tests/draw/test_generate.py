@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import shutil
 from functools import partial
 from itertools import islice
@@ -118,7 +119,7 @@ def test_a_long_run_says_after_its_first_pass_how_long_it_will_take(pipeline, tm
     assert caplog.text == ""
     monkeypatch.setattr(generate, "LONG", 0)
     draw(pipeline, PROMPTS, tmp_path / "long", what="bags")
-    assert "bags" in caplog.text and "7 images" in caplog.text and "0 s" in caplog.text
+    assert "bags" in caplog.text and "7 images" in caplog.text and re.search(r"\d s", caplog.text)
 
 
 def test_when_time_ends_the_first_rows_are_drawn_whatever_their_sizes(pipeline, whole, tmp_path):

@@ -171,10 +171,9 @@ def test_every_family_can_be_planned(family):
     weights = sum(p.numel() for p in UNet2DConditionModel.from_config(config).parameters())
     parts = budget.plan(config, replace(MASK, resolution=32, pixels=4, guidance=7.5), "cpu")
     assert parts["weights"] == 4 * weights and parts["activations"] > 0
-    small, large = (
-        budget.seconds_of_pass(config, replace(MASK, resolution=side, pixels=4), "cpu") for side in (32, 256)
-    )
-    assert 0 < small < large
+    small, large = (replace(MASK, resolution=side, pixels=4) for side in (32, 256))
+    seconds = [budget.seconds_of_pass(config, small, "cpu") for _ in range(5)]
+    assert 0 < min(seconds) < budget.seconds_of_pass(config, large, "cpu")
 
 
 @pytest.mark.parametrize(("write", "pixels"), [(write_ddpm, 1), (write_dit, 2)])

@@ -1,5 +1,6 @@
 """The commands as tests type them: in this process, or in one of their own."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -71,8 +72,23 @@ def until(happens, process=None) -> None:
         time.sleep(0.01)
 
 
-def interrupt(process, when) -> str:
-    """Send Ctrl-C once `when()` is true; the last line that the process printed."""
-    until(when, process)
-    process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=60)[1].strip().splitlines()[-1]
+@contextmanager
+def ctrl_c_at(place: Path, times: int = 1) -> Iterator[None]:
+    """Inside, Ctrl-C comes to this process when so often a file was put in this place, or into this folder: at a moment
+    that no other process can miss."""
+    put, left = os.replace, times
+
+    def replace(partial, to):
+        nonlocal left
+        put(partial, to)
+        path = Path(to).absolute()
+        left -= place.absolute() in (path, path.parent)
+        if not left:
+            left = -1
+            signal.raise_signal(signal.SIGINT)
+
+    os.replace = replace
+    try:
+        yield
+    finally:
+        os.replace = put

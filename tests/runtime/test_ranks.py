@@ -155,8 +155,10 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(tiny, tmp_path):
     ended(start_two(tmp_path / "whole", argv))
     run, losses = start_two(tmp_path / "killed", argv), tmp_path / "killed" / "erased.run" / "losses.jsonl"
     until(lambda: losses.is_file() and losses.read_text().count("\n") > 1, run[0])
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # who stands still does not see that the other died
+        for process in run:
+            process.send_signal(number)
     for process in run:
-        process.kill()
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
     assert losses.is_file()
