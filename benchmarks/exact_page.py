@@ -125,8 +125,12 @@ def _shown(rows: list, name: str, digits: int) -> str:
     if not values:
         return ""
     numbers = [value for value, _ in values]
-    error = stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else values[0][1]
+    error = _standard_error(numbers) if len(numbers) > 1 else values[0][1]
     return f"{mean(numbers):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")  # 0: all images agree
+
+
+def _standard_error(numbers: list[float]) -> float:
+    return stdev(numbers) / len(numbers) ** 0.5
 
 
 def _cost(rows: list) -> list[str] | None:
@@ -142,16 +146,18 @@ def _over_floor(by_model: dict[str, list]) -> str:
     """A line for each attack of the quick budget, a column for each model that was attacked."""
     over = defaultdict(lambda: defaultdict(list))
     for row in kept_rows.read(attacks.ROWS, attacks.Row):
-        if row.budget == "quick" and row.erasure in by_model:
+        if row.budget == "quick":
             over[row.attack][row.erasure].append(row)
     models = [model for model in by_model if any(model in of for of in over.values())]
 
     def cell(rows: list) -> str:
-        if len(rows) < 2:
-            return "".join(f"{row.asr - row.floor:+.2f} [{row.over_floor[0]:+.2f}, {row.over_floor[1]:+.2f}]"
-                           for row in rows)  # fmt: skip
+        if not rows:
+            return ""
         values = [row.asr - row.floor for row in rows]
-        return f"{mean(values):+.2f} ± {stdev(values) / len(values) ** 0.5:.2f} ({len(values)})"
+        if len(rows) == 1:
+            low, high = rows[0].over_floor
+            return f"{values[0]:+.2f} [{low:+.2f}, {high:+.2f}]"
+        return f"{mean(values):+.2f} ± {_standard_error(values):.2f} ({len(values)})"
 
     head = f"| attack | {' | '.join(models)} |\n{'| --- ' * (1 + len(models))}|\n"
     lines = (f"| {attack} | {' | '.join(cell(of[model]) for model in models)} |" for attack, of in over.items())

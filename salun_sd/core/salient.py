@@ -34,8 +34,7 @@ class Salient:
         """Before the first step, at `values` by name, or at the parameters' own."""
         device, packed = next(iter(parameters.values())).device, [bits.packed[name] for name in parameters]
         dense = [p.detach() if values is None else values[name] for name, p in parameters.items()]
-        kept = [mask.gather(d, of.to(d.device)).float().to(device)
-                for d, of in zip(dense, packed, strict=True)]  # fmt: skip
+        kept = [mask.gather(d, of.to(d.device)).float().to(device) for d, of in zip(dense, packed, strict=True)]
         together = packed[0] if len(packed) == 1 else packed_bits(in_one([bits[name] for name in parameters]))
         start = in_one(kept)
         of_kinds = {kind: torch.zeros_like(start) for kind in moments}

@@ -82,7 +82,7 @@ def test_a_process_that_nobody_meets_says_so_in_time(rank, nobody, caplog):
     started = time.monotonic()
     with caplog.at_level("INFO"), pytest.raises(UsageError, match="WORLD_SIZE is 2.*127.0.0.1.*torchrun"):
         ranks.start("cpu")
-    assert 0.9 < time.monotonic() - started < 60 and ranks.count() == 1
+    assert 0.9 < time.monotonic() - started < 10 and ranks.count() == 1
     assert "127.0.0.1" in caplog.text  # said before the wait
 
 
